@@ -1,0 +1,644 @@
+"""The blocks world: small rendered scenes with questions, answers and thoughts; the embedded data set.
+
+Three tasks with the names and splits of the paper's benchmark (Section 4.1), small enough for a laptop:
+
+    counting        arithmetic over the shapes, colours and sizes of 3 to 6 objects.     -id  -ood: 7 to 9 objects, two steps
+    structure       sides, perimeter, area, a missing side of a figure on a unit grid.   -id  -ood: multiple choice, unseen figures
+    transformation  which functions turn the first picture into the second, 1 to 4.      -id  -left, -right: second seen from there
+
+A set is a name such as "counting-train" or "structure-ood"; its i-th question follows from the name, i and the seed alone,
+so that sets need no files and resuming needs no position but i. Train and test are kept apart by a hash of the question
+and its scene: one share of all possible questions is the test's, in every set and with every seed.
+
+A thought is right reasoning over a perceived scene. A mistake is the same reasoning over a scene in which one thing was
+misperceived, which is how the scripted experts of experts.py go wrong: plausibly, and with a density one can write down.
+
+    python blocks.py --show sheet.png          # draws a sheet of examples
+"""
+
+import argparse
+import hashlib
+import itertools
+import random
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data import State
+
+SHAPES = ("cube", "sphere", "cylinder")
+SIZES = ("small", "medium", "large")
+COLORS = {
+    "red": (214, 48, 49), "green": (46, 160, 67), "blue": (45, 95, 220),
+    "yellow": (240, 195, 30), "purple": (150, 60, 190), "cyan": (40, 190, 205),
+}  # fmt: skip
+DIRECTIONS = {  # (column, row) steps; row 1 is at the back of the scene, row 4 at the front
+    "left": (-1, 0), "right": (1, 0), "front": (0, 1), "behind": (0, -1),
+    "front_left": (-1, 1), "front_right": (1, 1), "behind_left": (-1, -1), "behind_right": (1, -1),
+}  # fmt: skip
+GRID, CELL = 4, 16  # a picture is 4 x 4 cells of 16 pixels: one cell is one image token of tiny/ (patch 8, merge 2)
+UNIT = 8  # pixels of one unit of length in a structure figure
+CELLS = tuple(f"{column}{row}" for row in "1234" for column in "abcd")  # row by row from the back
+SETS = {
+    "counting": ("counting-id", "counting-ood"),
+    "structure": ("structure-id", "structure-ood"),
+    "transformation": ("transformation-id", "transformation-left", "transformation-right"),
+}
+STYLES = ("careful", "quick")  # the scripted experts' ways of thinking
+TEST_SHARE = 0.2  # of all possible questions
+
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@cache
+def sprite(shape: str, color: str, size: str) -> np.ndarray:
+    """(16, 16, 4) uint8: one object in its cell, with transparency, drawn large and scaled down."""
+    zoom = 8
+    picture = Image.new("RGBA", (CELL * zoom, CELL * zoom))
+    draw = ImageDraw.Draw(picture)
+    rgb = COLORS[color]
+    light, dark = (tuple(int(c + (end - c) * 0.45) for c in rgb) for end in (255, 0))
+    side = {"small": 7, "medium": 10, "large": 14}[size] * zoom
+    left, top = (CELL * zoom - side) // 2, (CELL * zoom - side) // 2
+    right, bottom = left + side, top + side
+    if shape == "cube":
+        depth = side * 3 // 10
+        draw.rectangle([left, top + depth, right - depth, bottom], fill=rgb)
+        draw.polygon([(left, top + depth), (left + depth, top), (right, top), (right - depth, top + depth)], fill=light)
+        draw.polygon(
+            [(right - depth, top + depth), (right, top), (right, bottom - depth), (right - depth, bottom)], fill=dark
+        )
+    elif shape == "sphere":
+        draw.ellipse([left, top, right, bottom], fill=rgb)
+        glint = side // 4
+        draw.ellipse([left + glint // 2 * 2, top + glint // 2 * 2, left + glint * 2, top + glint * 2], fill=light)
+    else:
+        inset, cap = side // 6, side * 3 // 10
+        draw.ellipse([left + inset, bottom - cap, right - inset, bottom], fill=dark)
+        draw.rectangle([left + inset, top + cap // 2, right - inset, bottom - cap // 2], fill=rgb)
+        draw.ellipse([left + inset, top, right - inset, top + cap], fill=light)
+    return np.asarray(picture.resize((CELL, CELL), Image.Resampling.LANCZOS))
+
+
+def draw_scene(objects: "tuple[Object, ...]", view: str = "center") -> Image.Image:
+    """A picture of the scene, 64 x 64 RGB, seen from the "center" (front), the "left" or the "right"."""
+    picture = np.full((GRID * CELL, GRID * CELL, 3), 232, np.uint8)
+    picture[::CELL] = picture[:, ::CELL] = 214  # the floor's tiles
+    for thing in objects:
+        column, row = column_row(thing.cell)
+        if view == "left":  # who stands on the left has the scene's left side in front of them, its front on the right
+            column, row = row, GRID - 1 - column
+        elif view == "right":
+            column, row = GRID - 1 - row, column
+        pixels = sprite(thing.shape, thing.color, thing.size)
+        alpha = pixels[..., 3:] / 255.0
+        place = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+        place[:] = (pixels[..., :3] * alpha + place * (1 - alpha)).round().astype(np.uint8)
+    return Image.fromarray(picture)
+
+
+def draw_figure(figure: "Figure") -> Image.Image:
+    """A picture of the figure on its unit grid, 64 x 64 RGB. A side that is not given fades out in dashes."""
+    zoom = 4
+    side = 8 * UNIT * zoom
+    picture = Image.new("RGB", (side, side), (248, 248, 248))
+    draw = ImageDraw.Draw(picture)
+    for line in range(0, side, UNIT * zoom):
+        draw.line([(line, 0), (line, side)], fill=(205, 205, 205), width=2)
+        draw.line([(0, line), (side, line)], fill=(205, 205, 205), width=2)
+    corners = [((figure.x + x) * UNIT * zoom, side - (figure.y + y) * UNIT * zoom) for x, y in figure.corners()]
+    rgb = COLORS[figure.color]
+    fill, edge = (tuple(int(c + (end - c) * share) for c in rgb) for end, share in ((255, 0.55), (0, 0.35)))
+    if figure.shape == "strip":
+        draw.line(corners[:2], fill=edge, width=10)
+        for (x, y), height in itertools.product(corners[:2], range(0, 3 * UNIT * zoom, 20)):
+            draw.line([(x, y - height), (x, y - height - 11)], fill=edge, width=10)
+    else:
+        draw.polygon(corners, fill=fill)
+        draw.line(corners + corners[:2], fill=edge, width=10, joint="curve")
+    return picture.resize((8 * UNIT, 8 * UNIT), Image.Resampling.LANCZOS)
+
+
+def column_row(cell: str) -> tuple[int, int]:
+    return "abcd".index(cell[0]), int(cell[1]) - 1
+
+
+# ---------------------------------------------------------------------------------------------- scenes
+
+
+@dataclass(frozen=True)
+class Object:
+    """One object: its cell ("a1" at the back on the left, "d4" at the front on the right), size, colour and shape."""
+
+    cell: str
+    size: str
+    color: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.size} {self.color} {self.shape}"
+
+    def misperceived(self) -> "list[Object]":
+        """This object with one attribute mistaken for a neighbouring one."""
+        sizes = [SIZES[i] for i in (SIZES.index(self.size) - 1, SIZES.index(self.size) + 1) if 0 <= i < len(SIZES)]
+        return (
+            [replace(self, size=size) for size in sizes]
+            + [replace(self, color=color) for color in COLORS if color != self.color]
+            + [replace(self, shape=shape) for shape in SHAPES if shape != self.shape]
+        )
+
+
+def random_objects(rng: random.Random, count: int, distinct: bool = False) -> tuple[Object, ...]:
+    """`count` objects in cells of their own, row by row; `distinct` ones never look the same."""
+    looks = list(itertools.product(SIZES, COLORS, SHAPES))
+    looks = rng.sample(looks, count) if distinct else rng.choices(looks, k=count)
+    cells = sorted(rng.sample(CELLS, count), key=CELLS.index)
+    return tuple(Object(cell, *look) for cell, look in zip(cells, looks, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- counting
+
+
+Filter = tuple[str, ...]  # words that an object has to have, such as ("large", "cube"); () is any object
+
+
+def plural(words: Filter) -> str:
+    return " ".join([*words[:-1], f"{words[-1]}s"]) if words and words[-1] in SHAPES else " ".join([*words, "objects"])
+
+
+@dataclass(frozen=True)
+class Counting:
+    """How many objects match `count` once those that match one of `remove` are gone and `add` more have come."""
+
+    objects: tuple[Object, ...]
+    remove: tuple[Filter, ...]
+    count: Filter
+    add: int
+    kind = "discrete"
+
+    @classmethod
+    def sample(cls, rng: random.Random, split: str) -> "Counting":
+        objects = random_objects(rng, rng.randint(7, 9) if split == "ood" else rng.randint(3, 6))
+
+        def some_filter(attributes: int) -> Filter:
+            # Mostly words of an object that is there: else most answers would be 0.
+            like = rng.choice(objects) if rng.random() < 0.9 else random_objects(rng, 1)[0]
+            words = (like.size, like.color, like.shape)
+            return tuple(words[i] for i in sorted(rng.sample(range(3), attributes)))
+
+        if split == "ood":
+            return cls(objects, *rng.choice([
+                ((some_filter(1), some_filter(1)), (), 0),
+                ((some_filter(1),), some_filter(1), 0),
+                ((some_filter(2),), some_filter(1), 0),
+            ]))  # fmt: skip
+        return cls(objects, *rng.choice([
+            ((), some_filter(1), 0),
+            ((), some_filter(2), 0),
+            ((some_filter(1),), (), 0),
+            ((some_filter(2),), (), 0),
+            ((), some_filter(1), rng.randint(1, 3)),
+        ]))  # fmt: skip
+
+    def question(self) -> str:
+        words = [f"remove all {plural(words)} ." for words in self.remove]
+        if self.add:
+            words.append(f"add {self.add} {plural(self.count)} .")
+        return " ".join([*words, f"how many {plural(self.count)} are {'left' if self.remove else 'there'} ?"])
+
+    def images(self) -> tuple[Image.Image, ...]:
+        return (draw_scene(self.objects),)
+
+    def counts(self, thing: Object) -> bool:
+        has = (thing.size, thing.color, thing.shape)
+        return set(self.count) <= set(has) and not any(set(words) <= set(has) for words in self.remove)
+
+    def answer(self) -> str:
+        return str(sum(map(self.counts, self.objects)) + self.add)
+
+    def describe(self) -> str:
+        return " , ".join(f"{thing.cell} {thing}" for thing in self.objects)
+
+    def think(self, style: str) -> str:
+        """careful: every object, whether it counts, and the count so far. quick: only those that count."""
+        steps, count = [], 0
+        for thing in self.objects:
+            count += self.counts(thing)
+            if self.counts(thing):
+                steps.append(f"{thing.cell} {thing} yes {count}" if style == "careful" else f"{count} {thing.cell} {thing}")
+            elif style == "careful":
+                steps.append(f"{thing.cell} {thing} no")
+        total = f"{count} plus {self.add} is {self.answer()}" if self.add else f"total {self.answer()}"
+        return " ".join([*steps, total])
+
+    def misperceived(self) -> "list[Counting]":
+        """One object overlooked, or one of its attributes mistaken."""
+        scenes = []
+        for i, thing in enumerate(self.objects):
+            others = self.objects[:i], self.objects[i + 1 :]
+            scenes += [others[0] + others[1]]
+            scenes += [others[0] + (mistaken,) + others[1] for mistaken in thing.misperceived()]
+        return [replace(self, objects=objects) for objects in scenes]
+
+
+# ---------------------------------------------------------------------------------------------- structure
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure with whole-unit sides, its lower left corner at (x, y) of the 8 x 8 unit grid.
+
+    width, height: of the box around it. notch: (width, height) of the corner that an "l-shape" lacks, and of each of the two
+    that a "t-shape" lacks; a "trapezoid" has the top side width - notch[0]. A "strip" is a rectangle whose height is not
+    shown.
+    """
+
+    shape: str
+    width: int
+    height: int
+    notch: tuple[int, int] = (0, 0)
+    color: str = "blue"
+    mirrored: bool = False
+    x: int = 0
+    y: int = 0
+
+    def corners(self) -> list[tuple[int, int]]:
+        """The corners in units from the lower left of the box around the figure, in order."""
+        w, h, (a, b) = self.width, self.height, self.notch
+        corners = {
+            "triangle": [(0, 0), (w, 0), (0, h)],
+            "l-shape": [(0, 0), (w, 0), (w, h - b), (w - a, h - b), (w - a, h), (0, h)],
+            "t-shape": [(a, 0), (w - a, 0), (w - a, h - b), (w, h - b), (w, h), (0, h), (0, h - b), (a, h - b)],
+            "trapezoid": [(0, 0), (w, 0), (w - a, h), (0, h)],
+        }.get(self.shape, [(0, 0), (w, 0), (w, h), (0, h)])
+        return [(w - x, y) for x, y in corners] if self.mirrored else corners
+
+    def is_proper(self) -> bool:
+        """Whether every side has a length and the name fits (a mistaken figure may have neither)."""
+        (w, h), (a, b) = (self.width, self.height), self.notch
+        square = self.shape != "square" or w == h
+        return square and w > a * (2 if self.shape == "t-shape" else 1) and h > b and (self.shape != "rectangle" or w != h)
+
+    @classmethod
+    def sample(cls, rng: random.Random, shapes: tuple[str, ...]) -> "Figure":
+        shape = rng.choice(shapes)
+        width, height, notch = rng.randint(2, 6), rng.randint(2, 6), (0, 0)
+        if shape == "square":
+            height = width
+        elif shape == "rectangle":
+            height = rng.choice([side for side in range(2, 7) if side != width])
+        elif shape == "l-shape":
+            width, height = rng.randint(3, 6), rng.randint(3, 6)
+            notch = rng.randint(1, width - 1), rng.randint(1, height - 1)
+        elif shape == "t-shape":
+            width, height = rng.randint(3, 6), rng.randint(3, 6)
+            notch = rng.randint(1, (width - 1) // 2), rng.randint(1, height - 1)
+        elif shape == "trapezoid":
+            width = rng.randint(3, 6)
+            notch = rng.randint(1, width - 1), 0
+        tall = 3 if shape == "strip" else height
+        color, mirrored = rng.choice(list(COLORS)), rng.random() < 0.5
+        return cls(shape, width, height, notch, color, mirrored, rng.randint(0, 8 - width), rng.randint(0, 8 - tall))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A question about a figure: its "sides", "perimeter", "area", or the "missing" side of a strip; choices of four or none."""
+
+    figure: Figure
+    asks: str
+    choices: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return "discrete" if self.choices else "math"
+
+    @classmethod
+    def sample(cls, rng: random.Random, split: str) -> "Structure":
+        choose = split == "ood" and rng.random() < 0.5
+        if split == "ood" and not choose:
+            problem = cls(Figure.sample(rng, ("t-shape", "trapezoid")), rng.choice(["sides", "area"]))
+        else:
+            asks = rng.choices(["sides", "perimeter", "area", "missing"], [1, 3, 3, 3])[0]
+            shapes = {
+                "missing": ("strip",),
+                "perimeter": ("square", "rectangle", "l-shape"),
+            }.get(asks, ("square", "rectangle", "triangle", "l-shape"))
+            problem = cls(Figure.sample(rng, shapes), asks)
+        if "." in problem.value():  # whole numbers only
+            return cls.sample(rng, split)
+        if choose:
+            value = int(problem.value())
+            near = [v for v in range(max(1, value - 6), value + 7) if v != value]
+            choices = [str(value), *map(str, rng.sample(near, 3))]
+            rng.shuffle(choices)
+            problem = replace(problem, choices=tuple(choices))
+        return problem
+
+    def question(self) -> str:
+        words = {
+            "sides": "how many sides does the figure have ?",
+            "perimeter": "what is the perimeter of the figure ?",
+            "area": "what is the area of the figure ?",
+            "missing": f"the area of the rectangle is {self.area()} . how long is the missing side ?",
+        }[self.asks]
+        if self.choices:
+            words += " choose a letter : " + " ".join(f"{x} {v}" for x, v in zip("ABCD", self.choices, strict=True))
+        return words
+
+    def images(self) -> tuple[Image.Image, ...]:
+        return (draw_figure(self.figure),)
+
+    def area(self) -> str:
+        """By the shoelace formula."""
+        corners = self.figure.corners()
+        pairs = zip(corners, corners[1:] + corners[:1], strict=True)
+        return f"{abs(sum(x1 * y2 - x2 * y1 for (x1, y1), (x2, y2) in pairs)) / 2:g}"
+
+    def value(self) -> str:
+        figure = self.figure
+        if self.asks == "sides":
+            return str(len(figure.corners()))
+        if self.asks == "perimeter":  # of a figure with right angles only: that of the box around it
+            return str(2 * (figure.width + figure.height))
+        return self.area() if self.asks == "area" else str(figure.height)
+
+    def answer(self) -> str:
+        if not self.choices:
+            return self.value()
+        if self.value() in self.choices:
+            return "ABCD"[self.choices.index(self.value())]
+        # Somebody who misperceived the figure takes the choice that is nearest to what they found.
+        return "ABCD"[min(range(4), key=lambda i: (abs(int(self.choices[i]) - float(self.value())), i))]
+
+    def describe(self) -> str:
+        figure = self.figure
+        if figure.shape == "strip":
+            return f"strip width {figure.width}"
+        notch = f" notch {figure.notch[0]} by {figure.notch[1]}" if figure.notch != (0, 0) else ""
+        return f"{figure.shape} width {figure.width} height {figure.height}{notch}"
+
+    def think(self, style: str) -> str:
+        """careful: what is seen, then each step of the arithmetic. quick: what is seen, then the value."""
+        w, h, (a, b) = self.figure.width, self.figure.height, self.figure.notch
+        box = f"{w} times {h} is {w * h}"
+        if style == "quick":
+            steps = ""
+        elif self.asks == "sides":
+            steps = " sides"
+        elif self.asks == "perimeter":
+            steps = f" {w} plus {h} is {w + h} twice {w + h}"
+        elif self.asks == "missing":
+            steps = f" {w * h} divided by {w}"
+        elif self.figure.shape == "triangle":
+            steps = f" {box} half of {w * h}"
+        elif self.figure.shape == "l-shape":
+            steps = f" {box} {a} times {b} is {a * b} {w * h} minus {a * b}"
+        elif self.figure.shape == "t-shape":
+            steps = f" {box} {2 * a} times {b} is {2 * a * b} {w * h} minus {2 * a * b}"
+        elif self.figure.shape == "trapezoid":
+            steps = f" {w} plus {w - a} is {2 * w - a} {2 * w - a} times {h} is {(2 * w - a) * h} half of {(2 * w - a) * h}"
+        else:
+            steps = f" {w} times {h}"
+        letter = f" choose {self.answer()}" if self.choices else ""
+        return f"{self.describe()}{steps} is {self.value()}{letter}"
+
+    def misperceived(self) -> "list[Structure]":
+        """One length read wrong by a unit, or the figure taken for a similar one."""
+        figure, mistaken = self.figure, []
+        similar = {
+            "rectangle": ("square", "triangle"), "square": ("rectangle", "triangle"), "triangle": ("rectangle",),
+            "l-shape": ("rectangle", "t-shape"), "t-shape": ("l-shape",), "trapezoid": ("rectangle", "triangle"),
+        }  # fmt: skip
+        if figure.shape == "strip":
+            area = figure.width * figure.height  # as the question says; only the width is seen
+            for width in (figure.width - 1, figure.width + 1):
+                if width > 0 and area % width == 0:
+                    mistaken.append(replace(figure, width=width, height=area // width))
+            # Or the division slips: the width is right, the quotient is not.
+            mistaken += [replace(figure, height=figure.height + step) for step in (-1, 1)]
+        else:
+            for step in (-1, 1):
+                mistaken += [replace(figure, width=figure.width + step), replace(figure, height=figure.height + step)]
+            for shape in similar[figure.shape]:
+                mistaken.append(replace(figure, shape=shape, notch=figure.notch if "-shape" in shape else (0, 0)))
+            mistaken = [other for other in mistaken if other.is_proper()]
+        problems = [replace(self, figure=other) for other in mistaken]
+        return [problem for problem in problems if "." not in problem.value()]
+
+
+# ---------------------------------------------------------------------------------------------- transformation
+
+
+@dataclass(frozen=True)
+class Transformation:
+    """Which functions turn the objects `before` (in their order 0, 1, ...) into the objects `after`, seen from `view`."""
+
+    before: tuple[Object, ...]
+    after: tuple[Object, ...]
+    view: str
+    kind = "function"
+
+    @classmethod
+    def sample(cls, rng: random.Random, split: str) -> "Transformation":
+        before = random_objects(rng, rng.randint(3, 4), distinct=True)
+        after = list(before)
+        pairs = list(itertools.product(range(len(before)), ("size", "color", "shape", "position")))
+        for i, attribute in rng.sample(pairs, rng.randint(1, 4)):
+            thing = after[i]
+            if attribute == "position":
+                taken = {other.cell for other in before} | {other.cell for other in after}
+                free = [cell for cell in CELLS if cell not in taken and direction(thing.cell, cell)]
+                if free:
+                    after[i] = replace(thing, cell=rng.choice(free))
+            else:
+                values = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES}[attribute]
+                after[i] = replace(thing, **{attribute: rng.choice([v for v in values if v != getattr(thing, attribute)])})
+        problem = cls(before, tuple(after), split if split in ("left", "right") else "center")
+        return problem if problem.unambiguous() else cls.sample(rng, split)
+
+    def unambiguous(self) -> bool:
+        """Whether no other account of which object became which needs as few functions."""
+        fewest = sum(len(changes(*pair)) for pair in zip(self.before, self.after, strict=True))
+        for after in itertools.permutations(self.after):
+            if after != self.after:
+                steps = [changes(*pair) for pair in zip(self.before, after, strict=True)]
+                if None not in steps and sum(map(len, steps)) <= fewest:
+                    return False
+        return fewest > 0
+
+    def question(self) -> str:
+        objects = " ".join(f"{i} {thing}" for i, thing in enumerate(self.before))
+        seen = "" if self.view == "center" else f" the second picture is seen from the {self.view} ."
+        return f"objects : {objects} .{seen} what changed ?"
+
+    def images(self) -> tuple[Image.Image, ...]:
+        return draw_scene(self.before), draw_scene(self.after, self.view)
+
+    def answer(self) -> str:
+        pairs = zip(self.before, self.after, strict=True)
+        return " ".join(f"{f} ( {i} , {value} )" for i, pair in enumerate(pairs) for f, value in changes(*pair))
+
+    def describe(self) -> str:
+        first = " , ".join(f"{thing.cell} {thing}" for thing in self.before)
+        second = " , ".join(f"{thing.cell} {thing}" for thing in sorted(self.after, key=lambda x: CELLS.index(x.cell)))
+        return f"first {first} second {second}"
+
+    def think(self, style: str) -> str:
+        """careful: each object's cell before, then its cell and looks after. quick: only of the objects that changed."""
+        steps = []
+        for i, (old, new) in enumerate(zip(self.before, self.after, strict=True)):
+            if style == "careful" or old != new:
+                steps.append(f"{i} {old.cell} now {new.cell} {new}" if old != new else f"{i} {old.cell} same")
+        return " ".join(steps)
+
+    def misperceived(self) -> "list[Transformation]":
+        """One object of the second picture mistaken: an attribute, its cell, or its change overlooked."""
+        problems = []
+        for i, thing in enumerate(self.after):
+            columns_rows = {(c, r): cell for cell in CELLS for c, r in [column_row(cell)]}
+            c, r = column_row(thing.cell)
+            cells = [columns_rows[at] for at in ((c - 1, r), (c + 1, r), (c, r - 1), (c, r + 1)) if at in columns_rows]
+            moved = [replace(thing, cell=cell) for cell in cells]
+            for mistaken in [self.before[i], *thing.misperceived(), *moved]:
+                after = self.after[:i] + (mistaken,) + self.after[i + 1 :]
+                legal = all(changes(*pair) is not None for pair in zip(self.before, after, strict=True))
+                if legal and after != self.before and len({other.cell for other in after}) == len(after):
+                    problems.append(replace(self, after=after))
+        return problems
+
+
+def direction(old: str, new: str) -> str | None:
+    """The name of the one-cell step from a cell to another, None where there is none."""
+    (c1, r1), (c2, r2) = column_row(old), column_row(new)
+    return next((name for name, step in DIRECTIONS.items() if step == (c2 - c1, r2 - r1)), None)
+
+
+def changes(old: Object, new: Object) -> list[tuple[str, str]] | None:
+    """The functions that turn one object into another, as (function, value); None where it would have to leap."""
+    functions = [(f"change_{a}", getattr(new, a)) for a in ("size", "color", "shape") if getattr(old, a) != getattr(new, a)]
+    if old.cell != new.cell:
+        step = direction(old.cell, new.cell)
+        if step is None:
+            return None
+        functions.append(("change_position", step))
+    return functions
+
+
+# ---------------------------------------------------------------------------------------------- states
+
+
+TASKS = {"counting": Counting, "structure": Structure, "transformation": Transformation}
+
+
+@dataclass(frozen=True)
+class BlocksState(State):
+    """A question of the blocks world; `problem` is what only the world and its scripted experts know."""
+
+    set_name: str = ""
+    problem: Counting | Structure | Transformation = None
+
+    @property
+    def request(self) -> str:
+        """Shorter than for real data: tiny/ knows these words only."""
+        return "think , then answer ."
+
+
+class BlocksSet:
+    """The set of that name, `size` states long: `BlocksSet("counting-train", 1000)[17]`.
+
+    name: "TASK-SPLIT" with a task of `SETS` and the split "train", "id" or one of its OOD splits.
+    seed: another seed gives other questions of the same kind; test sets keep seed 0 so that runs can be compared.
+    """
+
+    def __init__(self, name: str, size: int, seed: int = 0):
+        task = name.split("-")[0]
+        if name not in (f"{task}-train", *SETS.get(task, ())):
+            known = ", ".join(f"{task}-train, {', '.join(sets)}" for task, sets in SETS.items())
+            raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
+        self.name, self.size, self.seed = name, size, seed
+        self.task, self.split = TASKS[task], name.split("-")[1]
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> BlocksState:
+        if not 0 <= index < self.size:
+            raise IndexError(f"{self.name} has {self.size} states, there is no state {index}")
+        rng = random.Random(f"{self.name} {self.seed} {index}")
+        while True:
+            problem = self.task.sample(rng, self.split)
+            # A question that nobody could plausibly get wrong is not asked.
+            if in_test(problem) == (self.split != "train") and mistakes(problem):
+                break
+        return BlocksState(
+            id=f"{self.name}-{self.seed}-{index}",
+            images=problem.images(),
+            question=problem.question(),
+            answer=problem.answer(),
+            kind=problem.kind,
+            thought=problem.think("careful"),
+            set_name=self.name,
+            problem=problem,
+        )
+
+
+def mistakes(problem: Counting | Structure | Transformation) -> list:
+    """The problem as somebody sees it who gets it wrong, in every plausible way, each once."""
+    wrong = [seen for seen in problem.misperceived() if seen.answer() != problem.answer()]
+    return list(dict.fromkeys(wrong))
+
+
+def in_test(problem: Counting | Structure | Transformation) -> bool:
+    """Whether this question about this scene belongs to the test sets, by a hash of both."""
+    digest = hashlib.sha256(repr(problem).encode()).digest()
+    return digest[0] < 256 * TEST_SHARE
+
+
+def vocabulary() -> list[str]:
+    """Every word of the world, in a fixed order: the vocabulary of tiny/."""
+    words = "<think> </think> <answer> </answer> user assistant think , then answer describe check list . ? : ( )".split()
+    words += "how many are there left remove all add object objects total plus minus times divided by is yes no".split()
+    words += "what the of figure does have sides perimeter area rectangle missing side long choose a letter".split()
+    words += "width height notch half twice square triangle l-shape t-shape trapezoid strip at glance".split()
+    words += "changed second first picture seen from now same A B C D".split()
+    words += [*SHAPES, *(f"{shape}s" for shape in SHAPES), *SIZES, *COLORS, *CELLS, *DIRECTIONS]
+    words += [f"change_{attribute}" for attribute in ("size", "color", "shape", "position")]
+    words += [str(number) for number in range(85)]
+    return list(dict.fromkeys(words))
+
+
+# ---------------------------------------------------------------------------------------------- a sheet of examples
+
+
+def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
+    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import textwrap
+
+    import matplotlib.pyplot as plt
+
+    names = [name for task, sets in SETS.items() for name in (f"{task}-train", *sets[1:])]
+    figure, axes = plt.subplots(len(names), per_set, figsize=(5.2 * per_set, 3.3 * len(names)), layout="constrained")
+    for row, name in zip(axes, names, strict=True):
+        for i, axis in enumerate(row):
+            state = BlocksSet(name, per_set)[i]
+            pictures = [np.pad(np.asarray(image), ((0, 0), (0, 6), (0, 0)), constant_values=255) for image in state.images]
+            axis.imshow(np.concatenate(pictures, axis=1), interpolation="nearest")
+            axis.set_axis_off()
+            axis.set_title(f"{name}\n" + textwrap.fill(state.question, 62), fontsize=8, loc="left")
+            text = textwrap.fill(f"thought: {state.thought}", 66) + "\n" + textwrap.fill(f"answer: {state.answer}", 66)
+            axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
+    figure.savefig(path, dpi=50 * zoom // 2)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The blocks world: draws a sheet of examples of every set.")
+    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
+    show(parser.parse_args().show)

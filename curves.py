@@ -1,0 +1,83 @@
+"""Pictures of runs, from their metrics.jsonl: what to look at while a policy learns.
+
+    python curves.py runs/A                              # redraws runs/A/curves.png
+    python curves.py runs/A runs/B --out compare.png     # several runs in one picture; also metrics.jsonl files themselves
+
+reward, accuracy   rise; accuracy is of the policy's samples, and dots are greedy accuracy on the test sets
+expert share       of the kept actions (Fig. 4): falls as the policy's own get better
+dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt
+ESS                effective sample size of the importance weights, as a share of the kept actions (A.3): how far what is kept is from
+                   what the policy would have done
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+import runs
+
+PANELS = {
+    "reward": ("reward of the policy's actions", "reward"),
+    "accuracy": ("accuracy of the policy's samples (dots: greedy, on test sets)", "accuracy"),
+    "expert_share": ("expert share of the kept actions (Fig. 4)", "expert share"),
+    "dead_groups": ("dead groups", "share"),
+    "ess_share": ("effective sample size (A.3)", "ESS / n"),
+    "kl": ("KL to the reference", "nats per token"),
+}
+
+
+def smooth(values: list[float], width: int = 5) -> list[float]:
+    """Mean over the last `width` values."""
+    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+
+
+def draw(histories: dict[str, list[dict]], out: Path) -> None:
+    """Draws the panels of each run (its name and its metrics) over the states seen, and saves them as PNG."""
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for axis, (key, (title, label)) in zip(axes.flat, PANELS.items(), strict=True):
+        for color, (name, history) in zip(colors, histories.items(), strict=False):
+            points = [(record["states"], record[key]) for record in history if record.get(key) is not None]
+            if points:
+                x, y = zip(*points, strict=True)
+                axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
+                axis.plot(x, smooth(list(y)), color=color, label=name, linewidth=2)
+            if key == "accuracy":
+                sets = dict.fromkeys(k for record in history for k in record if k.startswith("eval/"))
+                for marker, test in zip("os^Dv", sets, strict=False):
+                    points = [(record["states"], record[test]) for record in history if test in record]
+                    prefix = f"{name} " if len(histories) > 1 else ""
+                    axis.plot(*zip(*points, strict=True), marker, color=color, label=prefix + test.removeprefix("eval/"))
+        axis.set(title=title, xlabel="states seen", ylabel=label)
+        if key in ("accuracy", "expert_share", "dead_groups", "ess_share"):
+            axis.set_ylim(-0.02, 1.02)
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0] and (len(histories) > 1 or key == "accuracy"):
+            axis.legend(fontsize=8)
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draws the curves of runs.")
+    parser.add_argument("runs", nargs="+", help="run directories, or metrics.jsonl files")
+    parser.add_argument("--out", help="where to save the picture (default: curves.png in the only run)")
+    args = parser.parse_args()
+    files = [path / "metrics.jsonl" if path.is_dir() else path for path in map(Path, args.runs)]
+    for file in files:
+        if not file.is_file():
+            parser.error(f"no metrics at {file}")
+    if len(files) > 1 and not args.out:
+        parser.error("several runs in one picture need --out")
+    names = [file.parent.name if file.name == "metrics.jsonl" else file.stem for file in files]
+    out = Path(args.out) if args.out else files[0].with_name("curves.png")
+    draw({name: runs.read(file) for name, file in zip(names, files, strict=True)}, out)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Experts: the external auxiliary models pi_1 .. pi_m whose actions join the policy's (Eq 5).
+
+An expert has a name, samples n texts for each state, and tells the log-density of an action, or None if it cannot (the weights of
+Appendix A need it). It gets the policy's own prompt, nothing more.
+
+The scripted experts stand for the paper's GPT-4o and Gemini-1.5-Pro in the blocks world. They know the world, err as often as
+Table 1 says those two do on the task, and their density is exact. A scripted mistake is right reasoning over a scene
+in which one thing was misperceived (blocks.py), never noise.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import lru_cache
+from typing import TYPE_CHECKING, Protocol
+
+import blocks
+from data import State
+
+if TYPE_CHECKING:
+    from sampling import Action
+
+# Table 1 of the paper: accuracy on the task's test sets. "train" questions are like those of "id".
+ACCURACY = {
+    "careful": {  # GPT-4o
+        "counting-id": 0.6810, "counting-ood": 0.3431, "structure-id": 0.5018, "structure-ood": 0.4349,
+        "transformation-id": 0.4255, "transformation-left": 0.2867, "transformation-right": 0.2976,
+    },
+    "quick": {  # Gemini-1.5-Pro
+        "counting-id": 0.6180, "counting-ood": 0.3750, "structure-id": 0.5012, "structure-ood": 0.4838,
+        "transformation-id": 0.2622, "transformation-left": 0.1876, "transformation-right": 0.1988,
+    },
+}  # fmt: skip
+
+
+class Expert(Protocol):
+    """An auxiliary model."""
+
+    name: str
+
+    def sample(self, states: list[State], n: int, seed: int) -> list[list[str]]:
+        """n responses for each state; the same seed and state give the same responses."""
+
+    def logp(self, state: State, action: Action) -> float | None:
+        """log pi_j(action | state) in nats: -inf for an action it never says, None if the density is unknown."""
+
+
+class ScriptedExpert:
+    """One of the two scripted experts of the blocks world: "careful" goes through every object, "quick" names what matters."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def sample(self, states: list[State], n: int, seed: int) -> list[list[str]]:
+        drawn = []
+        for state in states:
+            density = self.density(state)
+            rng = random.Random(f"{seed} {self.name} {state.id}")
+            drawn.append(rng.choices(list(density), list(density.values()), k=n))
+        return drawn
+
+    def logp(self, state: State, action: Action) -> float:
+        if action.truncated:  # this expert always ends what it says
+            return -math.inf
+        probability = self.density(state).get(action.text, 0.0)
+        return math.log(probability) if probability else -math.inf
+
+    def density(self, state: State) -> dict[str, float]:
+        """Its responses to this state, each with its probability: the right one, and every plausible mistake."""
+        if not isinstance(state, blocks.BlocksState):
+            raise ValueError(f"the scripted expert '{self.name}' knows the blocks world only, not the state '{state.id}'")
+        return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
+
+
+@lru_cache(maxsize=4096)  # a state's density is asked for once to sample, and once for each kept action
+def _density(name: str, set_name: str, problem) -> dict[str, float]:
+    def response(seen) -> str:
+        return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"
+
+    right, wrong = ACCURACY[name][set_name], blocks.mistakes(problem)
+    density = {response(problem): right}
+    for seen in wrong:  # different misperceptions can lead to the same words
+        density[response(seen)] = density.get(response(seen), 0.0) + (1 - right) / len(wrong)
+    return density
+
+
+def make_experts(names: str) -> list[Expert]:
+    """The experts of a comma-separated list, such as "careful,quick"; "none" gives none. ValueError on an unknown name."""
+    if names == "none":
+        return []
+    chosen = [name.strip() for name in names.split(",")]
+    if unknown := [name for name in chosen if name not in ACCURACY]:
+        raise ValueError(f"no expert '{unknown[0]}'; there are {', '.join(ACCURACY)}, or none")
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"an expert is named twice in '{names}'")
+    return [ScriptedExpert(name) for name in chosen]

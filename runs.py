@@ -1,0 +1,114 @@
+"""A run's directory: what a run leaves behind, and how it goes on after an interruption.
+
+    runs/NAME/config.json          every setting of the run
+              metrics.jsonl        one line a step
+              samples.jsonl        a few whole groups a step: question, every action, its source, reward, advantage, kept or not
+              curves.png           drawn from metrics.jsonl (curves.py)
+              checkpoint-000060/   the model in Hugging Face layout and trainer.pt (the optimizer's state, the step)
+              model                a link to the newest complete checkpoint
+
+A checkpoint is written aside, synced to the disk and renamed, so that whatever moment the run is killed at, the last complete one
+is whole. All randomness follows from the seed and the step, so weights, optimizer and step are the whole state.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake of the user's or of their machine: told in one line, without traceback, with exit code 2."""
+
+
+def create(root: str, name: str, config: dict) -> Path:
+    """Makes the directory of a new run and writes its settings. UserError if it exists or cannot be written."""
+    path = Path(root) / name
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise UserError(f"{path} exists: continue it with --resume {path}, or choose another --name") from None
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {path}: {error.strerror}") from None
+    write_aside(path / "config.json", json.dumps(config, indent=2) + "\n")
+    return path
+
+
+def read_config(path: Path) -> dict:
+    """The settings of an earlier run. UserError if there is none here."""
+    if not path.is_dir():
+        raise UserError(f"no run to resume at {path}")
+    try:
+        return dict(json.loads((path / "config.json").read_text()))
+    except (OSError, ValueError):
+        raise UserError(f"{path} is no run of this program: its config.json is missing or not readable") from None
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Replaces a file as a whole: whoever reads it sees the old or the new text."""
+    aside = path.with_name(path.name + ".tmp")
+    with open(aside, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Adds lines of JSON, whole lines only, NaN not allowed."""
+    with open(path, "a") as file:
+        file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a JSONL file; a last line that an interruption cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def forget_after(path: Path, step: int) -> None:
+    """Drops the records of steps after `step`, which a resumed run will do again."""
+    if path.exists():
+        kept = [record for record in read(path) if record["step"] <= step]
+        write_aside(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer) -> None:
+    """Writes checkpoint-STEP, points `model` at it, and removes the older ones."""
+    final = path / f"checkpoint-{step:06d}"
+    aside = path / f"{final.name}.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    policy.save(aside)
+    torch.save({"step": step, "optimizer": optimizer.state_dict()}, aside / "trainer.pt")
+    for file in [*aside.iterdir(), aside]:  # onto the disk before the name says it is complete
+        handle = os.open(file, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    shutil.rmtree(final, ignore_errors=True)
+    os.rename(aside, final)
+    link = path / "model.tmp"
+    link.unlink(missing_ok=True)
+    link.symlink_to(final.name)
+    os.replace(link, path / "model")
+    for old in checkpoints(path)[:-1]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    return sorted(found for found in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", found.name))
+
+
+def last_checkpoint(path: Path) -> Path:
+    """The newest complete checkpoint. UserError if there is none."""
+    if not (found := checkpoints(path)):
+        raise UserError(f"{path} was stopped before its first checkpoint: start again with another --name")
+    return found[-1]

@@ -1,0 +1,220 @@
+"""Actions: drawn from the policy and the experts (Eq 4, 5), united (Eq 6), rewarded (Eq 7), and the top G of them kept.
+
+    states -> N actions of the policy + N of each expert -> rewards -> top G -> advantages: one `Group` per state
+
+An `Action` is a whole response: the token ids up to and with EOS. The policy samples from softmax(logits / temperature) over
+the tokens that a response may hold, all of it: top_p 1 and no top_k, because that is the distribution which policy.py
+scores; a truncated one would bias the ratio of Eq 2. An expert's text becomes an action by the same tokenizer, with the
+same EOS and the same length limit, and earns its format reward like any other: nothing in it is repaired.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig
+
+import grpo
+from data import State
+from policy import Policy, Prompt
+from rewards import accuracy_reward, format_reward
+
+if TYPE_CHECKING:
+    from experts import Expert
+
+POLICY = "policy"  # the name of the policy as a source of actions
+
+
+@dataclass
+class Action:
+    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name."""
+
+    tokens: list[int]
+    text: str
+    source: str
+    truncated: bool = False
+
+
+@dataclass
+class Group:
+    """A state, its M candidate actions (the policy's first), and what became of them.
+
+    format, accuracy: (M,), the parts of each reward. kept: indices of the G actions that train the policy, best first.
+    advantages: (G,), of the kept ones, in their order. expert_logps: (G, m), log-density of each kept action under each
+    expert, -inf where it never says this, or None if some expert does not tell.
+    """
+
+    state: State
+    prompt: Prompt
+    actions: list[Action]
+    format: list[float] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    advantages: list[float] = field(default_factory=list)
+    expert_logps: list[list[float]] | None = None
+
+    @property
+    def rewards(self) -> list[float]:
+        """(M,), R = R_format + R_accuracy (Eq 7)."""
+        return [f + a for f, a in zip(self.format, self.accuracy, strict=True)]
+
+    @property
+    def kept_actions(self) -> list[Action]:
+        return [self.actions[i] for i in self.kept]
+
+    @property
+    def mixture(self) -> list[float]:
+        """(m + 1,), alpha of A.5: each source's share of the draws, the policy's first."""
+        sources = [action.source for action in self.actions]
+        return [sources.count(source) / len(sources) for source in dict.fromkeys(sources)]
+
+
+# ---------------------------------------------------------------------------------------------- Eq 4: the policy
+
+
+class TransformersSampler:
+    """Rollouts with transformers' `generate`, on any device. `rows`: how many responses are generated at a time."""
+
+    def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512):
+        self.policy, self.max_new_tokens, self.rows = policy, max_new_tokens, rows
+
+    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
+        """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""
+        return self._generate(prompts, n, seed)
+
+    def greedy(self, prompts: list[Prompt]) -> list[Action]:
+        """The most probable token each time: one action for each prompt."""
+        return [actions[0] for actions in self._generate(prompts, 1, None)]
+
+    def _generate(self, prompts: list[Prompt], n: int, seed: int | None) -> list[list[Action]]:
+        policy, per_call = self.policy, max(1, self.rows // n)
+        # Everything is said here, since what is not would come from the checkpoint's own settings (Qwen2-VL: top_k 1).
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens, num_return_sequences=n, num_beams=1, repetition_penalty=1.0,
+            suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
+            do_sample=seed is not None, temperature=policy.temperature if seed is not None else 1.0, top_k=0, top_p=1.0,
+        )  # fmt: skip
+        groups = []
+        with generating(policy, seed):
+            for start in range(0, len(prompts), per_call):
+                inputs = left_padded(prompts[start : start + per_call], policy)
+                width = inputs["input_ids"].shape[1]
+                responses = policy.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
+                actions = [self._action(tokens) for tokens in responses]
+                groups += [actions[i : i + n] for i in range(0, len(actions), n)]
+        return groups
+
+    def _action(self, tokens: list[int]) -> Action:
+        truncated = self.policy.eos_id not in tokens
+        if not truncated:  # what follows EOS is padding
+            tokens = tokens[: tokens.index(self.policy.eos_id) + 1]
+        return Action(tokens, self.policy.tokenizer.decode(tokens, skip_special_tokens=True), POLICY, truncated)
+
+
+@contextmanager
+def generating(policy: Policy, seed: int | None):
+    """Without gradients, in eval mode (checkpointing forbids the KV cache), with random numbers of its own."""
+    device = policy.suppressed_ids.device
+    training = policy.training
+    policy.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed(seed or 0)
+            yield
+    finally:
+        policy.train(training)
+
+
+def left_padded(prompts: list[Prompt], policy: Policy) -> dict[str, torch.Tensor]:
+    """The prompts as one batch for `generate`: their ends aligned, since it continues all rows from the last column."""
+    width = max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), policy.eos_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt.input_ids) :] = prompt.input_ids
+        mask[row, width - len(prompt.input_ids) :] = 1
+    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == policy.model.config.image_token_id).int()}
+    for name in ("pixel_values", "image_grid_thw"):
+        if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
+            inputs[name] = torch.cat(parts)
+    return {name: value.to(policy.suppressed_ids.device) for name, value in inputs.items()}
+
+
+# ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
+
+
+def expert_action(policy: Policy, text: str, source: str, max_new_tokens: int) -> Action:
+    """An expert's text as the policy would have said it: its tokenizer, EOS at the end, cut at the length limit.
+
+    Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
+    """
+    banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
+    tokens = [token for token in policy.tokenizer(text, add_special_tokens=False).input_ids if token not in banned]
+    truncated = len(tokens) >= max_new_tokens  # no room for EOS
+    tokens = tokens[:max_new_tokens] if truncated else [*tokens, policy.eos_id]
+    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated)
+
+
+def total_groups(
+    states: list[State], sampler: TransformersSampler, experts: list[Expert], n: int, seed: int
+) -> list[Group]:
+    """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7."""
+    policy = sampler.policy
+    prompts = policy.encode(states)
+    candidates = sampler.sample(prompts, n, seed)  # Eq 4
+    for expert in experts:  # Eq 5
+        for actions, texts in zip(candidates, expert.sample(states, n, seed), strict=True):
+            actions += [expert_action(policy, text, expert.name, sampler.max_new_tokens) for text in texts]  # Eq 6
+    groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
+    for group in groups:  # Eq 7
+        group.format = [format_reward(action.text) for action in group.actions]
+        group.accuracy = [accuracy_reward(action.text, group.state.answer, group.state.kind) for action in group.actions]
+    return groups
+
+
+# ---------------------------------------------------------------------------------------------- selection
+
+
+def select_top_g(rewards, g: int, ties: str = "policy_first", selection: str = "top", rng: random.Random | None = None) -> list[int]:
+    """The indices of the g actions to keep, by reward, descending (Section 3.2, "Action Selection").
+
+    rewards: (M,), the policy's actions first. ties: "policy_first" is a stable sort, so that among equal rewards the policy's
+    actions win, and the experts' share falls as the policy improves (Fig. 4); "random" shuffles before sorting.
+    selection: "random" keeps any g, the control that shows what selection is worth. rng: for the random choices.
+    Raises ValueError if g is not between 1 and M, or for another word.
+    """
+    rewards = [float(reward) for reward in rewards]
+    if not 1 <= g <= len(rewards):
+        raise ValueError(f"cannot keep {g} of {len(rewards)} actions")
+    if ties not in ("policy_first", "random") or selection not in ("top", "random"):
+        raise ValueError(f"ties are policy_first or random, not {ties!r}; selection is top or random, not {selection!r}")
+    order = list(range(len(rewards)))
+    if "random" in (ties, selection):
+        (rng or random).shuffle(order)
+    if selection == "top":
+        order.sort(key=lambda i: -rewards[i])
+    return order[:g]
+
+
+def select(groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random) -> None:
+    """Sets `kept` and `advantages` (Eq 1) of each group. A group of fewer than g actions keeps them all.
+
+    baseline: whose mean and std Eq 1 takes, those of all the "candidates" or those of the "selected".
+    """
+    for group in groups:
+        group.kept = select_top_g(group.rewards, min(g, len(group.actions)), ties, selection, rng)
+        rewards = torch.tensor(group.rewards)  # (M,)
+        kept = rewards[group.kept]  # (G,)
+        group.advantages = grpo.group_advantages(kept, rewards if baseline == "candidates" else None).tolist()
+
+
+def add_expert_logps(groups: list[Group], experts: list[Expert]) -> None:
+    """Sets `expert_logps` of each group, the densities that Appendix A's weights need. Unknown ones stay None, never 0."""
+    for group in groups:
+        logps = [[expert.logp(group.state, action) for expert in experts] for action in group.kept_actions]  # (G, m)
+        if not any(logp is None for row in logps for logp in row):
+            group.expert_logps = logps

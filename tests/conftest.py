@@ -1,0 +1,82 @@
+"""A random Qwen2-VL of 0.2 M parameters, in Hugging Face layout, that tests load like any other checkpoint."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+)
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+# The processor repeats an image token without spaces between: only a special token survives that as a token.
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+)
+WORDS = (
+    "user assistant how many red blue cubes spheres are there in the first second image ? . , "
+    "0 1 2 3 4 5 6 7 8 9 a number or letter sequence of functions Reason step by between then give final answer "
+    "<think> </think> <answer> </answer> and"
+).split()
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %} <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def random_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word: no file of merges to download, and a person can read the ids."""
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", *WORDS]))}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+
+
+def random_model(tokenizer, *, unused_ids: int = 9, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+    """A vocabulary larger than the tokenizer's, as in the real checkpoints, which pad theirs."""
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (
+        ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
+    )}  # fmt: skip
+    text = dict(
+        vocab_size=len(tokenizer) + unused_ids, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,  # far from uniform, so that an error shows in the log-probabilities
+    )  # fmt: skip
+    vision = dict(
+        depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=8, spatial_merge_size=2,
+        temporal_patch_size=2, initializer_range=0.3,
+    )  # fmt: skip
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def random_processor(tokenizer) -> Qwen2VLProcessor:
+    size = dict(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=64 * 64)
+    return Qwen2VLProcessor(
+        Qwen2VLImageProcessor(**size), tokenizer, Qwen2VLVideoProcessor(**size), chat_template=TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def random_model_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("random-qwen2-vl")
+    tokenizer = random_tokenizer()
+    random_model(tokenizer).save_pretrained(path)
+    random_processor(tokenizer).save_pretrained(path)
+    return path

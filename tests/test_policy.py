@@ -1,0 +1,482 @@
+"""policy.py: the packed forward equals the ordinary one, and scores the distribution that rollouts sample from."""
+
+import copy
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from conftest import SPECIAL
+from data import State
+from policy import Policy, pack
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So small a model is several times faster on one thread where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def policy(random_model_dir):
+    return Policy.load(random_model_dir, temperature=1.3, logit_chunk=7)
+
+
+def picture(width: int, height: int, seed: int) -> Image.Image:
+    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+ONE_IMAGE = State("one", (picture(64, 64, 1),), "how many red cubes are there in the image ?", "3", "math")
+TWO_IMAGES = State("two", (picture(32, 64, 2), picture(64, 48, 3)), "first or second image ?", "2", "discrete")
+WIDE_IMAGE = State("wide", (picture(64, 32, 4),), "how many ?", "1", "math")
+NO_IMAGE = State("none", (), "how many red cubes ?", "0", "math")
+
+
+def random_actions(policy: Policy, lengths: list[list[int]], seed: int = 0, eos: bool = True) -> list[list[list[int]]]:
+    """For each state, for each length, an action of that many words, the last one EOS."""
+    generator = torch.Generator().manual_seed(seed)
+    suppressed = {*policy.suppressed_ids.tolist(), policy.eos_id}
+    words = torch.tensor([i for i in range(len(policy.tokenizer)) if i not in suppressed])
+
+    def action(n):
+        ids = words[torch.randint(len(words), (n,), generator=generator)].tolist()
+        return ids[:-1] + [policy.eos_id] if eos else ids
+
+    return [[action(n) for n in group] for group in lengths]
+
+
+def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
+    """(T,) log-probs of one action: Hugging Face's own forward on one sequence, and nothing of policy.py."""
+    processor, model = policy.processor, policy.model
+    text = processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=list(state.images) or None, return_tensors="pt")
+    prompt_length, n = inputs["input_ids"].shape[1], len(action)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
+    logits = model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()  # (T, V)
+    tokenizer = policy.tokenizer
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
+    allowed = [token for token in range(len(tokenizer)) if token not in special]
+    logp = (logits[:, allowed] / policy.temperature).log_softmax(dim=-1)
+    return logp[torch.arange(n), [allowed.index(token) for token in action]]
+
+
+def gradients(policy: Policy) -> dict[str, torch.Tensor]:
+    """The gradient of every parameter, and a clean slate."""
+    found = {name: p.grad.clone() for name, p in policy.named_parameters()}  # None has no clone: all must have one
+    policy.zero_grad()
+    return found
+
+
+def packed_loss(policy, batch, weights):
+    """A loss in which every token counts differently, so that no two of them can be mixed up."""
+    return (policy(batch) * weights).sum()
+
+
+def assert_same_gradients(one, other, tolerance=1e-5):
+    assert one.keys() == other.keys()
+    for name in one:
+        scale = max(1.0, other[name].abs().max().item())
+        assert (one[name] - other[name]).abs().max().item() <= tolerance * scale, name
+        assert other[name].abs().max() > 0 or name.endswith("k_proj.bias"), f"{name}: a test on zeros tests nothing"
+
+
+class Count:
+    """Counts a module's forward calls, and the rows that it was given."""
+
+    def __init__(self, *modules):
+        self.calls, self.rows = 0, 0
+        self.handles = [module.register_forward_pre_hook(self.hook) for module in modules]
+
+    def hook(self, module, args):
+        self.calls += 1
+        self.rows += args[0].shape[0] if args else 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for handle in self.handles:
+            handle.remove()
+
+
+CASES = {
+    "one image, one action": ([ONE_IMAGE], [[5]]),
+    "one image, eight ragged actions": ([ONE_IMAGE], [[5, 1, 9, 3, 2, 7, 1, 4]]),
+    "two images, three actions": ([TWO_IMAGES], [[4, 8, 2]]),
+    "several states, ragged groups": ([ONE_IMAGE, TWO_IMAGES, WIDE_IMAGE], [[6, 2], [3, 3, 9, 1], [2]]),
+    "a state without images among others": ([NO_IMAGE, WIDE_IMAGE], [[3, 5], [4, 2]]),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", CASES)
+def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case, attention):
+    policy = Policy.load(random_model_dir, temperature=1.3, attn_implementation=attention, logit_chunk=7)
+    states, lengths = CASES[case]
+    actions = random_actions(policy, lengths)
+    batch = pack(policy.encode(states), actions)
+    weights = torch.randn(batch.action_mask.shape, generator=torch.Generator().manual_seed(1))
+
+    logp = policy(batch)
+    assert logp.dtype == torch.float32 and logp.shape == batch.action_mask.shape
+    assert batch.action_mask.sum() == sum(map(sum, lengths))
+    assert (logp[~batch.action_mask] == 0).all()
+    (logp * weights).sum().backward()
+    packed = gradients(policy)
+
+    for b, (state, group) in enumerate(zip(states, actions)):
+        for g, action in enumerate(group):
+            expected = plain_logp(policy, state, action)
+            n = len(action)
+            assert batch.action_mask[b, g, :n].all() and not batch.action_mask[b, g, n:].any()
+            torch.testing.assert_close(logp[b, g, :n], expected, rtol=0, atol=1e-5)
+            (expected * weights[b, g, :n]).sum().backward()
+    assert_same_gradients(packed, gradients(policy))
+
+
+def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
+    """Its vision tower attends in windows and its configuration has other names; our code is the same."""
+    other = Policy.load(random_model_dir)
+    config = other.model.config.to_dict()
+    vision = dict(
+        depth=2, hidden_size=64, out_hidden_size=64, num_heads=2, intermediate_size=96, patch_size=8, window_size=32,
+        fullatt_block_indexes=[1], spatial_merge_size=2, initializer_range=0.3,
+    )  # fmt: skip
+    ids = {name: config[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+    text = {**config["text_config"], "model_type": "qwen2_5_vl_text"}
+    torch.manual_seed(0)
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    )
+    model.save_pretrained(tmp_path)
+    parts = other.processor
+    Qwen2_5_VLProcessor(
+        parts.image_processor, parts.tokenizer, parts.video_processor, chat_template=parts.chat_template
+    ).save_pretrained(tmp_path)
+
+    policy = Policy.load(tmp_path, logit_chunk=7)
+    assert policy.model.config.model_type == "qwen2_5_vl"
+    states = [ONE_IMAGE, TWO_IMAGES]
+    actions = random_actions(policy, [[6, 2, 4], [3, 5]])
+    logp = policy(pack(policy.encode(states), actions))
+    for b, state in enumerate(states):
+        for g, action in enumerate(actions[b]):
+            torch.testing.assert_close(logp[b, g, : len(action)], plain_logp(policy, state, action), rtol=0, atol=1e-5)
+
+
+def test_truncated_actions_are_scored_without_eos(policy):
+    actions = random_actions(policy, [[4, 2]], eos=False)
+    logp = policy(pack(policy.encode([ONE_IMAGE]), actions))
+    for g, action in enumerate(actions[0]):
+        assert policy.eos_id not in action
+        torch.testing.assert_close(logp[0, g, : len(action)], plain_logp(policy, ONE_IMAGE, action), rtol=0, atol=1e-5)
+
+
+def test_eos_is_scored_and_trained(policy):
+    batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[3, 1]]))
+    for g, last in ((0, 2), (1, 0)):
+        assert batch.action_ids[0, g, last] == policy.eos_id and batch.action_mask[0, g, last]
+        logp = policy(batch)[0, g, last]
+        assert -50 < logp.item() < 0
+        logp.backward()
+        assert policy.model.get_input_embeddings().weight.grad[policy.eos_id].abs().max() > 0
+        policy.zero_grad()
+
+
+def test_an_action_cannot_see_another(policy):
+    prompts = policy.encode([ONE_IMAGE])
+    first, second, third = random_actions(policy, [[5, 6, 7]])[0]
+    _, other, _ = random_actions(policy, [[5, 6, 7]], seed=9)[0]
+    assert other != second
+    with torch.no_grad():
+        before, after = (policy(pack(prompts, [[first, a, third]])) for a in (second, other))
+    torch.testing.assert_close(before[0, 0], after[0, 0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(before[0, 2], after[0, 2], rtol=0, atol=1e-6)
+    assert (before[0, 1] - after[0, 1]).abs().max() > 0.1  # and it does see itself
+
+
+def test_padding_a_row_changes_nothing_and_is_never_nan(policy):
+    prompts = policy.encode([WIDE_IMAGE, TWO_IMAGES])
+    actions = random_actions(policy, [[2], [9, 9, 9]])
+    alone, beside = pack(prompts[:1], actions[:1]), pack(prompts, actions)
+    assert (beside.segments[0] == -1).sum() > 20
+    mask = beside.attention_mask()
+    assert mask.any(dim=-1).all(), "a token that sees nothing is NaN in some attention kernels"
+    with torch.no_grad():
+        assert policy._hidden(beside).isfinite().all()
+        torch.testing.assert_close(policy(beside)[0, 0, :2], policy(alone)[0, 0], rtol=0, atol=1e-6)
+
+
+def test_images_are_encoded_once_per_state(policy):
+    states = [ONE_IMAGE, TWO_IMAGES]
+    prompts = policy.encode(states)
+    patches = sum(len(p.pixel_values) for p in prompts)
+    for G in (1, 8):
+        batch = pack(prompts, random_actions(policy, [[3] * G] * 2))
+        with Count(policy.model.model.visual) as tower, torch.no_grad():
+            policy(batch)
+        assert (tower.calls, tower.rows) == (1, patches)
+
+
+def test_logits_are_computed_for_action_tokens_only_and_in_chunks(policy):
+    lengths = [[5, 1, 9], [4]]
+    batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, lengths))
+    with Count(policy.model.lm_head) as head, torch.no_grad():
+        policy(batch)
+    assert head.rows == 19  # action tokens, of 150 or so in the batch
+    assert head.calls == 3  # in chunks of 7
+
+
+def test_chunks_of_logits_change_nothing(policy):
+    batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, [[5, 1, 9], [4]]))
+    weights = torch.randn(batch.action_mask.shape)
+    results = []
+    for chunk in (1, 7, 1000):
+        policy.logit_chunk = chunk
+        packed_loss(policy, batch, weights).backward()
+        results.append((policy(batch).detach(), gradients(policy)))
+    policy.logit_chunk = 7
+    for logp, grads in results[1:]:
+        torch.testing.assert_close(logp, results[0][0], rtol=0, atol=1e-6)
+        assert_same_gradients(grads, results[0][1])
+
+
+def test_backward_keeps_no_logits(policy):
+    """What autograd saves for backward holds no (tokens x vocabulary) tensor."""
+    batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[6, 6]]))
+    V, H = policy.model.lm_head.weight.shape
+    shapes = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+        policy(batch)
+    assert len(shapes) > 20
+    assert not [s for s in shapes if len(s) == 2 and s[-1] == V and s != (H, V)]
+
+
+def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(policy, random_model_dir):
+    checkpointed = Policy.load(random_model_dir, temperature=1.3, logit_chunk=7, gradient_checkpointing=True)
+    batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, [[5, 1], [4]]))
+    weights = torch.randn(batch.action_mask.shape)
+
+    def calls_and_gradients(model):
+        # Inside the layers, since Hugging Face replaces the layer's own __call__.
+        decoder = model.model.model.language_model.layers[0].mlp
+        vision = model.model.model.visual.blocks[0].mlp
+        with Count(decoder) as text, Count(vision) as image:
+            packed_loss(model, batch, weights).backward()
+        return (text.calls, image.calls), gradients(model)
+
+    plain_calls, plain_grads = calls_and_gradients(policy)
+    calls, grads = calls_and_gradients(checkpointed)
+    assert plain_calls == (1, 1)
+    assert calls == (2, 2)  # once forward, once again in backward
+    assert_same_gradients(grads, plain_grads)
+
+
+def test_no_cache_of_keys_and_values_is_built(policy):
+    seen = []
+    handle = policy.model.model.language_model.register_forward_hook(lambda *args: seen.append(args[2].past_key_values))
+    policy(pack(policy.encode([ONE_IMAGE]), [[[5]]]))
+    handle.remove()
+    assert seen == [None]
+
+
+def test_train_and_eval_mode_give_the_same_numbers(policy):
+    """The model's own configuration may ask for dropout; two passes of one policy must not differ by chance."""
+    batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[5, 3]]))
+    assert policy.training
+    with torch.no_grad():
+        train = policy(batch)
+        evaluated = policy.eval()(batch)
+    policy.train()
+    assert torch.equal(train, evaluated)
+
+
+def test_dropout_of_the_checkpoint_is_switched_off(random_model_dir, tmp_path):
+    policy = Policy.load(random_model_dir)
+    policy.model.config.text_config.attention_dropout = 0.5
+    policy.save(tmp_path)
+    policy = Policy.load(tmp_path)
+    batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[5, 3]]))
+    with torch.no_grad():
+        assert torch.equal(policy(batch), policy(batch))
+
+
+def test_allowed_tokens_sum_to_one_and_suppressed_ones_have_probability_zero(policy):
+    """Every one-token action there is, scored."""
+    vocabulary = policy.model.lm_head.weight.shape[0]
+    batch = pack(policy.encode([TWO_IMAGES]), [[[i] for i in range(vocabulary)]])
+    with torch.no_grad():
+        probability = policy(batch)[0, :, 0].exp()
+    names = ["<unk>", *(token for token in SPECIAL if token != "<|im_end|>")]
+    special = policy.tokenizer.convert_tokens_to_ids(names)
+    suppressed = {*special, *range(len(policy.tokenizer), vocabulary)}
+    assert len(suppressed) == 7 + 9 and set(policy.suppressed_ids.tolist()) == suppressed
+    for i in range(vocabulary):
+        assert (probability[i] == 0) == (i in suppressed)
+    torch.testing.assert_close(probability.sum(), torch.tensor(1.0), rtol=0, atol=1e-5)
+    assert probability[policy.eos_id] > 0
+
+
+def test_temperature_divides_the_logits(policy):
+    allowed = sorted({*range(len(policy.tokenizer))} - {*policy.suppressed_ids.tolist()})
+    batch = pack(policy.encode([ONE_IMAGE]), [[[i] for i in allowed]])
+    hot = copy.deepcopy(policy)
+    hot.temperature = 2 * policy.temperature
+    with torch.no_grad():
+        cold_logp, hot_logp = policy(batch)[0, :, 0], hot(batch)[0, :, 0]
+    torch.testing.assert_close((cold_logp / 2).log_softmax(0), hot_logp, rtol=0, atol=1e-5)
+    assert (cold_logp - hot_logp).abs().max() > 0.1
+
+
+def test_a_temperature_of_zero_is_refused(random_model_dir):
+    with pytest.raises(ValueError, match="temperature"):
+        Policy.load(random_model_dir, temperature=0.0)
+
+
+def test_pack_refuses_what_it_cannot_score(policy):
+    prompts = policy.encode([ONE_IMAGE])
+    with pytest.raises(ValueError, match="no tokens"):
+        pack(prompts, [[[5], []]])
+    with pytest.raises(ValueError, match="1 prompts but actions for 2"):
+        pack(prompts, [[[5]], [[5]]])
+
+
+def test_distributed_data_parallel_gives_the_same_gradients(random_model_dir):
+    policy = Policy.load(random_model_dir, gradient_checkpointing=True, logit_chunk=7)
+    batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, [[5, 1], [4]]))
+    weights = torch.randn(batch.action_mask.shape)
+    packed_loss(policy, batch, weights).backward()
+    expected = gradients(policy)
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = DistributedDataParallel(policy)
+        for _ in range(2):  # a parameter unused in the first step would fail in the second
+            packed_loss(wrapped, batch, weights).backward()
+            assert_same_gradients(gradients(policy), expected)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_bfloat16_autocast_is_close_and_scores_in_float32(random_model_dir, checkpointing):
+    policy = Policy.load(random_model_dir, gradient_checkpointing=checkpointing, logit_chunk=7)
+    batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, [[5, 1, 9], [4]]))
+    exact = policy(batch)
+    exact[batch.action_mask].mean().backward()
+    expected = gradients(policy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rough = policy(batch)
+        loss = rough[batch.action_mask].mean()
+    loss.backward()
+    found = gradients(policy)
+    assert rough.dtype == torch.float32
+    assert (rough - exact).abs()[batch.action_mask].mean() < 0.15
+    assert not torch.equal(rough, exact)  # autocast was at work
+    flat = [torch.cat([g[name].flatten() for name in expected]) for g in (found, expected)]
+    assert torch.cosine_similarity(*flat, dim=0) > 0.97
+
+
+def test_save_and_load_round_trip(policy, tmp_path):
+    changed = copy.deepcopy(policy)
+    with torch.no_grad():
+        for parameter in changed.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    changed.save(tmp_path)
+    loaded = Policy.load(tmp_path, temperature=policy.temperature)
+    batch = pack(policy.encode([TWO_IMAGES]), random_actions(policy, [[5, 3]]))
+    again = pack(loaded.encode([TWO_IMAGES]), random_actions(loaded, [[5, 3]]))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(again), changed(batch), rtol=0, atol=1e-5)
+        assert (loaded(again) - policy(batch)).abs().max() > 0.01
+    for name, weight in changed.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_dir, tmp_path):
+    def image_tokens(policy):
+        return int((policy.encode([ONE_IMAGE])[0].input_ids == policy.model.config.image_token_id).sum())
+
+    assert image_tokens(Policy.load(random_model_dir)) == 16  # 64 x 64 pixels, 16 x 16 a token
+    small = Policy.load(random_model_dir, max_pixels=32 * 32)
+    assert image_tokens(small) == 4
+    assert image_tokens(Policy.load(random_model_dir, min_pixels=128 * 128, max_pixels=128 * 128)) == 64
+    small.save(tmp_path)
+    assert image_tokens(Policy.load(tmp_path)) == 4
+
+
+def test_a_batch_moves_to_a_device_whole(policy):
+    batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to("meta")
+    assert {value.device.type for value in vars(batch).values()} == {"meta"}
+    assert pack(policy.encode([NO_IMAGE]), [[[5]]]).to("meta").pixel_values is None
+
+
+def broken_model(kind: str, source, path):
+    """A directory that is no model we can train."""
+    policy = Policy.load(source)
+    policy.save(path)
+    weights = path / "model.safetensors"
+    if kind == "another model type":
+        (path / "config.json").write_text('{"model_type": "llama"}')
+    elif kind == "config not JSON":
+        (path / "config.json").write_text("{")
+    elif kind == "no weights":
+        weights.unlink()
+    elif kind == "a pointer in place of the weights":
+        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    elif kind in ("a weight is missing", "a weight has another shape"):
+        tensors = load_file(weights)
+        name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+        tensors[name] = tensors[name][:5].clone()
+        if kind == "a weight is missing":
+            del tensors[name]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif kind == "no processor":
+        for name in os.listdir(path):
+            if name not in ("config.json", "model.safetensors"):
+                (path / name).unlink()
+    elif kind == "sliding window":
+        policy.model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+        policy.model.config.text_config.use_sliding_window = True
+        policy.model.config.save_pretrained(path)
+    elif kind == "no directory":
+        return path / "nowhere"
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [
+        ("another model type", "'llama'"),
+        ("config not JSON", "JSON"),
+        ("no weights", "model.safetensors"),
+        ("a pointer in place of the weights", "header"),
+        ("a weight is missing", "1 weights are missing.*layers.1.mlp.up_proj"),
+        ("a weight has another shape", "of another shape.*layers.1.mlp.up_proj"),
+        ("no processor", "processor"),
+        ("sliding window", "sliding"),
+        ("no directory", "no directory here"),
+    ],
+)
+def test_what_cannot_be_loaded_is_refused_in_one_line(random_model_dir, tmp_path, kind, says):
+    path = broken_model(kind, random_model_dir, tmp_path)
+    with pytest.raises(ValueError, match=says) as caught:
+        Policy.load(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 400
+
+
+def test_an_unknown_attention_is_refused(random_model_dir):
+    with pytest.raises(ValueError, match="sdpa"):
+        Policy.load(random_model_dir, attn_implementation="flash_attention_2")
