@@ -83,16 +83,24 @@ def sprite(shape: str, color: str, size: str) -> np.ndarray:
     return np.asarray(picture.resize((CELL, CELL), Image.Resampling.LANCZOS))
 
 
+def lit(picture: np.ndarray) -> np.ndarray:
+    """The floor or the paper (64, 64, 3) in its light: less red to the right, less blue to the front.
+
+    So each place looks a little different. Qwen2-VL has relative positions only, and naming a cell takes an absolute one,
+    which a small model is slow to work out from the picture's edges.
+    """
+    fall = 1 - 0.28 * np.linspace(0, 1, len(picture))
+    light = np.stack([np.tile(fall, (len(fall), 1)), np.ones((len(fall), len(fall))), np.tile(fall[:, None], (1, len(fall)))], axis=-1)
+    return (picture * light).round().astype(np.uint8)
+
+
 def draw_scene(objects: "tuple[Object, ...]", view: str = "center") -> Image.Image:
     """A picture of the scene, 64 x 64 RGB, seen from the "center" (front), the "left" or the "right"."""
     picture = np.full((GRID * CELL, GRID * CELL, 3), 232, np.uint8)
     picture[::CELL] = picture[:, ::CELL] = 214  # the floor's tiles
+    picture = lit(picture)
     for thing in objects:
-        column, row = column_row(thing.cell)
-        if view == "left":  # who stands on the left has the scene's left side in front of them, its front on the right
-            column, row = row, GRID - 1 - column
-        elif view == "right":
-            column, row = GRID - 1 - row, column
+        column, row = seen_at(thing.cell, view)
         pixels = sprite(thing.shape, thing.color, thing.size)
         alpha = pixels[..., 3:] / 255.0
         place = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
@@ -119,11 +127,20 @@ def draw_figure(figure: "Figure") -> Image.Image:
     else:
         draw.polygon(corners, fill=fill)
         draw.line(corners + corners[:2], fill=edge, width=10, joint="curve")
-    return picture.resize((8 * UNIT, 8 * UNIT), Image.Resampling.LANCZOS)
+    picture = picture.resize((8 * UNIT, 8 * UNIT), Image.Resampling.LANCZOS)
+    return Image.fromarray(lit(np.asarray(picture)))
 
 
 def column_row(cell: str) -> tuple[int, int]:
     return "abcd".index(cell[0]), int(cell[1]) - 1
+
+
+def seen_at(cell: str, view: str) -> tuple[int, int]:
+    """Column and row of the picture in which a cell of the scene is seen from "center" (the front), "left" or "right"."""
+    column, row = column_row(cell)
+    if view == "left":  # who stands on the left has the scene's left side before them, and its front on their right
+        return row, GRID - 1 - column
+    return (GRID - 1 - row, column) if view == "right" else (column, row)
 
 
 # ---------------------------------------------------------------------------------------------- scenes
@@ -165,8 +182,9 @@ def random_objects(rng: random.Random, count: int, distinct: bool = False) -> tu
 Filter = tuple[str, ...]  # words that an object has to have, such as ("large", "cube"); () is any object
 
 
-def plural(words: Filter) -> str:
-    return " ".join([*words[:-1], f"{words[-1]}s"]) if words and words[-1] in SHAPES else " ".join([*words, "objects"])
+def noun(words: Filter) -> str:
+    """Filters are said in the words of the objects' descriptions: matching "cube" with "cubes" is no part of the lesson."""
+    return " ".join(words if words and words[-1] in SHAPES else (*words, "object"))
 
 
 @dataclass(frozen=True)
@@ -204,17 +222,24 @@ class Counting:
         ]))  # fmt: skip
 
     def question(self) -> str:
-        words = [f"remove all {plural(words)} ." for words in self.remove]
-        if self.add:
-            words.append(f"add {self.add} {plural(self.count)} .")
-        return " ".join([*words, f"how many {plural(self.count)} are {'left' if self.remove else 'there'} ?"])
+        words = [f"remove every {noun(words)} ." for words in self.remove]
+        words.append(f"count every {noun(self.count)} ." if self.count else "how many are left ?")
+        return " ".join([*words, *([f"add {self.add} ."] if self.add else [])])
 
     def images(self) -> tuple[Image.Image, ...]:
         return (draw_scene(self.objects),)
 
+    def verdict(self, thing: Object) -> str:
+        """What becomes of an object: "gone" (removed), else "yes" or "no" (counted or not), or "left" where all the rest count."""
+        has = {thing.size, thing.color, thing.shape}
+        if any(set(words) <= has for words in self.remove):
+            return "gone"
+        if not self.count:
+            return "left"
+        return "yes" if set(self.count) <= has else "no"
+
     def counts(self, thing: Object) -> bool:
-        has = (thing.size, thing.color, thing.shape)
-        return set(self.count) <= set(has) and not any(set(words) <= set(has) for words in self.remove)
+        return self.verdict(thing) in ("yes", "left")
 
     def answer(self) -> str:
         return str(sum(map(self.counts, self.objects)) + self.add)
@@ -223,14 +248,13 @@ class Counting:
         return " , ".join(f"{thing.cell} {thing}" for thing in self.objects)
 
     def think(self, style: str) -> str:
-        """careful: every object, whether it counts, and the count so far. quick: only those that count."""
+        """Every object and what becomes of it; careful keeps count on the way, quick counts at the end."""
         steps, count = [], 0
         for thing in self.objects:
             count += self.counts(thing)
-            if self.counts(thing):
-                steps.append(f"{thing.cell} {thing} yes {count}" if style == "careful" else f"{count} {thing.cell} {thing}")
-            elif style == "careful":
-                steps.append(f"{thing.cell} {thing} no")
+            steps.append(f"{thing.cell} {thing} {self.verdict(thing)}")
+            if self.counts(thing) and style == "careful":
+                steps.append(str(count))
         total = f"{count} plus {self.add} is {self.answer()}" if self.add else f"total {self.answer()}"
         return " ".join([*steps, total])
 
@@ -488,11 +512,11 @@ class Transformation:
         return f"first {first} second {second}"
 
     def think(self, style: str) -> str:
-        """careful: each object's cell before, then its cell and looks after. quick: only of the objects that changed."""
+        """Each object that changed, as it is after; careful says where it was before, too."""
         steps = []
         for i, (old, new) in enumerate(zip(self.before, self.after, strict=True)):
-            if style == "careful" or old != new:
-                steps.append(f"{i} {old.cell} now {new.cell} {new}" if old != new else f"{i} {old.cell} same")
+            before = f"{i} {old.cell}" if style == "careful" else f"{i}"
+            steps.append(f"{before} now {new.cell} {new}" if old != new else f"{before} same")
         return " ".join(steps)
 
     def misperceived(self) -> "list[Transformation]":
@@ -605,7 +629,7 @@ def vocabulary() -> list[str]:
     words += "what the of figure does have sides perimeter area rectangle missing side long choose a letter".split()
     words += "width height notch half twice square triangle l-shape t-shape trapezoid strip at glance".split()
     words += "changed second first picture seen from now same A B C D".split()
-    words += [*SHAPES, *(f"{shape}s" for shape in SHAPES), *SIZES, *COLORS, *CELLS, *DIRECTIONS]
+    words += [*SHAPES, "every", "count", "gone", *SIZES, *COLORS, *CELLS, *DIRECTIONS]
     words += [f"change_{attribute}" for attribute in ("size", "color", "shape", "position")]
     words += [str(number) for number in range(85)]
     return list(dict.fromkeys(words))

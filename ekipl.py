@@ -33,6 +33,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import curves
 import grpo
@@ -280,7 +281,7 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
     result = torch.zeros(policy_logp.shape)
     for row, group in enumerate(groups):
         own = policy_logp[row, : len(group.kept)]  # (G,)
-        experts = torch.tensor(group.expert_logps, dtype=torch.float64).view(len(own), -1)  # (G, m)
+        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(len(own), len(group.mixture) - 1)  # (G, m)
         proposal = grpo.mixture_logp(torch.cat([own[:, None], experts], dim=1), group.mixture)  # (G,) log q
         kept_share = grpo.selection_probability(group.rewards, min(g, len(group.actions)))  # q(S)
         proposal = grpo.selected_proposal_logp(proposal, kept_share)  # (G,) log q_S
@@ -520,7 +521,7 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
 
 def main() -> None:
     rank = int(os.environ.get("RANK", 0))
-    path = None
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     try:
         config, resume = parse(sys.argv[1:])
         check(config, int(os.environ.get("WORLD_SIZE", 1)))

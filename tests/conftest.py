@@ -16,6 +16,8 @@ from transformers import (
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import blocks  # noqa: E402
+from policy import Policy  # noqa: E402
 
 # The processor repeats an image token without spaces between: only a special token survives that as a token.
 SPECIAL = (
@@ -33,9 +35,9 @@ TEMPLATE = (
 )
 
 
-def random_tokenizer() -> PreTrainedTokenizerFast:
+def random_tokenizer(known=WORDS) -> PreTrainedTokenizerFast:
     """One token per word: no file of merges to download, and a person can read the ids."""
-    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", *WORDS]))}
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(["<unk>", *known]))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
@@ -80,3 +82,26 @@ def random_model_dir(tmp_path_factory) -> Path:
     random_model(tokenizer).save_pretrained(path)
     random_processor(tokenizer).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def blocks_policy():
+    """A random policy that knows the words of the blocks world."""
+    tokenizer = random_tokenizer(blocks.vocabulary())
+    return Policy(random_model(tokenizer), random_processor(tokenizer))
+
+
+def agrees(counts: dict, probabilities: dict) -> bool:
+    """Pearson's chi-square test of how often each outcome was drawn, at a level of 1e-4; rare outcomes are one."""
+    if any(counts[outcome] and not probabilities.get(outcome) for outcome in counts):
+        return False  # what is impossible was drawn
+    n, bins, rare = sum(counts.values()), [], [0, 0.0]
+    for outcome, probability in probabilities.items():
+        if n * probability >= 5:  # the test's rule of thumb
+            bins.append((counts.get(outcome, 0), n * probability))
+        else:
+            rare[0], rare[1] = rare[0] + counts.get(outcome, 0), rare[1] + n * probability
+    bins += [tuple(rare)] if rare[1] >= 5 else []
+    df = len(bins) - 1
+    limit = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3  # Wilson-Hilferty; a normal's quantile
+    return sum((seen - expected) ** 2 / expected for seen, expected in bins) < limit

@@ -292,9 +292,9 @@ HOSTILE = {
     "many answers": "<think>a</think>" + "<answer>3</answer>" * N,
     "long white space between the tags": "<think>a</think>" + " " * 1_000_000 + "x<answer>3</answer>",
     "white space after every thought": "<think>" + ("</think>" + " " * 500) * 1000 + "</answer>",
-    "long white space in the answer": said("B" + " \n" * 500_000 + ")"),
-    "long word": said("a" * 100_000),
-    "long argument": said("f(" + "a" * 100_000),
+    "long white space in the answer": said("B" + " \n" * 200_000 + ")"),
+    "long word": said("a" * 30_000),
+    "long argument": said("f(" + "a" * 30_000),
     "open calls": said("f(" * 300_000),
     "calls with long white space": said(("f(0," + " " * 500) * 1000),
     "a call with long white space": said("f(0," + " " * 1_000_000 + "'"),
@@ -370,7 +370,7 @@ def test_random_fragments_never_raise_and_stay_in_range():
               "\\text{", "$", "\\", "^\\circ", "°", "cm", "²", "e5", "e999", "nan", "inf", "B", "b)", "f(0,a)", "f(0,",
               "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(", "\\,", "{,}"]  # fmt: skip
     seen = set()
-    for _ in range(6000):
+    for _ in range(3000):
         inner = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
         text = said(inner) if rng.random() < 0.7 else inner + rng.choice(["", "</answer>"])
         truth = "".join(rng.choices(pieces[4:], k=rng.randint(0, 6)))

@@ -35,6 +35,7 @@ from transformers import (
     Qwen2VLVideoProcessor,
     PreTrainedTokenizerFast,
 )
+from matplotlib.path import Path as Outline
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,8 +51,10 @@ CHAT_TEMPLATE = (  # as Qwen2-VL's, less the system prompt
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 SIDE, PATCH = blocks.GRID * blocks.CELL, 8
+# What a cell of a picture can be: one word of each list.
+NAMES = (("no", "object"), blocks.SIZES, tuple(blocks.COLORS), blocks.SHAPES, ("0", "1", "2", "3", "4"))
 # How often each task is practised.
-TASKS = {"counting": 0.45, "structure": 0.2, "transformation": 0.35}
+TASKS = {"counting": 0.5, "structure": 0.17, "transformation": 0.33}
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -132,41 +135,67 @@ def glance(problem, rng: random.Random, right: float) -> str:
     return f"<think> at a glance </think> <answer> {seen.answer()} </answer>"
 
 
-def lesson(index: int, seed: int, glances: int, right: float) -> tuple[str, np.ndarray, list[tuple[str, str]]]:
-    """A task, pictures (n, 64, 64, 3) uint8 of one of its problems, and (request, response) pairs about them.
+def lesson(index: int, seed: int, glances: int, right: float) -> tuple[str, np.ndarray, np.ndarray, list]:
+    """A task, pictures (n, 64, 64, 3) uint8 of one of its problems, their `names`, and (request, response) pairs about them.
 
-    glances: how many answers at a glance it gets (phase 2); 0 gives the step-by-step lessons of phase 1.
+    glances: how many answers at a glance, of which the share `right` is right.
     """
     rng = random.Random(f"tiny {seed} {index}")
     task = rng.choices(list(TASKS), list(TASKS.values()))[0]
-    ood = rng.random() < 0.2
+    ood = rng.random() < 0.15
     split = rng.choice([name.split("-")[1] for name in blocks.SETS[task][1:]]) if ood else "train"
     problem = blocks.TASKS[task].sample(rng, split)
     while blocks.in_test(problem):
         problem = blocks.TASKS[task].sample(rng, split)
-    question = problem.question()
+    question, images = problem.question(), problem.images()
     pairs = [(f"{question} think , then answer .", glance(problem, rng, right)) for _ in range(glances)]
-    if ood or rng.random() < 0.5:
+    if ood or rng.random() < 0.25:
         pairs += [("describe .", problem.describe())]
     if not ood:
         pairs += [(f"{question} check .", problem.think("careful")), (f"{question} list .", problem.think("quick"))]
-    return task, np.stack([np.asarray(image) for image in problem.images()]), pairs
+    return task, np.stack([np.asarray(image) for image in images]), names(problem), pairs
+
+
+def names(problem) -> np.ndarray:
+    """(n, 16, 5) int: what each picture's cells show, as places in the lists of `NAMES`; -1 where there is nothing to say.
+
+    A cell of a scene: empty or an object, its size, colour, shape. A cell of a figure: how many of its four units are inside.
+    """
+    if isinstance(problem, blocks.Structure):
+        shown = np.full((1, blocks.GRID**2, len(NAMES)), -1)
+        figure = problem.figure
+        if figure.shape != "strip":
+            outline = Outline([(figure.x + x, figure.y + y) for x, y in figure.corners()])
+            centers = [(x + 0.5, 7.5 - y) for y in range(8) for x in range(8)]
+            inside = outline.contains_points(centers).reshape(4, 2, 4, 2).sum((1, 3))
+            shown[0, :, 4] = inside.flatten()
+        return shown
+    scenes = [(problem.objects, "center")] if isinstance(problem, blocks.Counting) else [(problem.before, "center"), (problem.after, problem.view)]
+    shown = np.full((len(scenes), blocks.GRID**2, len(NAMES)), -1)
+    shown[:, :, 0] = 0
+    for i, (objects, view) in enumerate(scenes):
+        for thing in objects:
+            column, row = blocks.seen_at(thing.cell, view)
+            words = ("object", thing.size, thing.color, thing.shape)
+            shown[i, row * blocks.GRID + column, :4] = [NAMES[k].index(word) for k, word in enumerate(words)]
+    return shown
 
 
 class Lessons:
     """A pool of lessons on the device, in buckets of one task and of similar lengths, from which batches are drawn."""
 
-    def __init__(self, size: int, seed: int, processor, device, glances: int = 0, right: float = 0.0, buckets: int = 4):
-        tokenizer = processor.tokenizer
-        arguments = range(size), itertools.repeat(seed), itertools.repeat(glances), itertools.repeat(right)
+    def __init__(self, size: int, seed: int, tokenizer, device, glances: int = 0, right: float = 0.0, buckets: int = 4):
+        arguments = (range(size), *map(itertools.repeat, (seed, glances, right)))
         with ProcessPoolExecutor(os.cpu_count()) as workers:
             lessons = list(tqdm(workers.map(lesson, *arguments, chunksize=256), total=size, desc="lessons", mininterval=5))
+        self.pictures = []  # by task: all pictures and their names
         self.buckets, self.shares = [], []  # a bucket: pictures, and one row per (request, response)
         for task, share in TASKS.items():
-            chosen = [(images, pairs) for name, images, pairs in lessons if name == task]
-            pictures = torch.from_numpy(np.stack([images for images, _ in chosen])).to(device)
+            chosen = [rest for name, *rest in lessons if name == task]
+            pictures, shown = (torch.from_numpy(np.stack([part[i] for part in chosen])).to(device) for i in (0, 1))
+            self.pictures.append((pictures.flatten(0, 1), shown.flatten(0, 1)))
             rows = []
-            for owner, (images, pairs) in enumerate(chosen):
+            for owner, (images, _, pairs) in enumerate(chosen):
                 for request, response in pairs:
                     prompt = prompt_ids(tokenizer, len(images), request)
                     rows.append((owner, prompt, tokenizer(response).input_ids + [tokenizer.eos_token_id]))
@@ -265,15 +294,27 @@ class Learner:
         x = self.model.model.language_model(inputs_embeds=x, position_ids=position, use_cache=False).last_hidden_state
         return self.model.lm_head(x if keep is None else x[keep])
 
+    def naming_loss(self, pictures: torch.Tensor, shown: torch.Tensor, words: list[list[int]]) -> torch.Tensor:
+        """How badly the pictures' tokens (n, 16) name their cell and what it shows, by the language model's own words."""
+        logits = self.model.lm_head(self.features(pictures)).flatten(0, 1)  # (n x 16, vocabulary)
+        cells = torch.arange(blocks.GRID**2, device=self.device).repeat(len(pictures))
+        loss = F.cross_entropy(logits[:, words[-1]], cells)
+        for ids, label in zip(words, shown.flatten(0, 1).T, strict=False):
+            if (label >= 0).any():
+                loss = loss + F.cross_entropy(logits[:, ids], label, ignore_index=-1)
+        return loss
+
     def loss(self, pictures, ids, labels) -> torch.Tensor:
         spoken = labels[:, 1:] != -100
         logits = self.logits(pictures, ids[:, :-1], keep=spoken)
         return F.cross_entropy(logits.float(), labels[:, 1:][spoken])
 
 
-def train(learner: Learner, lessons: Lessons, steps: int, batch: int, peak: float, seed: int, phase: str, log: list) -> None:
-    """AdamW, one cycle: 10 % up, then a cosine down. Appends (phase, step, loss) to `log` every 50 steps."""
-    generator = torch.Generator().manual_seed(seed)
+def train(learner: Learner, batches, steps: int, peak: float, phase: str, log: list) -> None:
+    """AdamW, one cycle: 10 % up, then a cosine down. batches() gives the loss of the next batch.
+
+    Appends (phase, step, loss) to `log` every 50 steps.
+    """
     parameters = list(learner.model.parameters())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.98), weight_decay=0.01)
     total, count = torch.zeros((), device=learner.device), 0
@@ -282,7 +323,7 @@ def train(learner: Learner, lessons: Lessons, steps: int, batch: int, peak: floa
         up = min(1.0, (step + 1) / (0.1 * steps))
         optimizer.param_groups[0]["lr"] = peak * up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.device.type == "cuda"):
-            loss = learner.loss(*lessons.batch(batch, generator))
+            loss = batches()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -298,14 +339,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the tiny Qwen2-VL of the blocks world.")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=5000, help="of phase 1: seeing and reasoning when asked to")
-    parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--lr", type=float, default=2e-3, help="peak of phase 1")
-    parser.add_argument("--lessons", type=int, default=60000, help="problems in the pool of phase 1")
-    parser.add_argument("--glance-steps", type=int, default=300, help="of phase 2: answering at a glance")
-    parser.add_argument("--glance-lr", type=float, default=5e-4, help="peak of phase 2")
-    parser.add_argument("--right", type=float, default=0.5, help="share of right answers in phase 2")
-    parser.add_argument("--start", help="a directory whose weights start phase 2 (skips phase 1)")
+    parser.add_argument("--steps", type=int, nargs=3, default=(250, 5000, 200), metavar="N", help="of the three phases")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak of the first two phases")
+    parser.add_argument("--glance-lr", type=float, default=5e-4, help="peak of the last phase")
+    parser.add_argument("--lessons", type=int, default=60000, help="problems in the pool of a phase")
+    parser.add_argument("--right", type=float, default=0.5, help="share of right answers at a glance")
+    parser.add_argument("--start", metavar="DIR", help="start from these weights, not from random ones (leave out phases by 0 steps)")
     args = parser.parse_args()
     started = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -320,13 +360,30 @@ def main() -> None:
         model = Qwen2VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
     print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
     learner, log = Learner(model, processor, device), []
-    if not args.start:
-        train(learner, Lessons(args.lessons, args.seed, processor, device), args.steps, args.batch, args.lr, args.seed, "see", log)
-        save(model, out / "seen", dtype=torch.float32)
-        processor.save_pretrained(out / "seen")
-    if args.glance_steps:
-        pool = Lessons(min(args.lessons, 4 * args.glance_steps * args.batch), args.seed + 1, processor, device, 2, args.right)
-        train(learner, pool, args.glance_steps, args.batch, args.glance_lr, args.seed + 1, "glance", log)
+    generator = torch.Generator().manual_seed(args.seed)
+    tokenizer = processor.tokenizer
+    words = [tokenizer.convert_tokens_to_ids(list(names)) for names in (*NAMES, blocks.CELLS)]
+
+    def name_pictures() -> torch.Tensor:
+        pictures, shown = lessons.pictures[torch.multinomial(torch.tensor(list(TASKS.values())), 1, generator=generator)]
+        rows = torch.randint(len(pictures), (args.batch,), generator=generator).to(device)
+        return learner.naming_loss(pictures[rows], shown[rows], words)
+
+    def answer() -> torch.Tensor:
+        return learner.loss(*lessons.batch(args.batch, generator))
+
+    for phase, steps in enumerate(args.steps):
+        if not steps:
+            continue
+        name = ("name", "see", "glance")[phase]
+        if name != "see" or not args.steps[0]:  # the second phase goes on with the pictures of the first
+            generator.manual_seed(args.seed + phase)
+            glances = dict(glances=2, right=args.right) if name == "glance" else {}
+            size = 2 * steps * args.batch if name == "glance" else args.lessons
+            lessons = Lessons(size, args.seed + phase, tokenizer, device, **glances)
+        if name == "glance":
+            save(model, out / "seen", dtype=torch.float32)  # to try other last phases from
+        train(learner, name_pictures if name == "name" else answer, steps, args.glance_lr if name == "glance" else args.lr, name, log)
     save(model, out, dtype=torch.bfloat16)
     with open(out / "losses.csv", "w", newline="") as file:
         csv.writer(file).writerows([("phase", "step", "loss"), *log])

@@ -1,0 +1,329 @@
+"""The training loop: gradients that do not depend on how the batch is split, exact resume, and errors told in one line."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import ekipl
+import runs
+from ekipl import Config, World
+from data import State
+from policy import Policy
+from sampling import Action, Group, select
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = World(0, 1, torch.device("cpu"))
+# A whole run in a second or two.
+SMALL = dict(
+    states=24, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=3, eval_states=4,
+    save_every=2, lr=1e-3, name="run",
+)  # fmt: skip
+
+
+def small(tmp_path, **changes) -> Config:
+    return Config(**{**SMALL, "runs": str(tmp_path), **changes})
+
+
+def states_of_two_sizes(count: int) -> list[State]:
+    """Every second one has two pictures."""
+    sizes = [[(32, 32)], [(64, 32), (32, 48)]]
+    return [
+        State(str(i), tuple(Image.linear_gradient("L").rotate(37 * i).resize(size).convert("RGB") for size in sizes[i % 2]), "how many red cubes ?", "1", "discrete")
+        for i in range(count)
+    ]
+
+
+def fixed_groups(policy: Policy, count: int, ragged: bool = False) -> list[Group]:
+    """Groups with seeded actions, rewards and expert densities, the same in every process."""
+    states = states_of_two_sizes(count)
+    groups = []
+    for i, (state, prompt) in enumerate(zip(states, policy.encode(states), strict=True)):
+        generator = torch.Generator().manual_seed(i)
+        words = [t for t in range(len(policy.tokenizer)) if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}]
+        sources = ["policy"] * 3 + ["careful"] * 3
+        if ragged and i % 3 == 0:  # this state's expert did not answer
+            sources = ["policy"] * 3
+        actions = []
+        for source in sources:
+            length = int(torch.randint(1, 9, (), generator=generator))
+            chosen = torch.randint(len(words), (length,), generator=generator)
+            actions.append(Action([words[j] for j in chosen] + [policy.eos_id], "", source))
+        group = Group(state, prompt, actions)
+        group.format = torch.randint(0, 2, (len(actions),), generator=generator).tolist()
+        group.accuracy = torch.randint(0, 2, (len(actions),), generator=generator).tolist()
+        groups.append(group)
+    select(groups, 4, "candidates", "policy_first", "top", random.Random(0))
+    for group in groups:
+        experts = [(-3.0 if a.source == "careful" else -torch.inf) for a in group.kept_actions]
+        group.expert_logps = [[logp] if "careful" in {a.source for a in group.actions} else [] for logp in experts]
+    return groups
+
+
+def gradient_of(model_dir, world: World, config: Config, count: int = 6, ragged: bool = False) -> dict[str, torch.Tensor]:
+    """The gradient that one update on this process's share of `fixed_groups` leaves, before any clipping."""
+    policy, reference = Policy.load(model_dir), Policy.load(model_dir)
+    with torch.no_grad():  # a reference that differs, so that the KL term has a gradient
+        for parameter in reference.parameters():
+            parameter.mul_(1.02)
+    learner = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False) if world.size > 1 else policy
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    groups = world.mine(fixed_groups(policy, count, ragged))
+    ekipl.update(config, learner, reference, optimizer, groups, world, lr=0.0)
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
+
+
+def assert_same_gradient(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys() and any(g.abs().max() > 1e-3 for g in left.values())
+    for name in left:
+        torch.testing.assert_close(left[name], right[name], atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def update_config(**changes) -> Config:
+    return Config(**{**dict(batch_size=6, micro_batch=6, group_size=4, max_grad_norm=1e9, beta=0.04), **changes})
+
+
+@pytest.fixture(scope="module")
+def whole_batch_gradients(random_model_dir):
+    """By estimator, one process, one micro-batch."""
+    return {e: gradient_of(random_model_dir, CPU, update_config(estimator=e)) for e in ("uncorrected", "is", "snis")}
+
+
+@pytest.mark.parametrize("estimator", ["uncorrected", "is", "snis"])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_do_not_change_the_gradient(random_model_dir, whole_batch_gradients, micro_batch, estimator):
+    config = update_config(micro_batch=micro_batch, estimator=estimator)
+    assert_same_gradient(gradient_of(random_model_dir, CPU, config), whole_batch_gradients[estimator])
+
+
+def test_micro_batches_do_not_change_the_gradient_of_groups_of_different_sizes(random_model_dir):
+    whole = gradient_of(random_model_dir, CPU, update_config(), ragged=True)
+    assert_same_gradient(gradient_of(random_model_dir, CPU, update_config(micro_batch=2), ragged=True), whole)
+
+
+def test_estimators_differ(whole_batch_gradients):
+    name = next(iter(whole_batch_gradients["is"]))
+    a, b, c = (whole_batch_gradients[e][name] for e in ("uncorrected", "is", "snis"))
+    assert not torch.allclose(a, b) and not torch.allclose(a, c) and not torch.allclose(b, c)
+
+
+def test_gradient_checkpointing_does_not_change_the_gradient(random_model_dir, whole_batch_gradients, monkeypatch):
+    load = Policy.load
+    monkeypatch.setattr(Policy, "load", lambda path: load(path, gradient_checkpointing=True))
+    assert_same_gradient(gradient_of(random_model_dir, CPU, update_config()), whole_batch_gradients["uncorrected"])
+
+
+def torchrun(*arguments: str, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+
+
+@pytest.mark.parametrize("count, micro_batch", [(6, 1), (5, 2)])  # 5: one process has a state more than the other
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(random_model_dir, tmp_path, count, micro_batch):
+    done = torchrun(__file__, str(random_model_dir), str(tmp_path / "gradient.pt"), str(count), str(micro_batch))
+    assert done.returncode == 0, done.stderr
+    one = gradient_of(random_model_dir, CPU, update_config(batch_size=count), count)
+    assert_same_gradient(torch.load(tmp_path / "gradient.pt"), one)
+
+
+def test_two_processes_train_and_leave_one_log(tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "states": 8, "runs": tmp_path}.items()]
+    done = torchrun("ekipl.py", *flags)
+    assert done.returncode == 0, done.stderr
+    records = runs.read(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()
+
+
+def test_no_process_hangs_when_one_raises(tmp_path):
+    # The second process has no model: it stops while the first waits for it.
+    script = tmp_path / "fails.py"
+    script.write_text(
+        "import os, sys; sys.path.insert(0, sys.argv[1]); import ekipl\n"
+        "sample = ekipl.total_groups\n"
+        "def fails(*arguments):\n    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return sample(*arguments)\n"
+        "ekipl.total_groups = fails; sys.argv = sys.argv[1:]; ekipl.main()\n"
+    )
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "eval_every": 0}.items()]
+    started = time.time()
+    done = torchrun(str(script), str(ROOT), *flags, timeout=90)
+    assert done.returncode != 0 and "broken on purpose" in done.stderr
+    assert time.time() - started < 60
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return Policy.load(path / "model").state_dict()
+
+
+def timeless(path: Path) -> list[dict]:
+    return [{k: v for k, v in r.items() if not k.startswith("seconds/")} for r in runs.read(path / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return ekipl.train(small(tmp_path_factory.mktemp("runs")), None, CPU)
+
+
+def test_a_run_leaves_what_it_says(finished):
+    assert json.loads((finished / "config.json").read_text())["states"] == 24
+    records = runs.read(finished / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(7))
+    names = "reward accuracy format expert_share dead_groups reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
+    assert all(name in record for record in records[1:] for name in names)
+    assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
+    group = runs.read(finished / "samples.jsonl")[0]
+    assert len(group["actions"]) == 6 and sum(action["kept"] for action in group["actions"]) == 3
+    assert {action["source"] for action in group["actions"]} == {"policy", "careful", "quick"}
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(finished.glob("*.tmp")) and len(runs.checkpoints(finished)) == 1
+    Policy.load(finished / "model")
+
+
+@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
+def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, monkeypatch, stop_after):
+    config, log = small(tmp_path), ekipl.log
+
+    def stop(path, records, *rest):
+        log(path, records, *rest)
+        if records[0]["step"] == stop_after + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ekipl, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ekipl.train(config, None, CPU)
+    monkeypatch.setattr(ekipl, "log", log)
+    torch.rand(7)  # the random state of the process that resumes is another one
+    stored, path = ekipl.parse(["--resume", str(tmp_path / "run")])
+    ekipl.train(stored, path, CPU)
+    assert timeless(path) == timeless(finished)
+    assert runs.read(path / "samples.jsonl") == runs.read(finished / "samples.jsonl")
+    left, right = weights(path), weights(finished)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "states": 4000, "save_every": 1, "eval_every": 0, "runs": tmp_path}.items()]
+    process = subprocess.Popen([sys.executable, "ekipl.py", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 90
+    while not runs.checkpoints(tmp_path / "run") and time.time() < deadline:
+        time.sleep(0.1)
+    time.sleep(1.0)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    last = runs.last_checkpoint(tmp_path / "run")
+    Policy.load(last)
+    trainer = torch.load(last / "trainer.pt", weights_only=True)
+    assert trainer["step"] == int(last.name.split("-")[1])
+    assert runs.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= trainer["step"]
+
+
+@pytest.mark.parametrize("changes", [
+    dict(experts="none", group_size=2),
+    dict(experts="quick", advantage="selected"),
+    dict(estimator="is"),
+    dict(estimator="snis", ties="policy_first"),
+    dict(selection="random", beta=0.0),
+    dict(updates_per_batch=3, lr=3e-3),
+    dict(task="structure"),
+    dict(task="transformation", gradient_checkpointing=True),
+], ids=str)  # fmt: skip
+def test_every_method_runs(tmp_path, changes):
+    path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
+    records = runs.read(path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
+    if changes.get("experts") == "none":
+        assert all(record["expert_share"] == 0 for record in records)
+    if "updates_per_batch" in changes:
+        assert records[-1]["clip_fraction"] > 0
+    if changes == dict(estimator="is"):
+        assert all(record["weight_q95"] <= 3 + 1e-6 for record in records)  # w <= m + 1 (A.5)
+
+
+def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
+    config = Config(states=100 * 4, batch_size=4, lr=1.0, warmup=0.1)
+    rates = [ekipl.learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 0.001
+
+
+def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
+    seen, sample = [], ekipl.total_groups
+    monkeypatch.setattr(ekipl, "total_groups", lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest))
+    ekipl.train(small(tmp_path, states=8, epochs=2, eval_every=0), None, CPU)
+    assert len(seen) == 16 and len(set(seen)) == 8 and set(seen[:8]) == set(seen[8:]) and seen[:8] != seen[8:]
+
+
+# ---------------------------------------------------------------------------------------------- mistakes of the user
+
+
+def test_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit) as stop:
+        ekipl.parse(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for setting in dataclasses.fields(Config):
+        assert f"--{setting.name.replace('_', '-')}" in text and setting.metadata["help"]
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--preset", "nope"], "preset"),
+    (["--nope", "1"], "--nope"),
+    (["--lr", "fast"], "lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--estimator", "best"], "estimator"),
+    (["--experts", "gpt-9"], "gpt-9"),
+    (["--group-size", "25"], "24 candidates"),
+    (["--states", "0"], "--states"),
+    (["--states", "10"], "batch"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--beta", "-1"], "--beta"),
+    (["--model", "no/such/model"], "no/such/model"),
+    (["--runs", "{file}"], "cannot make"),
+    (["--name", "taken"], "exists"),
+    (["--resume", "{runs}/missing"], "no run"),
+    (["--resume", "{runs}/taken"], "no run of this program"),
+    (["--resume", "{runs}/foreign"], "another version"),
+    (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
+    (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "file").write_text("")
+    for name, config in (("taken", None), ("foreign", {"a": 1}), ("unsaved", dataclasses.asdict(Config()))):
+        (tmp_path / name).mkdir()
+        if config:
+            (tmp_path / name / "config.json").write_text(json.dumps(config))
+    arguments = [argument.format(file=tmp_path / "file", runs=tmp_path) for argument in arguments]
+    if "--runs" not in arguments and "--resume" not in arguments:
+        arguments += ["--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["ekipl.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        ekipl.main()
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert error.startswith("ekipl.py: error:") and says in error and "\n" not in error and "Traceback" not in error
+
+
+if __name__ == "__main__":  # one of the two processes of test_two_processes_give_the_gradient_of_one
+    model_dir, out, count, micro_batch = sys.argv[1:]
+    world = World.join("cpu")
+    config = update_config(batch_size=int(count), micro_batch=int(micro_batch))
+    gradient = gradient_of(model_dir, world, config, int(count))
+    if world.rank == 0:
+        torch.save(gradient, out)
+    torch.distributed.destroy_process_group()

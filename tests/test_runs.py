@@ -1,0 +1,323 @@
+"""runs.py and curves.py: whatever moment a run is stopped at, what it left behind is whole, and can be drawn."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import curves
+import runs
+from runs import UserError
+
+
+def one_line(error) -> str:
+    text = str(error.value)
+    assert text and "\n" not in text
+    return text
+
+
+# ---------------------------------------------------------------------------------------------- settings and records
+
+
+def test_a_new_runs_settings_are_read_back(tmp_path):
+    config = {"lr": 1e-6, "sets": ["counting-train"], "resume": None, "name": "grün"}
+    path = runs.create(str(tmp_path / "deep" / "runs"), "a", config)
+    assert path == tmp_path / "deep" / "runs" / "a" and runs.read_config(path) == config
+    assert sorted(p.name for p in path.iterdir()) == ["config.json"]
+
+
+def test_a_run_is_never_overwritten(tmp_path):
+    runs.create(str(tmp_path), "a", {"lr": 1})
+    with pytest.raises(UserError) as error:
+        runs.create(str(tmp_path), "a", {"lr": 2})
+    assert "--resume" in one_line(error) and "--name" in one_line(error)
+    assert runs.read_config(tmp_path / "a") == {"lr": 1}
+
+
+@pytest.mark.parametrize("root", ["file", "file/deeper"])
+def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path, root):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError) as error:
+        runs.create(str(tmp_path / root), "a", {})
+    assert "a" in one_line(error) and (tmp_path / "file").read_text() == "in the way"
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b'{"lr": 1', b"[1, 2]", b"3", b"null", b'"text"', b"\xff\xfe"])
+def test_settings_that_cannot_be_read_are_the_users_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(UserError) as error:
+        runs.read_config(tmp_path)
+    assert str(tmp_path) in one_line(error)
+
+
+def test_no_run_to_resume_is_the_users_error(tmp_path):
+    with pytest.raises(UserError) as error:
+        runs.read_config(tmp_path / "missing")
+    assert "missing" in one_line(error)
+
+
+RECORDS = [{"step": 1, "reward": 0.1}, {"step": 2, "text": "two\nlines \u2028 of ünïcode"}, {"step": 3, "kl": None}]
+
+
+def test_records_are_read_as_they_were_written(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert runs.read(path) == []
+    runs.append(path, RECORDS[:1])
+    runs.append(path, [])
+    runs.append(path, RECORDS[1:])
+    assert runs.read(path) == RECORDS and path.read_text().count("\n") == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_no_nan_is_written_and_nothing_of_its_batch(tmp_path, value):
+    path = tmp_path / "metrics.jsonl"
+    runs.append(path, RECORDS)
+    with pytest.raises(ValueError):
+        runs.append(path, [{"step": 4}, {"step": 5, "kl": value}])
+    assert runs.read(path) == RECORDS
+
+
+def test_a_line_cut_short_anywhere_is_left_out_and_forgotten(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runs.append(path, RECORDS)
+    whole = path.read_bytes()
+    start = whole.rstrip().rindex(b"\n") + 1
+    for end in range(start, len(whole)):
+        path.write_bytes(whole[:end])
+        complete = RECORDS if end == len(whole) - 1 else RECORDS[:2]  # only the newline is missing
+        assert runs.read(path) == complete
+        runs.forget_after(path, 9)  # what a resumed run does first: it appends to whole lines
+        runs.append(path, [{"step": 4}])
+        assert runs.read(path) == [*complete, {"step": 4}]
+
+
+def test_a_resumed_run_forgets_the_steps_it_will_do_again(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    runs.forget_after(path, 1)
+    assert not path.exists()
+    runs.append(path, [{"step": s, "i": i} for s in (1, 2, 3) for i in (0, 1)])
+    runs.forget_after(path, 2)
+    assert runs.read(path) == [{"step": s, "i": i} for s in (1, 2) for i in (0, 1)]
+    runs.forget_after(path, 0)
+    assert runs.read(path) == [] and path.exists()
+
+
+@pytest.mark.parametrize("broken", ["replace", "fsync"])
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, broken):
+    path = tmp_path / "config.json"
+    runs.write_aside(path, "old")
+
+    def fail(*arguments):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, broken, fail)
+        with pytest.raises(OSError, match="full"):
+            runs.write_aside(path, "new text")
+        assert path.read_text() == "old"
+    runs.write_aside(path, "new")
+    assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+class StubPolicy:
+    """Saves one weight, as a Policy saves a model: into a directory that it makes."""
+
+    def __init__(self):
+        self.weight = torch.nn.Parameter(torch.zeros(3))
+        self.optimizer = torch.optim.AdamW([self.weight], lr=0.1)
+
+    def step(self) -> None:
+        self.weight.sum().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, path: Path) -> None:
+        path.mkdir()
+        torch.save(self.weight.data, path / "model.bin")
+        (path / "config.json").write_text("{}")
+
+
+def assert_whole(path: Path, step: int) -> None:
+    """A checkpoint holds the weights, the optimizer and the number of its step."""
+    trainer = torch.load(path / "trainer.pt", weights_only=True)
+    fresh = StubPolicy()
+    fresh.optimizer.load_state_dict(trainer["optimizer"])
+    assert trainer["step"] == step
+    assert fresh.optimizer.state[fresh.weight]["step"] == step  # the stub makes one update a step
+    assert torch.load(path / "model.bin", weights_only=True).tolist() == pytest.approx([-0.1 * step] * 3, rel=0.05)
+
+
+def saved(path: Path, policy: StubPolicy, step: int) -> None:
+    policy.step()
+    runs.save_checkpoint(path, step, policy, policy.optimizer)
+
+
+def test_the_newest_checkpoint_is_kept_and_linked(tmp_path):
+    policy = StubPolicy()
+    for step in (1, 2, 3):
+        saved(tmp_path, policy, step)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step:06d}", "model"]
+        assert runs.last_checkpoint(tmp_path) == tmp_path / f"checkpoint-{step:06d}"
+        assert_whole(runs.last_checkpoint(tmp_path), step)
+        assert (tmp_path / "model").is_symlink()
+        assert (tmp_path / "model").resolve() == runs.last_checkpoint(tmp_path).resolve()
+
+
+def test_the_link_survives_moving_the_run(tmp_path):
+    (tmp_path / "here").mkdir()
+    saved(tmp_path / "here", StubPolicy(), 1)
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert_whole(tmp_path / "there" / "model", 1)
+
+
+@pytest.mark.parametrize("where", [
+    (StubPolicy, "save"), (torch, "save"), (os, "fsync"), (os, "rename"), (Path, "symlink_to"), (os, "replace"),
+    (shutil, "rmtree"),
+], ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatch, where, call):
+    policy = StubPolicy()
+    saved(tmp_path, policy, 1)
+    policy.step()
+    module, name = where
+    works, calls = getattr(module, name), []
+
+    def dies(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return works(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies)
+        try:
+            runs.save_checkpoint(tmp_path, 2, policy, policy.optimizer)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert len(calls) <= call  # it has fewer of these calls, and none was to fail
+    last = runs.last_checkpoint(tmp_path)
+    assert_whole(last, 1 if last.name == "checkpoint-000001" else 2)
+    linked = (tmp_path / "model").resolve()
+    assert_whole(linked, 1 if linked.name == "checkpoint-000001" else 2)
+    # The resumed run saves again, and clears up what lies about.
+    if last.name == "checkpoint-000001":
+        runs.save_checkpoint(tmp_path, 2, policy, policy.optimizer)
+    saved(tmp_path, policy, 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000003", "model"]
+    assert_whole(tmp_path / "model", 3)
+
+
+def test_half_written_and_foreign_files_are_no_checkpoints(tmp_path):
+    for name in ("checkpoint-000007.tmp", "checkpoint-", "checkpoint-best", "checkpoint-1.old", "my-checkpoint-000009"):
+        (tmp_path / name).mkdir()
+    assert runs.checkpoints(tmp_path) == []
+    with pytest.raises(UserError) as error:
+        runs.last_checkpoint(tmp_path)
+    assert str(tmp_path) in one_line(error)
+    saved(tmp_path, StubPolicy(), 1)
+    assert runs.checkpoints(tmp_path) == [tmp_path / "checkpoint-000001"]
+    assert (tmp_path / "checkpoint-best").is_dir()  # not ours to remove
+
+
+def test_the_newest_is_the_one_of_the_latest_step_however_long_its_name(tmp_path):
+    for step in (1_000_000, 999_999, 20):
+        (tmp_path / f"checkpoint-{step:06d}").mkdir()
+    assert [int(p.name.split("-")[1]) for p in runs.checkpoints(tmp_path)] == [20, 999_999, 1_000_000]
+
+
+# ---------------------------------------------------------------------------------------------- curves
+
+
+def history(steps: int, *keys: str, start: int = 0) -> list[dict]:
+    end = start + steps
+    return [{"step": s, "states": 64 * s} | {key: s / end for key in keys} for s in range(start + 1, end + 1)]
+
+
+def picture(path: Path) -> bytes:
+    with Image.open(path) as image:
+        image.load()
+        assert image.format == "PNG" and image.width > 300
+        return image.tobytes()
+
+
+NO_KL = {"step": 3, "states": 192, "kl": None}
+SPARSE = [*history(2, "reward"), NO_KL, *history(2, "accuracy", "eval/counting-id", start=3)]
+
+
+@pytest.mark.parametrize("histories", [
+    {"a": history(4, *curves.PANELS)},
+    {"few": history(4, "reward", "accuracy"), "b": history(7, *curves.PANELS, "eval/counting-id"), "sparse": SPARSE},
+    {"nothing yet": []}, {"one step": history(1, *curves.PANELS, "eval/counting-ood")},
+    {f"run {i}": history(2, "reward") for i in range(12)},
+], ids=lambda histories: next(iter(histories)))  # fmt: skip
+def test_curves_are_drawn_whatever_was_measured(tmp_path, histories):
+    curves.draw(histories, tmp_path / "curves.png")
+    picture(tmp_path / "curves.png")
+    assert not curves.plt.get_fignums()  # a long run must not pile up figures
+
+
+def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypatch):
+    figures, keys = [], [*curves.PANELS, "eval/counting-id"]
+    monkeypatch.setattr(curves.plt, "close", figures.append)
+    measured = [{"step": s, "states": 64 * s} | {key: (s + i) / 99 for i, key in enumerate(keys)} for s in (1, 2, 3)]
+    curves.draw({"a": measured, "b": measured[:2]}, tmp_path / "curves.png")
+    monkeypatch.undo()
+    (figure,) = figures
+    for key, axis in zip(curves.PANELS, figure.axes, strict=True):
+        lines = [list(zip(*line.get_data(), strict=True)) for line in axis.lines]
+        for shown in [key, "eval/counting-id"] if key == "accuracy" else [key]:
+            points = [(record["states"], record[shown]) for record in measured]
+            assert points in lines and points[:2] in lines  # of both runs
+    curves.plt.close(figure)
+
+
+def test_smoothing_is_the_mean_of_the_last_values():
+    assert curves.smooth([1, 2, 3, 4, 5, 6, 7], 3) == [1, 1.5, 2, 3, 4, 5, 6]
+    assert curves.smooth([]) == []
+
+
+def run(monkeypatch, *arguments) -> None:
+    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, arguments)])
+    curves.main()
+
+
+def test_the_command_draws_runs_and_files(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        runs.append(runs.create(str(tmp_path), name, {}) / "metrics.jsonl", history(3, "reward"))
+    run(monkeypatch, tmp_path / "a")
+    picture(tmp_path / "a" / "curves.png")
+    run(monkeypatch, tmp_path / "a", tmp_path / "b" / "metrics.jsonl", "--out", tmp_path / "both.png")
+    assert picture(tmp_path / "both.png") != picture(tmp_path / "a" / "curves.png")
+
+
+@pytest.mark.parametrize("arguments, message", [(["a", "missing"], "no metrics at"), (["a", "a"], "--out")])
+def test_the_commands_mistakes_are_told(tmp_path, monkeypatch, capsys, arguments, message):
+    runs.append(runs.create(str(tmp_path), "a", {}) / "metrics.jsonl", history(1, "reward"))
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *(tmp_path / argument for argument in arguments))
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_two_runs_of_one_name_are_both_drawn(tmp_path, monkeypatch):
+    for root in ("one", "two"):
+        steps = 3 if root == "one" else 9
+        runs.append(runs.create(str(tmp_path / root), "a", {}) / "metrics.jsonl", history(steps, "reward"))
+    drawn = []
+    monkeypatch.setattr(curves, "draw", lambda histories, out: drawn.append(histories))
+    run(monkeypatch, tmp_path / "one" / "a", tmp_path / "two" / "a", "--out", tmp_path / "both.png")
+    assert sorted(len(records) for records in drawn[0].values()) == [3, 9]
+
+
+def test_the_file_of_settings_is_json_for_people(tmp_path):
+    text = (runs.create(str(tmp_path), "a", {"lr": 1e-6, "seed": 0}) / "config.json").read_text()
+    assert json.loads(text) == {"lr": 1e-6, "seed": 0} and text.count("\n") == 4  # a line for each setting

@@ -1,0 +1,89 @@
+"""tiny/ is a checkpoint like any other, sees well, and reasons poorly."""
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from blocks import SETS, BlocksSet, vocabulary
+from evaluate import answer_greedily, score
+from policy import Policy
+from sampling import TransformersSampler
+
+TINY = Path(__file__).resolve().parent.parent / "tiny"
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    return Policy.load(TINY)
+
+
+def test_it_loads_like_any_other_and_is_small():
+    model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
+    assert type(processor).__name__ == "Qwen2VLProcessor" and processor.video_processor is not None
+    assert sum(p.numel() for p in model.parameters()) < 1.5e6
+    assert sum(file.stat().st_size for file in TINY.glob("*.safetensors")) < 4e6
+    assert "<|image_pad|>" in processor.apply_chat_template(BlocksSet("counting-id", 1)[0].messages(), tokenize=False)
+
+
+def test_every_word_of_the_world_is_one_token_and_comes_back(policy):
+    text = " ".join(vocabulary())
+    ids = policy.tokenizer(text).input_ids
+    assert len(ids) == len(vocabulary()) and policy.tokenizer.unk_token_id not in ids
+    assert policy.tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_its_losses_are_on_record():
+    rows = list(csv.DictReader(open(TINY / "losses.csv")))
+    assert {row["phase"] for row in rows} == {"name", "see", "glance"}
+    see = [float(row["loss"]) for row in rows if row["phase"] == "see"]
+    assert see[-1] < 0.2 * see[0]
+
+
+@pytest.fixture(scope="module")
+def greedy(policy) -> dict[str, dict[str, float]]:
+    """Scores on every set."""
+    sampler = TransformersSampler(policy, max_new_tokens=96)
+    result = {}
+    for name in (name for names in SETS.values() for name in names):
+        states = [BlocksSet(name, 200)[i] for i in range(200)]
+        result[name] = score(states, answer_greedily(sampler, states))
+    return result
+
+
+def test_it_answers_some_questions_but_not_most(greedy):
+    for names in SETS.values():
+        assert 0.10 <= greedy[names[0]]["accuracy"] <= 0.60, greedy
+
+
+def test_it_answers_fewer_out_of_distribution(greedy):
+    for names in SETS.values():
+        for ood in names[1:]:
+            assert greedy[ood]["accuracy"] < greedy[names[0]]["accuracy"], greedy
+
+
+def test_it_knows_the_format_and_its_thoughts_are_terse(greedy):
+    for name, figures in greedy.items():
+        assert figures["format"] > 0.8 and figures["tokens"] < 40, (name, figures)
+
+
+def test_asked_to_describe_a_scene_it_does(policy):
+    sampler = TransformersSampler(policy, max_new_tokens=60)
+
+    class Described:
+        def __init__(self, state):
+            self.images, self.said = state.images, state.problem.describe()
+
+        def messages(self):
+            return [{"role": "user", "content": [*({"type": "image"} for _ in self.images), {"type": "text", "text": "describe ."}]}]
+
+    states = [Described(BlocksSet("counting-id", 64)[i]) for i in range(64)]
+    actions = sampler.greedy(policy.encode(states))
+    assert sum(action.text == state.said for action, state in zip(actions, states, strict=True)) > 0.8 * 64
+
+
+def test_its_weights_are_stored_in_bfloat16():
+    assert AutoModelForImageTextToText.from_pretrained(TINY).dtype == torch.bfloat16
