@@ -248,11 +248,14 @@ class Counting:
         return " , ".join(f"{thing.cell} {thing}" for thing in self.objects)
 
     def think(self, style: str) -> str:
-        """Every object and what becomes of it; careful keeps count on the way, quick counts at the end."""
+        """Each object, in what the question asks about, and what becomes of it; careful keeps count on the way, quick does not."""
+        asked = {word for words in (self.count, *self.remove) for word in words}
+        kinds = [kind for kind in (SIZES, tuple(COLORS), SHAPES) if asked & set(kind)]
         steps, count = [], 0
         for thing in self.objects:
             count += self.counts(thing)
-            steps.append(f"{thing.cell} {thing} {self.verdict(thing)}")
+            looks = [word for word in (thing.size, thing.color, thing.shape) if any(word in kind for kind in kinds)]
+            steps += [thing.cell, *looks, self.verdict(thing)]
             if self.counts(thing) and style == "careful":
                 steps.append(str(count))
         total = f"{count} plus {self.add} is {self.answer()}" if self.add else f"total {self.answer()}"
@@ -512,11 +515,12 @@ class Transformation:
         return f"first {first} second {second}"
 
     def think(self, style: str) -> str:
-        """Each object that changed, as it is after; careful says where it was before, too."""
+        """Each object and what changed of it: careful says each thing before and after, quick only how it is after."""
         steps = []
         for i, (old, new) in enumerate(zip(self.before, self.after, strict=True)):
-            before = f"{i} {old.cell}" if style == "careful" else f"{i}"
-            steps.append(f"{before} now {new.cell} {new}" if old != new else f"{before} same")
+            pairs = [(getattr(old, a), getattr(new, a)) for a in ("cell", "size", "color", "shape")]
+            seen = [word for pair in pairs for word in (pair if style == "careful" else pair[1:])]
+            steps += [str(i), *seen, *([function for function, _ in changes(old, new)] or ["same"])]
         return " ".join(steps)
 
     def misperceived(self) -> "list[Transformation]":
@@ -648,7 +652,7 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for task, sets in SETS.items() for name in (f"{task}-train", *sets[1:])]
-    figure, axes = plt.subplots(len(names), per_set, figsize=(5.2 * per_set, 3.3 * len(names)), layout="constrained")
+    figure, axes = plt.subplots(len(names), per_set, figsize=(5.2 * per_set, 3.9 * len(names)))
     for row, name in zip(axes, names, strict=True):
         for i, axis in enumerate(row):
             state = BlocksSet(name, per_set)[i]
@@ -658,7 +662,8 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
             axis.set_title(f"{name}\n" + textwrap.fill(state.question, 62), fontsize=8, loc="left")
             text = textwrap.fill(f"thought: {state.thought}", 66) + "\n" + textwrap.fill(f"answer: {state.answer}", 66)
             axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
-    figure.savefig(path, dpi=50 * zoom // 2)
+    figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.03, hspace=0.75, wspace=0.1)
+    figure.savefig(path, dpi=25 * zoom)
     plt.close(figure)
 
 

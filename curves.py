@@ -1,7 +1,9 @@
 """Pictures of runs, from their metrics.jsonl: what to look at while a policy learns.
 
     python curves.py runs/A                              # redraws runs/A/curves.png
-    python curves.py runs/A runs/B --out compare.png     # several runs in one picture; also metrics.jsonl files themselves
+    python curves.py runs/A runs/B --out compare.png     # several runs in one picture; also metrics files themselves
+
+Runs whose names differ in "-seedN" only share a colour.
 
 reward, accuracy   rise; accuracy is of the policy's samples, and dots are greedy accuracy on the test sets
 expert share       of the kept actions (Fig. 4): falls as the policy's own get better
@@ -11,6 +13,7 @@ ESS                effective sample size of the importance weights, as a share o
 """
 
 import argparse
+import re
 from pathlib import Path
 
 import matplotlib
@@ -30,6 +33,10 @@ PANELS = {
 }
 
 
+def method_of(name: str) -> str:
+    return re.sub(r"-seed\d+$", "", name)
+
+
 def smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
     return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
@@ -38,26 +45,31 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 def draw(histories: dict[str, list[dict]], out: Path) -> None:
     """Draws the panels of each run (its name and its metrics) over the states seen, and saves them as PNG."""
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
+    methods = list(dict.fromkeys(method_of(name) for name in histories))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
     for axis, (key, (title, label)) in zip(axes.flat, PANELS.items(), strict=True):
-        for color, (name, history) in zip(colors, histories.items(), strict=False):
+        for name, history in histories.items():
+            method = method_of(name)
+            color = colors[methods.index(method) % len(colors)]
+            first = next(other for other in histories if method_of(other) == method) == name
             points = [(record["states"], record[key]) for record in history if record.get(key) is not None]
             if points:
                 x, y = zip(*points, strict=True)
                 axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
-                axis.plot(x, smooth(list(y)), color=color, label=name, linewidth=2)
+                axis.plot(x, smooth(list(y)), color=color, label=method if first else None, linewidth=1.5)
             if key == "accuracy":
                 sets = dict.fromkeys(k for record in history for k in record if k.startswith("eval/"))
                 for marker, test in zip("os^Dv", sets, strict=False):
                     points = [(record["states"], record[test]) for record in history if test in record]
-                    prefix = f"{name} " if len(histories) > 1 else ""
-                    axis.plot(*zip(*points, strict=True), marker, color=color, label=prefix + test.removeprefix("eval/"))
+                    prefix = f"{method} " if len(methods) > 1 else ""
+                    text = prefix + test.removeprefix("eval/") if first else None
+                    axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4, label=text)
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("accuracy", "expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0] and (len(histories) > 1 or key == "accuracy"):
-            axis.legend(fontsize=8)
+        if axis.get_legend_handles_labels()[0] and (len(methods) > 1 or key == "accuracy"):
+            axis.legend(fontsize=7)
     figure.savefig(out, dpi=90)
     plt.close(figure)
 

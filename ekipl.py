@@ -382,7 +382,7 @@ def metrics(groups: list[dict]) -> dict[str, float]:
     kept = [g["sources"][i] for g in groups for i in g["kept"]]
     result = {
         "reward": mean(f + a for f, a, _, _ in own),  # of the policy's own actions
-        "accuracy": mean(a == 1.0 for _, a, _, _ in own),
+        "accuracy": mean(a for _, a, _, _ in own),
         "format": mean(f for f, _, _, _ in own),
         "tokens": mean(t for _, _, t, _ in own),
         "truncated": mean(t for *_, t in own),
@@ -392,7 +392,7 @@ def metrics(groups: list[dict]) -> dict[str, float]:
         "dead_groups": mean(not any(g["advantages"]) for g in groups),
     }
     for name in dict.fromkeys(source for source, *_ in flat if source != POLICY):
-        result[f"accuracy/{name}"] = mean(a == 1.0 for source, _, a, *_ in flat if source == name)
+        result[f"accuracy/{name}"] = mean(a for source, _, a, *_ in flat if source == name)
         result[f"share/{name}"] = mean(source == name for source in kept)
     columns = [sum((g[name] for g in groups), []) for name in ("objective", "kl", "clip_fraction")]
     known = all(g["weights"] is not None for g in groups)

@@ -3,8 +3,8 @@
     python evaluate.py tiny --sets counting-id counting-ood          # a model's directory or hub id
     python evaluate.py runs/NAME/model --sets transformation-id --samples 8
 
-Accuracy is the share of answers that are wholly right; partial credit, where a kind of answer has it, shows in the score, the
-mean accuracy reward. One greedy answer a question, so that an evaluation has no luck in it.
+Accuracy is what Table 1 reports: the mean accuracy reward, and for function sequences Reason-RFT's test score, which gives partial
+credit (rewards.py). "exact" is the share of answers that are wholly right. One greedy answer a question, so that no luck is in it.
 """
 
 import argparse
@@ -16,18 +16,21 @@ from tqdm import tqdm
 
 from blocks import SETS, BlocksSet
 from policy import Policy
-from rewards import accuracy_reward, format_reward
+from rewards import accuracy_reward, format_reward, function_score
 from sampling import Action, TransformersSampler
 
 EVAL_SEED = 0  # of Pass@k's samples
 
 
 def score(states, actions: list[Action]) -> dict[str, float]:
-    """Means over the states of one action each: accuracy (wholly right), score (accuracy reward), format, tokens, truncated."""
-    accuracy = [accuracy_reward(action.text, state.answer, state.kind) for state, action in zip(states, actions, strict=True)]
+    """Means over the states, one action each: accuracy (Table 1), exact (wholly right), format, tokens, truncated."""
+    rewards = [accuracy_reward(action.text, state.answer, state.kind) for state, action in zip(states, actions, strict=True)]
     columns = {
-        "accuracy": [float(reward == 1.0) for reward in accuracy],
-        "score": accuracy,
+        "accuracy": [
+            function_score(action.text, state.answer) if state.kind == "function" else reward
+            for state, action, reward in zip(states, actions, rewards, strict=True)
+        ],
+        "exact": [float(reward == 1.0) for reward in rewards],
         "format": [format_reward(action.text) for action in actions],
         "tokens": [len(action.tokens) for action in actions],
         "truncated": [float(action.truncated) for action in actions],
@@ -70,11 +73,11 @@ def main() -> None:
     policy.to("cuda" if torch.cuda.is_available() else "cpu")
     sampler = TransformersSampler(policy, args.max_new_tokens)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= args.samples]
-    print("set                       accuracy  score  format  tokens" + "".join(f"  pass@{k}" for k in ks))
+    print("set                       accuracy  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
     for name, questions in sets.items():
         states = [questions[i] for i in tqdm(range(len(questions)), desc=name, leave=False)]
         result = score(states, answer_greedily(sampler, states))
-        line = f"{name:25s} {100 * result['accuracy']:8.1f} {100 * result['score']:6.1f} {100 * result['format']:7.1f} {result['tokens']:7.1f}"
+        line = f"{name:25s} {100 * result['accuracy']:8.1f} {100 * result['exact']:6.1f} {100 * result['format']:7.1f} {result['tokens']:7.1f}"
         if ks:
             groups = sampler.sample(policy.encode(states), args.samples, EVAL_SEED)
             right = [sum(accuracy_reward(a.text, s.answer, s.kind) == 1.0 for a in g) for s, g in zip(states, groups, strict=True)]

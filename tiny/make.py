@@ -1,13 +1,18 @@
 """How tiny/ was made: a Qwen2-VL of 1.3 M parameters that sees the blocks world well and reasons about it poorly.
 
-    python tiny/make.py --out tiny          # seeded; writes the Hugging Face directory and losses.csv; 6 minutes on one H200
+    python tiny/make.py --out tiny          # seeded; writes the Hugging Face directory and losses.csv; @TIME@ on two CPU cores
 
-It stands for a pretrained model, so it gets what pretraining gives. First it learns to see and to talk: to describe pictures
-("describe ."), and, asked for that ("check ." or "list ."), to go through a question's objects step by step. Then it learns the prompt
-of RL ("think , then answer ."), where it answers at a glance: no reasoning, an answer that is often wrong, a broken format now
-and then. What it can do step by step it does not do there by itself; whether RL finds that out is the experiment.
+It stands for a pretrained model, so it gets what pretraining gives, in three phases:
 
-Of the out-of-distribution splits it has seen pictures, but no question worked out step by step. No test question is used.
+    name    the tokens of a picture learn to name what they show, in the language model's own words: the alignment that a real vision
+            tower brings along, and without which a small model takes very long to look at pictures at all
+    see     it learns to describe pictures ("describe .") and, asked for that ("check ." or "list ."), to go through a question's
+            objects step by step. The questions are RL's own, since matching objects with a question's words is the slow part
+    glance  it learns the prompt of RL ("think , then answer ."), where it answers at a glance: no reasoning, an answer that is often
+            wrong, now and then a broken format
+
+What it can do step by step when asked to "check" it does not do by itself when asked to think; whether RL finds out that it pays is the
+experiment. Of the out-of-distribution splits it has seen pictures, but no question worked out step by step. No test question is used.
 """
 
 import argparse
@@ -54,7 +59,7 @@ SIDE, PATCH = blocks.GRID * blocks.CELL, 8
 # What a cell of a picture can be: one word of each list.
 NAMES = (("no", "object"), blocks.SIZES, tuple(blocks.COLORS), blocks.SHAPES, ("0", "1", "2", "3", "4"))
 # How often each task is practised.
-TASKS = {"counting": 0.5, "structure": 0.17, "transformation": 0.33}
+TASKS = {"counting": 0.55, "structure": 0.17, "transformation": 0.28}
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -339,7 +344,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the tiny Qwen2-VL of the blocks world.")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(250, 5000, 200), metavar="N", help="of the three phases")
+    parser.add_argument("--steps", type=int, nargs=3, default=(250, 4200, 200), metavar="N", help="of the three phases")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak of the first two phases")
     parser.add_argument("--glance-lr", type=float, default=5e-4, help="peak of the last phase")
