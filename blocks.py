@@ -27,6 +27,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from data import State
+from rewards import judge_answer
 
 SHAPES = ("cube", "sphere", "cylinder")
 SIZES = ("small", "medium", "large")
@@ -437,7 +438,7 @@ class Structure:
         """One length read wrong by a unit, or the figure taken for a similar one."""
         figure, mistaken = self.figure, []
         similar = {
-            "rectangle": ("square", "triangle"), "square": ("rectangle", "triangle"), "triangle": ("rectangle",),
+            "rectangle": ("triangle",), "square": ("triangle",), "triangle": ("rectangle",),
             "l-shape": ("rectangle", "t-shape"), "t-shape": ("l-shape",), "trapezoid": ("rectangle", "triangle"),
         }  # fmt: skip
         if figure.shape == "strip":
@@ -449,7 +450,10 @@ class Structure:
             mistaken += [replace(figure, height=figure.height + step) for step in (-1, 1)]
         else:
             for step in (-1, 1):
-                mistaken += [replace(figure, width=figure.width + step), replace(figure, height=figure.height + step)]
+                wider = replace(figure, width=figure.width + step)
+                taller = replace(figure, height=figure.height + step)
+                square = replace(wider, height=taller.height)
+                mistaken += [square] if figure.shape == "square" else [wider, taller]
             for shape in similar[figure.shape]:
                 mistaken.append(replace(figure, shape=shape, notch=figure.notch if "-shape" in shape else (0, 0)))
             mistaken = [other for other in mistaken if other.is_proper()]
@@ -584,7 +588,7 @@ class BlocksSet:
 
     def __init__(self, name: str, size: int, seed: int = 0):
         task = name.split("-")[0]
-        if name not in (f"{task}-train", *SETS.get(task, ())):
+        if task not in SETS or name not in (f"{task}-train", *SETS[task]):
             known = ", ".join(f"{task}-train, {', '.join(sets)}" for task, sets in SETS.items())
             raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
         self.name, self.size, self.seed = name, size, seed
@@ -616,7 +620,8 @@ class BlocksSet:
 
 def mistakes(problem: Counting | Structure | Transformation) -> list:
     """The problem as somebody sees it who gets it wrong, in every plausible way, each once."""
-    wrong = [seen for seen in problem.misperceived() if seen.answer() != problem.answer()]
+    # By the reward's own judgement, which forgives 5 % of a length or an area.
+    wrong = [seen for seen in problem.misperceived() if judge_answer(seen.answer(), problem.answer(), problem.kind) < 1]
     return list(dict.fromkeys(wrong))
 
 

@@ -86,6 +86,7 @@ def main() -> None:
     if len(files) > 1 and not args.out:
         parser.error("several runs in one picture need --out")
     names = [file.parent.name if file.name == "metrics.jsonl" else file.stem for file in files]
+    names = [str(file.parent) if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
     out = Path(args.out) if args.out else files[0].with_name("curves.png")
     draw({name: runs.read(file) for name, file in zip(names, files, strict=True)}, out)
     print(out)

@@ -12,7 +12,8 @@ One step:
 
 The batch is global: `batch_size` states a step over all processes. The loss is a sum over groups, divided by the number of
 groups in the global batch before any micro-batching, so that micro-batches, accumulation and processes do not change the gradient.
-Every random number follows from (seed, step), never from what happened before; so a resumed run is the run never stopped.
+Every random number follows from seed, step and process, never from what happened before; so a run that is resumed with as many
+processes is the run never stopped.
 
 Departures from the paper, and readings of what it leaves open, are in README.md ("Where the paper is silent").
 """
@@ -21,6 +22,7 @@ import argparse
 import dataclasses
 import math
 import os
+import pickle
 import random
 import sys
 import time
@@ -43,7 +45,7 @@ from evaluate import answer_greedily, score
 from experts import make_experts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
-from sampling import POLICY, Group, TransformersSampler, add_expert_logps, select, total_groups
+from sampling import POLICY, Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
 
 HERE = Path(__file__).resolve().parent
 
@@ -144,18 +146,23 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
             parser.add_argument(flag, type=setting.type, choices=choices or None, default=None, help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
-    if resume := given.pop("resume", None):
+    if (resume := given.pop("resume", None)) is not None:
         if given:
             raise UserError(f"--resume goes on with the run's own settings: leave out --{next(iter(given)).replace('_', '-')}")
         stored = runs.read_config(Path(resume))
         if set(stored) != {setting.name for setting in dataclasses.fields(Config)}:
             raise UserError(f"{resume} was made by another version of this program: its settings have other names")
+        for setting in dataclasses.fields(Config):
+            value, kinds = stored[setting.name], (int, float) if setting.type is float else (setting.type,)
+            choices = setting.metadata["choices"]
+            if type(value) not in kinds or (choices and value not in choices):
+                raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
         return Config(**stored), Path(resume)
     preset = given.get("preset", Config.preset)
     return Config(**{**PRESETS[preset], **given, "preset": preset}), None
 
 
-def check(config: Config, world: int) -> None:
+def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
     try:
         experts = make_experts(config.experts)
@@ -165,11 +172,13 @@ def check(config: Config, world: int) -> None:
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
     for name in ("lr", "temperature", "max_grad_norm"):
-        if not getattr(config, name) > 0 or math.isinf(getattr(config, name)):
+        if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
     for name in ("beta", "clip_eps", "warmup", "weight_decay", "eval_every", "save_every", "log_groups"):
-        if not getattr(config, name) >= 0:
-            raise UserError(f"--{name.replace('_', '-')} must not be negative")
+        if not 0 <= getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(config, name)}")
+    if config.warmup > 1:
+        raise UserError("--warmup is a share of the steps, at most 1")
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
         raise UserError(
@@ -182,6 +191,8 @@ def check(config: Config, world: int) -> None:
         raise UserError(f"--batch-size {config.batch_size} leaves some of {world} processes without a state")
     if config.steps < 1:
         raise UserError(f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}")
+    if config.name and not resuming and (Path(config.runs) / config.name).exists():
+        raise UserError(f"{Path(config.runs) / config.name} exists: continue it with --resume, or choose another --name")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU here")
 
@@ -201,6 +212,8 @@ class World:
     def join(cls, device: str) -> "World":
         rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+        if cuda and local >= torch.cuda.device_count():
+            raise UserError(f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
         if cuda:
             torch.cuda.set_device(local)
         if size > 1:  # no process waits for ever for one that died
@@ -292,17 +305,16 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
 def update(config: Config, policy, reference: Policy | None, optimizer, groups: list[Group], world: World, lr: float) -> dict:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: a Policy, or DistributedDataParallel around one. Returns per-group rows of what was measured in the first update, the
+    policy: a Policy, or DistributedDataParallel around one. Returns per-group rows of what was measured in the last update, the
     loss (of this process's groups, over the global number of groups) and the norm of the gradient before clipping.
     """
     device, total = world.device, config.batch_size
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and config.bf16 else nullcontext()
     order = sorted(range(len(groups)), key=lambda i: sum(len(action.tokens) for action in groups[i].kept_actions))
     batches = []
     for start in range(0, len(order), config.micro_batch):  # similar lengths together: less padding
         chosen = [groups[i] for i in order[start : start + config.micro_batch]]
         packed = pack([group.prompt for group in chosen], [[a.tokens for a in group.kept_actions] for group in chosen]).to(device)
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(device, config.bf16):
             ref_logp = reference(packed) if reference is not None else None
         batches.append(MicroBatch(chosen, packed, padded([group.advantages for group in chosen], 0.0).to(device), ref_logp))
 
@@ -312,14 +324,14 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
     for _ in range(config.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
         if config.updates_per_batch > 1 and batches[0].old_logp is None:  # pi_old is the policy before the first update
-            with torch.no_grad(), autocast:
+            with torch.no_grad(), autocast(device, config.bf16):
                 for batch in batches:
                     batch.old_logp = policy(batch.packed)
         for i, batch in enumerate(batches):
             # Gradients are averaged over the processes in the last backward pass only.
             quiet = policy.no_sync() if world.size > 1 and i < len(batches) - 1 else nullcontext()
             with quiet:
-                with autocast:
+                with autocast(device, config.bf16):
                     logp = policy(batch.packed)  # (B, G, T)
                 if batch.old_logp is None:  # one update: pi_old is pi_theta, and the ratio is 1 with a gradient
                     batch.old_logp = logp.detach()
@@ -336,7 +348,7 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
             measure(rows, batch, stats)
         norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
         if not math.isfinite(norms[-1]):
-            raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr, or look at the last groups in samples.jsonl")
+            raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
     return {"rows": [rows[id(group)] for group in groups], "loss": loss_sum, "grad_norm": sum(norms) / len(norms)}
 
@@ -386,7 +398,7 @@ def metrics(groups: list[dict]) -> dict[str, float]:
         "format": mean(f for f, _, _, _ in own),
         "tokens": mean(t for _, _, t, _ in own),
         "truncated": mean(t for *_, t in own),
-        "reward_std": mean(torch.tensor([f + a for f, a in zip(g["format"], g["accuracy"], strict=True)]).std(correction=0) for g in groups),
+        "reward_std": mean(torch.tensor([f + a for f, a in zip(g["format"], g["accuracy"], strict=True)]).std(correction=min(1, len(g["format"]) - 1)) for g in groups),
         "kept_reward": mean(g["format"][i] + g["accuracy"][i] for g in groups for i in g["kept"]),
         "expert_share": mean(source != POLICY for source in kept),  # Fig. 4
         "dead_groups": mean(not any(g["advantages"]) for g in groups),
@@ -432,6 +444,9 @@ def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) 
 
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
+    if world.device.type == "cpu":  # else threads add up the gradients of one tensor in whatever order they come
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     start = 0
     model = str(HERE / "tiny") if config.model == "tiny" else config.model
     try:
@@ -445,9 +460,12 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     path = open_run(config, resume, world)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     if resume:
-        trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location=world.device, weights_only=True)
-        optimizer.load_state_dict(trainer["optimizer"])
-        start = trainer["step"]
+        try:  # to the CPU first: Adam's step counters have to stay there
+            trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
+            optimizer.load_state_dict(trainer["optimizer"])
+            start = trainer["step"]
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
+            raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
         if world.rank == 0:
             for file in ("metrics.jsonl", "samples.jsonl"):
                 runs.forget_after(path / file, start)
@@ -455,7 +473,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if world.size > 1:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
-    sampler = TransformersSampler(policy, config.max_new_tokens)
+    sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
     experts = make_experts(config.experts)
     questions = BlocksSet(f"{config.task}-train", config.states, config.seed)
     tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
@@ -474,7 +492,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         states = [questions[i] for i in batch]
         # ---- actions and their rewards (Eq 4-7)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
-        groups = total_groups(states, sampler, experts, config.num_samples, seed)
+        expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
+        groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed)
         # ---- the top G, and their advantages (Eq 1)
         select(groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed))
         add_expert_logps(groups, experts)
@@ -499,6 +518,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
                 curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
             world.agree(None)  # nobody runs ahead of a checkpoint
     bar.close()
+    if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
+        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path
 
 
@@ -524,12 +545,13 @@ def main() -> None:
     transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     try:
         config, resume = parse(sys.argv[1:])
-        check(config, int(os.environ.get("WORLD_SIZE", 1)))
+        check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
         world = World.join(config.device)
         path = train(config, resume, world)
     except UserError as error:
-        if rank == 0:
-            print(f"ekipl.py: error: {error}", file=sys.stderr)
+        if rank > 0:
+            time.sleep(10)  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
+        print(f"ekipl.py: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:

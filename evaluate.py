@@ -64,6 +64,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="also sample this many answers a question, for Pass@k")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     args = parser.parse_args()
+    if args.states < 1 or args.max_new_tokens < 1 or args.samples < 0:
+        parser.error("--states and --max-new-tokens must be at least 1, --samples at least 0")
     try:
         sets = {name: BlocksSet(name, args.states) for name in args.sets}
         policy = Policy.load(args.model)

@@ -15,13 +15,28 @@ import json
 import os
 import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
     """A mistake of the user's or of their machine: told in one line, without traceback, with exit code 2."""
+
+
+@contextmanager
+def writing(path: Path):
+    """A full or read-only disk is the user's to mend: UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # torch.save on a full disk
+            raise UserError(f"cannot write {path}: is the disk full?") from error
+        raise
 
 
 def create(root: str, name: str, config: dict) -> Path:
@@ -33,7 +48,8 @@ def create(root: str, name: str, config: dict) -> Path:
         raise UserError(f"{path} exists: continue it with --resume {path}, or choose another --name") from None
     except OSError as error:
         raise UserError(f"cannot make the run directory {path}: {error.strerror}") from None
-    write_aside(path / "config.json", json.dumps(config, indent=2) + "\n")
+    with writing(path):
+        write_aside(path / "config.json", json.dumps(config, indent=2) + "\n")
     return path
 
 
@@ -43,7 +59,7 @@ def read_config(path: Path) -> dict:
         raise UserError(f"no run to resume at {path}")
     try:
         return dict(json.loads((path / "config.json").read_text()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, TypeError):
         raise UserError(f"{path} is no run of this program: its config.json is missing or not readable") from None
 
 
@@ -59,7 +75,7 @@ def write_aside(path: Path, text: str) -> None:
 
 def append(path: Path, records: list[dict]) -> None:
     """Adds lines of JSON, whole lines only, NaN not allowed."""
-    with open(path, "a") as file:
+    with writing(path), open(path, "a") as file:
         file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
@@ -78,33 +94,46 @@ def forget_after(path: Path, step: int) -> None:
     """Drops the records of steps after `step`, which a resumed run will do again."""
     if path.exists():
         kept = [record for record in read(path) if record["step"] <= step]
-        write_aside(path, "".join(json.dumps(record) + "\n" for record in kept))
+        with writing(path):
+            write_aside(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def sync(path: Path) -> None:
+    """Onto the disk, a file's content or a directory's names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer) -> None:
-    """Writes checkpoint-STEP, points `model` at it, and removes the older ones."""
+    """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written."""
+    with writing(path):
+        _save_checkpoint(path, step, policy, optimizer)
+
+
+def _save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer) -> None:
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     policy.save(aside)
     torch.save({"step": step, "optimizer": optimizer.state_dict()}, aside / "trainer.pt")
-    for file in [*aside.iterdir(), aside]:  # onto the disk before the name says it is complete
-        handle = os.open(file, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+    for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:  # before the name says that it is complete
+        sync(file)
     shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     link = path / "model.tmp"
     link.unlink(missing_ok=True)
     link.symlink_to(final.name)
     os.replace(link, path / "model")
+    sync(path)
     for old in checkpoints(path)[:-1]:
         shutil.rmtree(old, ignore_errors=True)
 
 
 def checkpoints(path: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(found for found in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", found.name))
+    found = [found for found in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", found.name)]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(path: Path) -> Path:

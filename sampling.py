@@ -45,7 +45,7 @@ class Group:
 
     format, accuracy: (M,), the parts of each reward. kept: indices of the G actions that train the policy, best first.
     advantages: (G,), of the kept ones, in their order. expert_logps: (G, m), log-density of each kept action under each
-    expert, -inf where it never says this, or None if some expert does not tell.
+    expert that took part, -inf where it never says this, or None if some expert does not tell.
     """
 
     state: State
@@ -77,10 +77,13 @@ class Group:
 
 
 class TransformersSampler:
-    """Rollouts with transformers' `generate`, on any device. `rows`: how many responses are generated at a time."""
+    """Rollouts with transformers' `generate`, on any device.
 
-    def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512):
-        self.policy, self.max_new_tokens, self.rows = policy, max_new_tokens, rows
+    rows: how many responses are generated at a time. bf16: by autocast on a GPU, as the policy is scored there.
+    """
+
+    def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512, bf16: bool = False):
+        self.policy, self.max_new_tokens, self.rows, self.bf16 = policy, max_new_tokens, rows, bf16
 
     def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
         """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""
@@ -94,14 +97,14 @@ class TransformersSampler:
         policy, per_call = self.policy, max(1, self.rows // n)
         # Everything is said here, since what is not would come from the checkpoint's own settings (Qwen2-VL: top_k 1).
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, num_return_sequences=n, num_beams=1, repetition_penalty=1.0,
+            max_new_tokens=self.max_new_tokens, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
             suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
             do_sample=seed is not None, temperature=policy.temperature if seed is not None else 1.0, top_k=0, top_p=1.0,
         )  # fmt: skip
         groups = []
-        with generating(policy, seed):
+        with generating(policy, seed), autocast(policy.suppressed_ids.device, self.bf16):
             for start in range(0, len(prompts), per_call):
-                inputs = left_padded(prompts[start : start + per_call], policy)
+                inputs = prefilled(prompts[start : start + per_call], n, policy)
                 width = inputs["input_ids"].shape[1]
                 responses = policy.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
                 actions = [self._action(tokens) for tokens in responses]
@@ -115,11 +118,17 @@ class TransformersSampler:
         return Action(tokens, self.policy.tokenizer.decode(tokens, skip_special_tokens=True), POLICY, truncated)
 
 
+def autocast(device: torch.device, bf16: bool):
+    """bfloat16 on a GPU, if asked for, with weights that stay float32: for rollouts and scores alike, or they disagree."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
+
+
 @contextmanager
 def generating(policy: Policy, seed: int | None):
     """Without gradients, in eval mode (checkpointing forbids the KV cache), with random numbers of its own."""
     device = policy.suppressed_ids.device
-    training = policy.training
+    training, own = policy.training, policy.model.generation_config
+    policy.model.generation_config = GenerationConfig()  # `generate` takes from there what it is not told
     policy.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -127,21 +136,34 @@ def generating(policy: Policy, seed: int | None):
             yield
     finally:
         policy.train(training)
+        policy.model.generation_config = own
 
 
-def left_padded(prompts: list[Prompt], policy: Policy) -> dict[str, torch.Tensor]:
-    """The prompts as one batch for `generate`: their ends aligned, since it continues all rows from the last column."""
-    width = max(len(prompt.input_ids) for prompt in prompts)
-    ids = torch.full((len(prompts), width), policy.eos_id)
-    mask = torch.zeros_like(ids)
+def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
+    """Inputs for `generate` that continue each prompt n times, with the prompts' keys and values already computed.
+
+    Left to itself, `generate` would encode prompt and images n times. The prompts are padded on the left, since it continues
+    all rows from the last column; their last token is left to it.
+    """
+    device, width = policy.suppressed_ids.device, max(len(prompt.input_ids) for prompt in prompts)
+    ids = torch.full((len(prompts), width), policy.eos_id)  # (B, W)
+    mask = torch.zeros_like(ids)  # (B, W)
+    positions = torch.zeros(3, len(prompts), width, dtype=torch.long)  # (3, B, W)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt.input_ids) :] = prompt.input_ids
-        mask[row, width - len(prompt.input_ids) :] = 1
-    inputs = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == policy.model.config.image_token_id).int()}
+        pad = width - len(prompt.input_ids)
+        ids[row, pad:], mask[row, pad:], positions[:, row, pad:] = prompt.input_ids, 1, prompt.position_ids
+    order = (mask.cumsum(-1) - 1).clamp(min=0)[None]  # (1, B, W): `generate` wants the plain order in front
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.cat([order, positions])}
+    inputs = {name: value.to(device) for name, value in inputs.items()}
+    images = {}
     for name in ("pixel_values", "image_grid_thw"):
         if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
-            inputs[name] = torch.cat(parts)
-    return {name: value.to(policy.suppressed_ids.device) for name, value in inputs.items()}
+            images[name] = torch.cat(parts).to(device)
+    start = {name: value[..., :-1] for name, value in inputs.items()}
+    cache = policy.model.model(**start, **images, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(n)
+    repeated = {name: value.repeat_interleave(n, dim=-2) for name, value in inputs.items()}
+    return {**repeated, "past_key_values": cache}
 
 
 # ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
@@ -160,14 +182,17 @@ def expert_action(policy: Policy, text: str, source: str, max_new_tokens: int) -
 
 
 def total_groups(
-    states: list[State], sampler: TransformersSampler, experts: list[Expert], n: int, seed: int
+    states: list[State], sampler: TransformersSampler, experts: list[Expert], n: int, seed: int, expert_seed: int
 ) -> list[Group]:
-    """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7."""
+    """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
+
+    seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
+    """
     policy = sampler.policy
     prompts = policy.encode(states)
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
     for expert in experts:  # Eq 5
-        for actions, texts in zip(candidates, expert.sample(states, n, seed), strict=True):
+        for actions, texts in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
             actions += [expert_action(policy, text, expert.name, sampler.max_new_tokens) for text in texts]  # Eq 6
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
@@ -215,6 +240,7 @@ def select(groups: list[Group], g: int, baseline: str, ties: str, selection: str
 def add_expert_logps(groups: list[Group], experts: list[Expert]) -> None:
     """Sets `expert_logps` of each group, the densities that Appendix A's weights need. Unknown ones stay None, never 0."""
     for group in groups:
-        logps = [[expert.logp(group.state, action) for expert in experts] for action in group.kept_actions]  # (G, m)
+        present = [expert for expert in experts if any(action.source == expert.name for action in group.actions)]
+        logps = [[expert.logp(group.state, action) for expert in present] for action in group.kept_actions]  # (G, m)
         if not any(logp is None for row in logps for logp in row):
             group.expert_logps = logps

@@ -1,4 +1,4 @@
-"""evaluate.py: Pass@k is what drawing k answers gives, accuracy counts only what is wholly right."""
+"""evaluate.py: Pass@k is what drawing k answers gives, accuracy is Table 1's, exact is what is wholly right."""
 
 import sys
 from itertools import combinations
@@ -35,18 +35,20 @@ def test_pass_at_k_refuses_what_is_no_draw(n, c, k):
 
 def test_score_of_a_worked_example():
     two_calls = "change_color ( 0 , red ) change_size ( 1 , small )"
+    nearly = two_calls.replace("small", "large")
     asked = [
         ("3", "discrete", "<think> 3 </think> <answer> 3 </answer>", 10, False),  # right
         ("3", "discrete", "<answer> 4 </answer>", 4, False),  # wrong, and in no format
         ("100", "math", "<think> so </think> <answer> 110 </answer>", 8, False),  # 10 % off: three quarters
-        (two_calls, "function", "<think> so </think> <answer> change_color ( 0 , red ) </answer>", 12, False),  # half
+        # One call right, of the other all but the value: Reason-RFT's test score is 0.75, its reward 0.5.
+        (two_calls, "function", f"<think> so </think> <answer> {nearly} </answer>", 12, False),
         (two_calls, "function", "<think> so", 16, True),
     ]
     states = [SimpleNamespace(answer=answer, kind=kind) for answer, kind, *_ in asked]
     actions = [Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked]
     assert score(states, actions) == pytest.approx({
-        "accuracy": 1 / 5,  # only the first is wholly right
-        "score": (1 + 0 + 0.75 + 0.5 + 0) / 5,
+        "accuracy": (1 + 0 + 0.75 + 0.75 + 0) / 5,
+        "exact": 1 / 5,  # only the first
         "format": 3 / 5,
         "tokens": 50 / 5,
         "truncated": 1 / 5,
@@ -82,11 +84,11 @@ def test_the_command_prints_a_line_for_each_set(random_model_dir, monkeypatch, c
     names = ["counting-id", "transformation-left"]
     run(monkeypatch, random_model_dir, "--sets", *names, "--states", 2, "--samples", 3, "--max-new-tokens", 3)
     head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == "set accuracy score format tokens pass@1 pass@2".split()
+    assert head.split() == "set accuracy exact format tokens pass@1 pass@2".split()
     assert [line.split()[0] for line in lines] == names
     for line in lines:
-        accuracy, credit, form, tokens, *passes = map(float, line.split()[1:])
-        assert 1 <= tokens <= 3 and not any([accuracy, credit, form, *passes])  # a random model knows nothing
+        accuracy, exact, form, tokens, *passes = map(float, line.split()[1:])
+        assert 1 <= tokens <= 3 and not any([accuracy, exact, form, *passes])  # a random model knows nothing
 
 
 @pytest.mark.parametrize("model, names, message", [

@@ -259,7 +259,7 @@ def test_an_experts_text_is_not_repaired(blocks_policy, text):
 def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_policy):
     states = [blocks.BlocksSet(name, 1)[0] for name in ("counting-train", "transformation-train")]
     sampler, experts = TransformersSampler(blocks_policy, 80), make_experts("careful,quick")
-    groups = total_groups(states, sampler, experts, 3, seed=4)
+    groups = total_groups(states, sampler, experts, 3, seed=4, expert_seed=4)
     alone = sampler.sample(blocks_policy.encode(states), 3, seed=4)
     for state, group, own in zip(states, groups, alone, strict=True):
         assert group.state is state and group.actions[:3] == own
