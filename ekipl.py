@@ -101,7 +101,7 @@ class Config:
     # the optimizer
     batch_size: int = option(64, "states a step, over all processes")
     micro_batch: int = option(16, "states per forward pass of a process; smaller needs less memory, the gradient is the same")
-    lr: float = option(1e-3, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
+    lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
