@@ -39,7 +39,7 @@ def test_every_file_it_names_exists_and_every_module_is_named():
 
 
 def test_its_commands_use_flags_that_exist():
-    flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(ekipl.Config)} | {"--resume"}
+    flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(ekipl.Config)} | {"--resume", "--help"}
     commands = re.findall(r"^\S*(?:python|torchrun).*?ekipl\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
     assert commands
     for command in commands:
