@@ -67,6 +67,8 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("accuracy", "expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
+        if key == "kl":  # k3 jumps on expert actions while the policy's way of thinking changes
+            axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0] and (len(methods) > 1 or key == "accuracy"):
             axis.legend(fontsize=7)

@@ -68,7 +68,7 @@ class Config:
     # what is trained, on what
     model: str = option("tiny", "policy and reference: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code")
     task: str = option("counting", "the task of the blocks world", tuple(SETS))
-    states: int = option(3840, "questions in the training set")
+    states: int = option(2560, "questions in the training set")
     epochs: int = option(1, "passes over the training set")
     # the total group (Eq 4-6) and what is kept of it
     experts: str = option("careful,quick", "experts, comma-separated: careful, quick (scripted); 'none' is plain GRPO")
@@ -110,7 +110,7 @@ class Config:
     bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what is measured and kept
-    eval_every: int = option(15, "greedy evaluation on the task's test sets every so many steps, and before the first and after the last; 0: never")
+    eval_every: int = option(20, "greedy evaluation on the task's test sets every so many steps, and before the first and after the last; 0: never")
     eval_states: int = option(200, "questions of each test set in an evaluation")
     save_every: int = option(20, "checkpoint every so many steps and after the last; 0: after the last only")
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
