@@ -270,7 +270,7 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
         assert group.rewards == [reward(action.text, state.answer, state.kind) for action in group.actions]
         assert min(group.rewards[3:]) >= 1.0  # the experts' format is right
         assert group.prompt.image_grid_thw.shape[0] == len(state.images)
-    (only,) = total_groups(states[:1], sampler, [], 3, seed=4)
+    (only,) = total_groups(states[:1], sampler, [], 3, seed=4, expert_seed=4)
     assert only.actions == sampler.sample(blocks_policy.encode(states[:1]), 3, seed=4)[0] and only.mixture == [1.0]
 
 
