@@ -406,13 +406,21 @@ def test_the_mixture_is_each_sources_share_of_the_draws():
 
 
 def test_expert_log_densities_of_the_kept_actions():
-    tells = SimpleNamespace(logp=lambda state, action: -1.0 - int(action.text))
-    never = SimpleNamespace(logp=lambda state, action: -math.inf)
-    unknown_once = SimpleNamespace(logp=lambda state, action: None if action.text == "2" else -0.5)
-    groups = [selected(2, "candidates", group([0, 1, 1], [0, 0, 1])), selected(1, "candidates", group([1, 0], [0, 0]))]
+    tells = SimpleNamespace(name="tells", logp=lambda state, action: -1.0 - int(action.text))
+    never = SimpleNamespace(name="never", logp=lambda state, action: -math.inf)
+    unknown_once = SimpleNamespace(name="once", logp=lambda state, action: None if action.text == "2" else -0.5)
+
+    def two(other: str) -> list[Group]:
+        big = group([0, 1, 1], [0, 0, 1], ["policy", "tells", other])
+        return [selected(2, "candidates", big), selected(1, "candidates", group([1, 0], [0, 0], ["tells", other]))]
+
+    groups = two("never")
     add_expert_logps(groups, [tells, never])
     assert [made.expert_logps for made in groups] == [[[-3.0, -math.inf], [-2.0, -math.inf]], [[-1.0, -math.inf]]]
     assert groups[0].kept == [2, 1]
-    groups = [selected(2, "candidates", group([0, 1, 1], [0, 0, 1])), selected(1, "candidates", group([1, 0], [0, 0]))]
+    absent = selected(1, "candidates", group([1, 0], [0, 0], ["policy", "tells"]))  # "never" did not answer: no column
+    add_expert_logps([absent], [tells, never])
+    assert absent.expert_logps == [[-1.0]] and len(absent.mixture) == 2
+    groups = two("once")
     add_expert_logps(groups, [tells, unknown_once])
     assert [made.expert_logps for made in groups] == [None, [[-1.0, -0.5]]]  # never a part, never 0
