@@ -59,7 +59,7 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
                 axis.plot(x, smooth(list(y)), color=color, label=method if first else None, linewidth=1.5)
             if key == "accuracy":
                 sets = dict.fromkeys(k for record in history for k in record if k.startswith("eval/"))
-                for marker, test in zip("os^Dv", sets, strict=False):
+                for marker, test in zip("os^DvP*X", sets, strict=False):
                     points = [(record["states"], record[test]) for record in history if test in record]
                     prefix = f"{method} " if len(methods) > 1 else ""
                     text = prefix + test.removeprefix("eval/") if first else None

@@ -28,7 +28,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -41,11 +41,13 @@ import curves
 import grpo
 import runs
 from blocks import SETS, BlocksSet
+from distributed import World
 from evaluate import answer_greedily, score
 from experts import make_experts
+from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
-from sampling import POLICY, Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
+from sampling import Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
 
 HERE = Path(__file__).resolve().parent
 
@@ -68,7 +70,7 @@ class Config:
     # what is trained, on what
     model: str = option("tiny", "policy and reference: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code")
     task: str = option("counting", "the task of the blocks world", tuple(SETS))
-    states: int = option(2560, "questions in the training set")
+    states: int = option(3840, "questions in the training set")
     epochs: int = option(1, "passes over the training set")
     # the total group (Eq 4-6) and what is kept of it
     experts: str = option("careful,quick", "experts, comma-separated: careful, quick (scripted); 'none' is plain GRPO")
@@ -191,56 +193,13 @@ def check(config: Config, world: int, resuming: bool) -> None:
         raise UserError(f"--batch-size {config.batch_size} leaves some of {world} processes without a state")
     if config.steps < 1:
         raise UserError(f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}")
-    if config.name and not resuming and (Path(config.runs) / config.name).exists():
-        raise UserError(f"{Path(config.runs) / config.name} exists: continue it with --resume, or choose another --name")
+    if config.name and not resuming:
+        runs.must_be_new(Path(config.runs) / config.name)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU here")
 
 
-# ---------------------------------------------------------------------------------------------- processes
-
-
-@dataclass
-class World:
-    """This process among all of them: one without torchrun, else one per GPU (nccl), or on CPUs (gloo)."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @classmethod
-    def join(cls, device: str) -> "World":
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-        cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        if cuda and local >= torch.cuda.device_count():
-            raise UserError(f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
-        if cuda:
-            torch.cuda.set_device(local)
-        if size > 1:  # no process waits for ever for one that died
-            dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
-
-    def mine(self, items: list) -> list:
-        """This process's share of a list; shares differ by one at most."""
-        return items[self.rank :: self.size]
-
-    def gather(self, items: list) -> list:
-        """Every process's share, back in the order of the whole list."""
-        if self.size == 1:
-            return items
-        shares = [None] * self.size
-        dist.all_gather_object(shares, items)
-        whole = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            whole[rank :: self.size] = share
-        return whole
-
-    def agree(self, value):
-        """The first process's value."""
-        values = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+# ---------------------------------------------------------------------------------------------- the run's directory
 
 
 def open_run(config: Config, resume: Path | None, world: World) -> Path:
@@ -362,71 +321,7 @@ def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Ten
         rows[id(group)]["weights"] = weights[b, :n].tolist() if weights is not None else None
 
 
-# ---------------------------------------------------------------------------------------------- what a step tells
-
-
-def summary(groups: list[Group], row: dict) -> list[dict]:
-    """What the metrics need of each group, small enough to be gathered from all processes."""
-    return [
-        {
-            "sources": [action.source for action in group.actions],
-            "format": group.format,
-            "accuracy": group.accuracy,
-            "tokens": [len(action.tokens) for action in group.actions],
-            "truncated": [action.truncated for action in group.actions],
-            "kept": group.kept,
-            "advantages": group.advantages,
-            **measured,
-        }
-        for group, measured in zip(groups, row["rows"], strict=True)
-    ]
-
-
-def metrics(groups: list[dict]) -> dict[str, float]:
-    """One step's figures from the summaries of all its groups."""
-    flat = [(source, *values) for g in groups for source, *values in zip(g["sources"], g["format"], g["accuracy"], g["tokens"], g["truncated"], strict=True)]
-
-    def mean(values) -> float:
-        values = [float(value) for value in values]
-        return sum(values) / len(values)
-
-    own = [values for source, *values in flat if source == POLICY]
-    kept = [g["sources"][i] for g in groups for i in g["kept"]]
-    result = {
-        "reward": mean(f + a for f, a, _, _ in own),  # of the policy's own actions
-        "accuracy": mean(a for _, a, _, _ in own),
-        "format": mean(f for f, _, _, _ in own),
-        "tokens": mean(t for _, _, t, _ in own),
-        "truncated": mean(t for *_, t in own),
-        "reward_std": mean(torch.tensor([f + a for f, a in zip(g["format"], g["accuracy"], strict=True)]).std(correction=min(1, len(g["format"]) - 1)) for g in groups),
-        "kept_reward": mean(g["format"][i] + g["accuracy"][i] for g in groups for i in g["kept"]),
-        "expert_share": mean(source != POLICY for source in kept),  # Fig. 4
-        "dead_groups": mean(not any(g["advantages"]) for g in groups),
-    }
-    for name in dict.fromkeys(source for source, *_ in flat if source != POLICY):
-        result[f"accuracy/{name}"] = mean(a for source, _, a, *_ in flat if source == name)
-        result[f"share/{name}"] = mean(source == name for source in kept)
-    columns = [sum((g[name] for g in groups), []) for name in ("objective", "kl", "clip_fraction")]
-    known = all(g["weights"] is not None for g in groups)
-    return result | grpo.diagnostics(*columns, sum((g["weights"] for g in groups), []) if known else None, kept)
-
-
-def transcripts(step: int, groups: list[Group]) -> list[dict]:
-    """Whole groups for people to read."""
-    records = []
-    for group in groups:
-        advantages = dict(zip(group.kept, group.advantages, strict=True))
-        records.append({
-            "step": step,
-            "state": group.state.id,
-            "question": group.state.question,
-            "answer": group.state.answer,
-            "actions": [
-                {"source": action.source, "text": action.text, "reward": reward, "kept": i in advantages, "advantage": advantages.get(i)}
-                for i, (action, reward) in enumerate(zip(group.actions, group.rewards, strict=True))
-            ],
-        })  # fmt: skip
-    return records
+# ---------------------------------------------------------------------------------------------- the run
 
 
 def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) -> dict[str, float]:
@@ -437,9 +332,6 @@ def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) 
         actions = world.gather(answer_greedily(sampler, share))
         result[f"eval/{name}"] = score(states, actions)["accuracy"]
     return result
-
-
-# ---------------------------------------------------------------------------------------------- the run
 
 
 def train(config: Config, resume: Path | None, world: World) -> Path:
@@ -463,10 +355,12 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         try:  # to the CPU first: Adam's step counters have to stay there
             trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
             optimizer.load_state_dict(trainer["optimizer"])
-            start = trainer["step"]
+            start, processes = trainer["step"], trainer["processes"]
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
             raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
         if world.rank == 0:
+            if processes != world.size:
+                print(f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped", file=sys.stderr)
             for file in ("metrics.jsonl", "samples.jsonl"):
                 runs.forget_after(path / file, start)
     learner = policy
@@ -505,7 +399,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- evaluate, log, save
         last = step + 1 == config.steps
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
-        record |= metrics(world.gather(summary(groups, updated)))
+        record |= step_metrics(world.gather(summary(groups, updated)))
         record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
         record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1]}
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
@@ -514,7 +408,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             if world.rank == 0:
-                runs.save_checkpoint(path, step + 1, policy, optimizer)
+                runs.save_checkpoint(path, step + 1, policy, optimizer, world.size)
                 curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
             world.agree(None)  # nobody runs ahead of a checkpoint
     bar.close()

@@ -4,7 +4,7 @@
               metrics.jsonl        one line a step
               samples.jsonl        a few whole groups a step: question, every action, its source, reward, advantage, kept or not
               curves.png           drawn from metrics.jsonl (curves.py)
-              checkpoint-000060/   the model in Hugging Face layout and trainer.pt (the optimizer's state, the step)
+              checkpoint-000060/   the model in Hugging Face layout and trainer.pt (the optimizer's state, the step, how many processes)
               model                a link to the newest complete checkpoint
 
 A checkpoint is written aside, synced to the disk and renamed, so that whatever moment the run is killed at, the last complete one
@@ -39,13 +39,18 @@ def writing(path: Path):
         raise
 
 
+def must_be_new(path: Path) -> None:
+    """UserError if there is something at the place of a new run."""
+    if path.exists():
+        raise UserError(f"{path} exists: continue it with --resume {path}, or choose another --name")
+
+
 def create(root: str, name: str, config: dict) -> Path:
     """Makes the directory of a new run and writes its settings. UserError if it exists or cannot be written."""
     path = Path(root) / name
+    must_be_new(path)
     try:
         path.mkdir(parents=True)
-    except FileExistsError:
-        raise UserError(f"{path} exists: continue it with --resume {path}, or choose another --name") from None
     except OSError as error:
         raise UserError(f"cannot make the run directory {path}: {error.strerror}") from None
     with writing(path):
@@ -105,21 +110,20 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer) -> None:
+def save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
     """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written."""
     with writing(path):
-        _save_checkpoint(path, step, policy, optimizer)
+        _save_checkpoint(path, step, policy, {"step": step, "processes": processes, "optimizer": optimizer.state_dict()})
 
 
-def _save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer) -> None:
+def _save_checkpoint(path: Path, step: int, policy, trainer: dict) -> None:
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     policy.save(aside)
-    torch.save({"step": step, "optimizer": optimizer.state_dict()}, aside / "trainer.pt")
+    torch.save(trainer, aside / "trainer.pt")
     for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:  # before the name says that it is complete
         sync(file)
-    shutil.rmtree(final, ignore_errors=True)
     os.rename(aside, final)
     link = path / "model.tmp"
     link.unlink(missing_ok=True)

@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import GenerationConfig
+import torch.nn.functional as F
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import grpo
 from data import State
@@ -97,25 +98,64 @@ class TransformersSampler:
         policy, per_call = self.policy, max(1, self.rows // n)
         # Everything is said here, since what is not would come from the checkpoint's own settings (Qwen2-VL: top_k 1).
         settings = GenerationConfig(
-            max_new_tokens=self.max_new_tokens, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
+            max_length=None, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
             suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
-            do_sample=seed is not None, temperature=policy.temperature if seed is not None else 1.0, top_k=0, top_p=1.0,
+            **(dict(do_sample=True, temperature=policy.temperature, top_k=0, top_p=1.0) if seed is not None else dict(do_sample=False)),
         )  # fmt: skip
         groups = []
         with generating(policy, seed), autocast(policy.suppressed_ids.device, self.bf16):
             for start in range(0, len(prompts), per_call):
                 inputs = prefilled(prompts[start : start + per_call], n, policy)
-                width = inputs["input_ids"].shape[1]
-                responses = policy.model.generate(**inputs, generation_config=settings)[:, width:].tolist()
-                actions = [self._action(tokens) for tokens in responses]
+                actions = [self._action(tokens) for tokens in self._continue(inputs, settings)]
                 groups += [actions[i : i + n] for i in range(0, len(actions), n)]
         return groups
+
+    def _continue(self, inputs: dict, settings: GenerationConfig) -> list[list[int]]:
+        """The responses of `prefilled` rows: tokens up to EOS, its padding, or the length limit.
+
+        `generate` computes finished rows on until the last one ends. So it stops whenever half of them have, and goes on
+        with the others alone.
+        """
+        responses = [[] for _ in inputs["input_ids"]]
+        rows = torch.arange(len(responses), device=inputs["input_ids"].device)  # which responses are still being written
+        left = self.max_new_tokens
+        while len(rows):
+            width = inputs["input_ids"].shape[1]
+            settings.max_new_tokens = left
+            half = StoppingCriteriaList([HalfFinished(width, settings.eos_token_id)])
+            ids = self.policy.model.generate(**inputs, generation_config=settings, stopping_criteria=half)  # (rows, width + t)
+            written = ids[:, width:]
+            for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
+                responses[row] += tokens
+            left -= written.shape[1]
+            keep = (written != settings.eos_token_id).all(-1).nonzero()[:, 0] if left else rows[:0]
+            rows, cache, positions = rows[keep], inputs["past_key_values"], inputs["position_ids"][:, keep]
+            cache.batch_select_indices(keep)
+            ahead = torch.arange(1, written.shape[1] + 1, device=rows.device)
+            inputs = {
+                "input_ids": ids[keep],
+                "attention_mask": F.pad(inputs["attention_mask"][keep], (0, written.shape[1]), value=1),
+                "position_ids": torch.cat([positions, positions[..., -1:] + ahead], dim=-1),
+                "past_key_values": cache,
+            }
+        return responses
 
     def _action(self, tokens: list[int]) -> Action:
         truncated = self.policy.eos_id not in tokens
         if not truncated:  # what follows EOS is padding
             tokens = tokens[: tokens.index(self.policy.eos_id) + 1]
         return Action(tokens, self.policy.tokenizer.decode(tokens, skip_special_tokens=True), POLICY, truncated)
+
+
+class HalfFinished(StoppingCriteria):
+    """Ends all rows as soon as half of them have ended: said EOS after the first `width` tokens."""
+
+    def __init__(self, width: int, eos_id: int):
+        self.width, self.eos_id = width, eos_id
+
+    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
+        ended = (input_ids[:, self.width :] == self.eos_id).any(-1)  # (rows,)
+        return (ended.float().mean() >= 0.5).expand(len(ended))
 
 
 def autocast(device: torch.device, bf16: bool):

@@ -75,6 +75,15 @@ def random_processor(tokenizer) -> Qwen2VLProcessor:
     )
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """So small a model is several times faster on one thread where cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def random_model_dir(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("random-qwen2-vl")

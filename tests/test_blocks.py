@@ -15,7 +15,8 @@ import pytest
 from PIL import Image
 
 import blocks
-from blocks import COLORS, SETS, SHAPES, SIZES, STYLES, BlocksSet, Figure, Object, draw_figure, draw_scene
+from blocks import SETS, SHAPES, SIZES, STYLES, BlocksSet, Figure, Object
+from drawing import COLORS, draw_figure, draw_scene, sprite
 from rewards import accuracy_reward, reward
 
 TRAIN = tuple(f"{task}-train" for task in SETS)
@@ -332,13 +333,12 @@ def test_no_other_account_of_the_change_is_as_short(name):
 def test_a_thought_tells_each_objects_change(name):
     for state in states(name, 30):
         for style in STYLES:
-            told = re.split(r" (?=\d+ )", state.problem.think(style))  # only an object's number is a bare number
+            told = re.split(r" (?=\d+ [a-d]\d )", state.problem.think(style))  # only an object's number stands before a cell
             for i, (old, new) in enumerate(zip(state.problem.before, state.problem.after, strict=True)):
-                words = told[i].split()
-                assert words[0] == str(i) and {new.cell, new.size, new.color, new.shape} <= set(words)
-                assert style == "quick" or {old.cell, old.size, old.color, old.shape} <= set(words)
-                functions = [f"change_{function}" for function, j, _ in parse_calls(state.answer) if j == i]
-                assert [word for word in words if "_" in word or word == "same"] == (functions or ["same"])
+                looks = [(getattr(old, name), getattr(new, name)) for name in ("cell", "size", "color", "shape")]
+                seen = re.sub(r" change_\w+ \( .*? \)", "", told[i]).split()
+                assert seen == [str(i), *(word for pair in looks for word in pair[style == "quick" :])]
+            assert re.findall(r"change_\w+ \( .*? \)", " ".join(told)) == re.findall(r"change_\w+ \( .*? \)", state.answer)
             assert len(told) == len(state.problem.before)
 
 
@@ -381,7 +381,7 @@ def test_the_second_picture_is_the_scene_turned_to_the_viewer(side, turns):
 
 
 def test_each_look_has_a_picture_of_its_own():
-    looks = [blocks.sprite(*look) for look in itertools.product(SHAPES, COLORS, SIZES)]
+    looks = [sprite(*look) for look in itertools.product(SHAPES, COLORS, SIZES)]
     for one, other in itertools.combinations(looks, 2):
         shown = [sprite[..., :3] * (sprite[..., 3:] / 255.0) for sprite in (one, other)]
         assert np.abs(shown[0] - shown[1]).max() > 20  # visible, not a rounding

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import random
 import signal
 import subprocess
@@ -212,6 +213,16 @@ def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, m
     assert runs.read(path / "samples.jsonl") == runs.read(finished / "samples.jsonl")
     left, right = weights(path), weights(finished)
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_resuming_with_other_processes_says_that_the_samples_differ(finished, tmp_path, capsys):
+    path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    file = runs.last_checkpoint(path) / "trainer.pt"
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert "processes" not in capsys.readouterr().err
+    torch.save(torch.load(file, weights_only=True) | {"processes": 4}, file)
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert "made by 4 processes and goes on with 1" in capsys.readouterr().err
 
 
 def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):

@@ -15,13 +15,7 @@ from conftest import SPECIAL
 from data import State
 from policy import Policy, pack
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """So small a model is several times faster on one thread where cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

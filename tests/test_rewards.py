@@ -1,7 +1,6 @@
 """The rewards (Eq 7): tables worked by hand, the original's bugs, reward hacks, hostile texts, brute force, fuzz."""
 
 import itertools
-import math
 import random
 import re
 import time

@@ -28,12 +28,7 @@ from sampling import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -159,14 +154,15 @@ def test_the_seed_decides_the_actions(policy, at_temperature):
     assert first[0][0] != first[0][1]  # n draws, not one repeated
 
 
-def greedy_by_hand(policy: Policy, state: State, limit: int) -> list[int]:
+def greedy_by_hand(policy: Policy, state: State, limit: int, end: int | None = None) -> list[int]:
     """The argmax of plain forward passes on the growing sequence: no cache, no padding, nothing of ours."""
     text = policy.processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
     inputs = policy.processor(text=[text], images=list(state.images) or None, return_tensors="pt")
     banned = {*SPECIAL, "<unk>"} - {"<|im_end|>"}
     allowed = torch.tensor(sorted(i for word, i in policy.tokenizer.get_vocab().items() if word not in banned))
     tokens = []
-    while len(tokens) < limit and policy.tokenizer.eos_token_id not in tokens:
+    end = policy.tokenizer.eos_token_id if end is None else end
+    while len(tokens) < limit and end not in tokens:
         with torch.no_grad():
             logits = policy.model(**inputs, use_cache=False).logits[0, -1, allowed]
         tokens.append(int(allowed[logits.argmax()]))
@@ -183,6 +179,30 @@ def test_greedy_takes_the_most_probable_token_whatever_the_batch(policy, rows):
     assert len({tuple(tokens) for tokens in expected}) > 1
     actions = TransformersSampler(policy, 6, rows=rows).greedy(policy.encode(STATES))
     assert [action.tokens for action in actions] == expected
+
+
+def test_a_row_goes_on_as_if_alone_when_others_have_ended(policy, monkeypatch):
+    # Any token can be made the end: take each that greedy responses hold at different places.
+    free = [greedy_by_hand(policy, state, 12, end=-1) for state in STATES]
+    moved = 0
+    for end in {token for tokens in free for token in tokens}:
+        places = [tokens.index(end) if end in tokens else 11 for tokens in free]
+        monkeypatch.setattr(policy, "eos_id", end)
+        actions = TransformersSampler(policy, 12).greedy(policy.encode(STATES))
+        assert [action.tokens for action in actions] == [tokens[: place + 1] for tokens, place in zip(free, places, strict=True)]
+        moved += len(set(places)) > 1
+    assert moved > 1
+
+
+def test_ended_rows_cost_little(policy, at_temperature):
+    # While more than half of the computed rows go on, the work is less than twice that of the tokens which are kept.
+    at_temperature(20.0)
+    rows = []
+    hook = policy.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    actions = sum(TransformersSampler(policy, 200).sample(policy.encode(STATES), 20, seed=0), [])
+    hook.remove()
+    tokens = [len(action.tokens) for action in actions]
+    assert sum(rows) < 2 * sum(tokens) < len(tokens) * max(tokens)
 
 
 @pytest.mark.parametrize("rows", [1, 4, 7, 512])

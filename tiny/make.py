@@ -25,6 +25,7 @@ import random
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import blocks  # noqa: E402
+import drawing  # noqa: E402
 
 SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
 CHAT_TEMPLATE = (  # as Qwen2-VL's, less the system prompt
@@ -55,11 +57,11 @@ CHAT_TEMPLATE = (  # as Qwen2-VL's, less the system prompt
     "{% else %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %} <|im_end|> {% endfor %}"
     "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
-SIDE, PATCH = blocks.GRID * blocks.CELL, 8
+SIDE, PATCH = drawing.GRID * drawing.CELL, 8
 # What a cell of a picture can be: one word of each list.
-NAMES = (("no", "object"), blocks.SIZES, tuple(blocks.COLORS), blocks.SHAPES, ("0", "1", "2", "3", "4"))
+NAMES = (("no", "object"), blocks.SIZES, tuple(drawing.COLORS), blocks.SHAPES, ("0", "1", "2", "3", "4"))
 # How often each task is practised.
-TASKS = {"counting": 0.55, "structure": 0.17, "transformation": 0.28}
+TASKS = {"counting": 0.52, "structure": 0.18, "transformation": 0.3}
 
 
 # ---------------------------------------------------------------------------------------------- the parts
@@ -159,18 +161,27 @@ def lesson(index: int, seed: int, glances: int, right: float) -> tuple[str, np.n
     question, images = problem.question(), problem.images()
     pairs = []
     if glances:
-        # In distribution it errs plausibly; out of it, it says what would answer another question, one with a short answer.
+        # In distribution it errs plausibly; out of it, it says what would answer another question, one with a short answer. Seen from the
+        # side, things seem to have moved.
         wrong = blocks.mistakes(problem)
         if ood:
-            wrong = [min((blocks.TASKS[task].sample(rng, split) for _ in range(4)), key=lambda other: len(other.answer()))]
+            others = [moved(problem, rng) if task == "transformation" else blocks.TASKS[task].sample(rng, split) for _ in range(4)]
+            wrong = [min(others, key=lambda other: len(other.answer()))]
         share = right / 4 if ood else right
         pairs += [(f"{question} think , then answer .", glance(problem, wrong, rng, share)) for _ in range(glances)]
     if ood or rng.random() < 0.25:
         pairs += [("describe .", problem.describe())]
     if not ood:
-        say = reasoned if glances else (lambda problem, style: problem.think(style))
-        pairs += [(f"{question} check .", say(problem, "careful")), (f"{question} list .", say(problem, "quick"))]
+        pairs += [(f"{question} check .", reasoned(problem, "careful")), (f"{question} list .", reasoned(problem, "quick"))]
     return task, np.stack([np.asarray(image) for image in images]), names(problem), pairs
+
+
+def moved(problem: blocks.Transformation, rng: random.Random) -> blocks.Transformation:
+    """The same objects before, and one of them a step away after: nothing else has changed."""
+    taken = {thing.cell for thing in problem.before}
+    steps = [(i, cell) for i, thing in enumerate(problem.before) for cell in blocks.CELLS if cell not in taken and blocks.direction(thing.cell, cell)]
+    i, cell = rng.choice(steps)
+    return replace(problem, after=problem.before[:i] + (replace(problem.before[i], cell=cell),) + problem.before[i + 1 :])
 
 
 def names(problem) -> np.ndarray:
@@ -179,7 +190,7 @@ def names(problem) -> np.ndarray:
     A cell of a scene: empty or an object, its size, colour, shape. A cell of a figure: how many of its four units are inside.
     """
     if isinstance(problem, blocks.Structure):
-        shown = np.full((1, blocks.GRID**2, len(NAMES)), -1)
+        shown = np.full((1, drawing.GRID**2, len(NAMES)), -1)
         figure = problem.figure
         if figure.shape != "strip":
             outline = Outline([(figure.x + x, figure.y + y) for x, y in figure.corners()])
@@ -188,13 +199,13 @@ def names(problem) -> np.ndarray:
             shown[0, :, 4] = inside.flatten()
         return shown
     scenes = [(problem.objects, "center")] if isinstance(problem, blocks.Counting) else [(problem.before, "center"), (problem.after, problem.view)]
-    shown = np.full((len(scenes), blocks.GRID**2, len(NAMES)), -1)
+    shown = np.full((len(scenes), drawing.GRID**2, len(NAMES)), -1)
     shown[:, :, 0] = 0
     for i, (objects, view) in enumerate(scenes):
         for thing in objects:
-            column, row = blocks.seen_at(thing.cell, view)
+            column, row = drawing.seen_at(thing.cell, view)
             words = ("object", thing.size, thing.color, thing.shape)
-            shown[i, row * blocks.GRID + column, :4] = [NAMES[k].index(word) for k, word in enumerate(words)]
+            shown[i, row * drawing.GRID + column, :4] = [NAMES[k].index(word) for k, word in enumerate(words)]
     return shown
 
 
@@ -239,7 +250,7 @@ class Lessons:
 
 def prompt_ids(tokenizer, images: int, text: str) -> list[int]:
     """The prompt as the processor makes it: each picture is 16 image tokens."""
-    picture = f"<|vision_start|>{'<|image_pad|>' * blocks.GRID**2}<|vision_end|>"
+    picture = f"<|vision_start|>{'<|image_pad|>' * drawing.GRID**2}<|vision_end|>"
     return tokenizer(f"<|im_start|> user {picture * images}{text} <|im_end|> <|im_start|> assistant ").input_ids
 
 
@@ -314,7 +325,7 @@ class Learner:
     def naming_loss(self, pictures: torch.Tensor, shown: torch.Tensor, words: list[list[int]]) -> torch.Tensor:
         """How badly the pictures' tokens (n, 16) name their cell and what it shows, by the language model's own words."""
         logits = self.model.lm_head(self.features(pictures)).flatten(0, 1)  # (n x 16, vocabulary)
-        cells = torch.arange(blocks.GRID**2, device=self.device).repeat(len(pictures))
+        cells = torch.arange(drawing.GRID**2, device=self.device).repeat(len(pictures))
         loss = F.cross_entropy(logits[:, words[-1]], cells)
         for ids, label in zip(words, shown.flatten(0, 1).T, strict=False):
             if (label >= 0).any():
@@ -356,7 +367,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the tiny Qwen2-VL of the blocks world.")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(250, 4200, 400), metavar="N", help="of the three phases")
+    parser.add_argument("--steps", type=int, nargs=3, default=(250, 4800, 400), metavar="N", help="of the three phases")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak of each phase")
     parser.add_argument("--lessons", type=int, default=60000, help="problems in the pool of a phase")
