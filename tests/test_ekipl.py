@@ -3,8 +3,8 @@
 import dataclasses
 import json
 import os
-import shutil
 import random
+import shutil
 import signal
 import subprocess
 import sys
