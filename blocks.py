@@ -479,7 +479,7 @@ class BlocksState(State):
     @property
     def request(self) -> str:
         """Shorter than for real data: tiny/ knows these words only."""
-        return "think , then answer ."
+        return "think , then answer ." if self.mode == "reason" else "answer ."
 
 
 class BlocksSet:
@@ -487,14 +487,15 @@ class BlocksSet:
 
     name: "TASK-SPLIT" with a task of `SETS` and the split "train", "id" or one of its OOD splits.
     seed: another seed gives other questions of the same kind; test sets keep seed 0 so that runs can be compared.
+    mode: of the prompts, see data.py.
     """
 
-    def __init__(self, name: str, size: int, seed: int = 0):
+    def __init__(self, name: str, size: int, seed: int = 0, mode: str = "reason"):
         task = name.split("-")[0]
         if task not in SETS or name not in (f"{task}-train", *SETS[task]):
             known = ", ".join(f"{task}-train, {', '.join(sets)}" for task, sets in SETS.items())
             raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
-        self.name, self.size, self.seed = name, size, seed
+        self.name, self.size, self.seed, self.mode = name, size, seed, mode
         self.task, self.split = TASKS[task], name.split("-")[1]
 
     def __len__(self) -> int:
@@ -516,6 +517,7 @@ class BlocksSet:
             answer=problem.answer(),
             kind=problem.kind,
             thought=problem.think("careful"),
+            mode=self.mode,
             set_name=self.name,
             problem=problem,
         )

@@ -1,48 +1,511 @@
-"""States: what the policy is asked (paper, Section 3.1: s = (v, t), images and a question).
+"""States and where they come from (paper, Sections 3.1 and 4.1): s = (v, t), images and a question.
 
-Every data set of the project gives its questions as `State`s; nothing downstream knows where they came from.
-The prompt is one user turn, images first, then the question and what to do with it; the policy and the experts
-get the same words, since experts that are told more than the policy teach it what it cannot see.
+Every data set gives its questions as `State`s, by its name, its length and `[i]`; nothing downstream knows which one it was:
+
+    blocks.BlocksSet     the blocks world, the embedded default (--data blocks)
+    ReasonRFTSet         Reason-RFT-CoT, the paper's data (--data reason-rft downloads it, --data DIR takes an unpacked copy)
+
+The prompt is one user turn, images first, then the question and what to do with it; the policy and the experts get the same words,
+since experts that are told more than the policy teach it what it cannot see.
+
+Reason-RFT-CoT is JSON files of records, and zip archives of images. Every record is checked once, before anything is trained: one that
+could not be used (an image is missing or broken, an answer has no form that the rewards know, ...) is left out and listed with its
+reason. Images are opened when they are used. The order is the same always; any first part of a set is a fair sample of the whole.
+
+    python data.py --data reason-rft --task counting        # downloads, unpacks and checks: worth doing before GPUs wait for it
+
+Departures from Reason-RFT: the prompts are in our words, and ANS-SFT's answer stands in <answer> tags, so that one scorer judges all methods.
 """
 
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 
+from filelock import FileLock
 from PIL import Image
+from tqdm import tqdm
 
-# What the answer looks like, by its kind (the kinds are those of rewards.py).
-ANSWER_FORM = {
-    "discrete": "a number or a letter",
-    "math": "a number",
-    "function": "a sequence of functions",
-}
+import runs
+from rewards import judge_answer
+from runs import UserError
+
+CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
+TASKS = ("counting", "structure", "transformation")
+MODES = ("reason", "answer")  # what a prompt asks for: a thought and an answer, or the answer alone
+
+
+# ---------------------------------------------------------------------------------------------- a state
 
 
 @dataclass(frozen=True)
 class State:
     """One question about one or more images.
 
-    id: unique within its set. images: RGB pictures, in the order in which the question speaks of them.
-    question: the text t. answer: the truth, as text. kind: how the answer is judged ("discrete", "math" or
-    "function", see rewards.py). thought: a correct chain of thought, "" where the data set has none.
+    id: unique within its set. images: RGB pictures, in the order in which the question speaks of them; some sets open them only when
+    they are used. question: the text t. answer: the truth, as text. kind: how the answer is judged ("discrete", "math" or "function",
+    see rewards.py). thought: a correct chain of thought, "" where the data set has none. mode: one of `MODES`. rules: what the
+    prompt tells before the question, "" where the question says it all.
     """
 
     id: str
-    images: tuple[Image.Image, ...]
+    images: Sequence[Image.Image]
     question: str
     answer: str
     kind: str
     thought: str = ""
+    mode: str = "reason"
+    rules: str = ""
 
     @property
     def request(self) -> str:
         """What follows the question in the prompt: how to answer."""
-        return (
-            "Reason step by step between <think> and </think> , then give the final answer , "
-            f"{ANSWER_FORM[self.kind]} , between <answer> and </answer> ."
-        )
+        form = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}[self.kind]
+        if re.fullmatch(LETTER, self.answer):
+            form = "a letter"
+        if self.mode == "answer":
+            return f"Give only the final answer, {form}, between <answer> and </answer>."
+        return f"Reason step by step between <think> and </think>, then give the final answer, {form}, between <answer> and </answer>."
 
     def messages(self) -> list[dict]:
         """The prompt as chat messages, as a processor's `apply_chat_template` takes them (images by order)."""
-        content = [{"type": "image"} for _ in self.images]
-        content.append({"type": "text", "text": f"{self.question} {self.request}"})
+        content = [{"type": "image"} for _ in range(len(self.images))]
+        text = " ".join([self.question, self.request])
+        content.append({"type": "text", "text": f"{self.rules}\n\n{text}" if self.rules else text})
         return [{"role": "user", "content": content}]
+
+
+class ImageFiles(Sequence):
+    """Images on the disk, each opened when it is asked for and closed again."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths = tuple(paths)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Image.Image:
+        try:
+            return open_image(self.paths[index])
+        except OSError as error:  # it was there when it was checked
+            raise UserError(f"cannot read the image {self.paths[index]} any more: {error}") from None
+
+
+def open_image(path: Path) -> Image.Image:
+    """The whole picture, RGB; what is transparent becomes white, as on paper."""
+    with Image.open(path) as file:
+        if not file.has_transparency_data:
+            return file.convert("RGB")
+        picture = file.convert("RGBA")
+    page = Image.new("RGBA", picture.size, "white")
+    page.alpha_composite(picture)
+    return page.convert("RGB")
+
+
+# ---------------------------------------------------------------------------------------------- Reason-RFT-CoT
+
+
+REPOSITORY = "tanhuajie2001/Reason-RFT-CoT-Dataset"  # on the Hugging Face hub
+FILES = {  # the set of each file; the names are the blocks world's
+    "counting-train": "train_jsons/A3-Visual-Counting-train-35k-cot.json",
+    "counting-id": "test_jsons/Visual-Counting-id-test-1k.json",  # Clevr-Math
+    "counting-ood": "test_jsons/Visual-Counting-ood-test-1k.json",  # Super-Clevr
+    "structure-train": "train_jsons/A2-Structure-Perception-train-4k5-cot.json",
+    "structure-id": "test_jsons/Structure-Perception-id-test-820.json",  # GeoMath
+    "structure-ood": "test_jsons/Structure-Perception-ood-test-800.json",  # Geometry3k
+    "transformation-train": "train_jsons/A1-Spatial-Transformation-train-60k-cot.json",
+    "transformation-id": "test_jsons/Spatial-Transformation-id-test-1k.json",  # TRANCE, then TRANCE-L and -R
+    "transformation-left": "test_jsons/Spatial-Transformation-ood-left-test-1k.json",
+    "transformation-right": "test_jsons/Spatial-Transformation-ood-right-test-1k.json",
+}
+FUNCTIONS = {  # TRANCE's, and the values of each
+    "change_size": "small medium large".split(),
+    "change_color": "yellow gray cyan blue brown green red purple".split(),
+    "change_material": "glass metal rubber".split(),
+    "change_shape": "cube sphere cylinder".split(),
+    "change_position": "front behind left right front_left front_right behind_left behind_right".split(),
+}
+RULES = (
+    "The first picture shows a scene before, the second the same scene after some of its objects were changed; it may be seen from another "
+    "side. Find a sequence of 1 to 4 functions that turns the first scene into the second. Each is written func(object_id, value), with the "
+    "id of an object as the question lists them, and one of these functions and values:\n"
+    + "\n".join(f"- {name}(object_id, value): {', '.join(values)}" for name, values in FUNCTIONS.items())
+    + "\nDirections are those of the first picture; front is towards the viewer. "
+    "Write the functions one after another, separated by commas, such as change_color(2, red), change_position(0, front_left)."
+)
+NUMBER = r"[+-]?(\d+(\.\d*)?|\.\d+)"
+LETTER = r"\(?[A-D]\)?\.?"
+EXPRESSION = r"(?s).*(\d|\\pi|π).*"  # that its value can be judged is asked of rewards.py
+CALL = r"(\w+)\s*\(\s*['\"]?(\w+)['\"]?\s*,\s*['\"]?(\w+)['\"]?\s*\)"
+TAG = r"</?(?:think|answer)>"
+
+
+class Unusable(Exception):
+    """Why a record is left out."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a state is made of, images as paths."""
+
+    id: str
+    images: tuple[Path, ...]
+    question: str
+    answer: str
+    kind: str
+    thought: str
+
+
+class ReasonRFTSet:
+    """A set of Reason-RFT-CoT: `ReasonRFTSet("counting-train", directory)[17]`.
+
+    name: one of `FILES`. directory: where `prepare` has put it. mode: of the prompts, one of `MODES`. thoughts: leave out what has no
+    chain of thought. cache: where it is kept which images were found whole, so that they are looked into once.
+    left_out: [{"set", "record", "id", "reason"}], what was not usable. UserError if the file is missing or nothing is usable.
+    """
+
+    def __init__(self, name: str, directory: Path, mode: str = "reason", thoughts: bool = False, cache: Path | None = None):
+        if name not in FILES:
+            raise ValueError(f"no set '{name}' in Reason-RFT-CoT; there are {', '.join(FILES)}")
+        self.name, self.mode, self.left_out = name, mode, []
+        self.task, split = name.split("-")
+        path = directory / FILES[name]
+        try:
+            records = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+        if not isinstance(records, list):
+            raise UserError(f"{path} is no list of records")
+        images = "train_images" if split == "train" else "test_images"
+        roots = [directory / "images" / images, directory / "images", directory / images, directory]
+        found: list[Record | Unusable] = []
+        for i, record in enumerate(records):
+            try:
+                found.append(read_record(record, f"{name}-{i}", self.task, roots, thoughts))
+            except Unusable as reason:
+                found.append(reason)
+        file = cache / f"{name}-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]}.json" if cache else None
+        broken = check_images([image for record in found if isinstance(record, Record) for image in record.images], name, file)
+        for i, record in enumerate(found):
+            if isinstance(record, Record) and (bad := [image for image in record.images if image in broken]):
+                record = Unusable(f"broken image: {bad[0].name}: {broken[bad[0]]}")
+            if isinstance(record, Unusable):
+                given = records[i].get("id") if isinstance(records[i], dict) else None
+                self.left_out.append({"set": name, "record": i, "id": given, "reason": str(record)})
+            found[i] = record
+        # The files are sorted by where their records are from; shuffled, any first part is a sample of them all.
+        order = random.Random(name).sample(range(len(found)), len(found))
+        self.records = [found[i] for i in order if isinstance(found[i], Record)]
+        if not self.records:
+            why = self.left_out[0]["reason"] if self.left_out else "it is empty"
+            raise UserError(f"no record of {path} can be used: {why}")
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> State:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.name} has {len(self)} states, there is no state {index}")
+        record = self.records[index]
+        return State(
+            record.id, ImageFiles(record.images), record.question, record.answer, record.kind, record.thought,
+            self.mode, RULES if self.task == "transformation" else "",
+        )  # fmt: skip
+
+    def report(self) -> str:
+        """In one line, what was left out and why."""
+        total = len(self) + len(self.left_out)
+        reasons = Counter(record["reason"].split(":")[0] for record in self.left_out)
+        why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+        return f"{self.name}: {len(self)} of {total} records" + (f"; left out: {why}" if why else "")
+
+
+def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -> Record:
+    """A record of the JSON file as a `Record`; raises `Unusable`. roots: folders that its paths may be relative to."""
+    if not isinstance(record, dict):
+        raise Unusable("no record")
+    question, answer = record.get("problem"), record.get("answer", record.get("solution"))
+    if not isinstance(question, str) or not question.strip():
+        raise Unusable("no question")
+    if re.search(r"<\|\w+\|>", question):  # an image token would break the forward pass
+        raise Unusable("special token in the question")
+    if isinstance(answer, (int, float)) and not isinstance(answer, bool):
+        answer = str(answer)
+    if not isinstance(answer, str) or not answer.strip():
+        raise Unusable("no answer")
+    answer = answer.strip()
+    kind = kind_of(answer, task)
+    names = record.get("image")
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+        raise Unusable("no image")
+    if len(names) != (2 if task == "transformation" else 1):
+        raise Unusable(f"{len(names)} images")
+    images = tuple(find_image(name, roots) for name in names)
+    thought = thought_of(record.get("cot"))
+    if thoughts and not thought:
+        raise Unusable("no usable thought")
+    return Record(id, images, question.strip(), answer, kind, thought)
+
+
+def kind_of(answer: str, task: str) -> str:
+    """How rewards.py judges this answer; raises `Unusable` if it has no form that is known, or does not count as right itself."""
+    if task == "counting":
+        kind = "discrete" if re.fullmatch(NUMBER, answer) else None
+    elif task == "structure":
+        kind = "discrete" if re.fullmatch(LETTER, answer) else "math" if re.fullmatch(EXPRESSION, answer) else None
+    else:
+        calls = re.findall(CALL, answer)
+        known = all(value in FUNCTIONS.get(name, ()) for name, _, value in calls) and len(calls) == len(re.findall(r"\w\s*\(", answer))
+        kind = "function" if known and 1 <= len(calls) <= 4 else None
+    if kind is None or re.search(TAG, answer) or judge_answer(answer, answer, kind) < 1:
+        raise Unusable(f"unknown form of answer: {answer[:80]!r}")
+    return kind
+
+
+def thought_of(cot) -> str:
+    """The chain of thought without its tags; "" where there is none or it holds other tags."""
+    if not isinstance(cot, str):
+        return ""
+    cot = re.sub(r"<answer>(?:(?!</?answer>|</?think>).)*</answer>\s*$", "", cot.strip(), flags=re.DOTALL).strip()
+    cot = cot.removeprefix("<think>").removesuffix("</think>").strip() if cot.startswith("<think>") and cot.endswith("</think>") else cot
+    return "" if re.search(TAG, cot) else cot
+
+
+def find_image(name: str, roots: list[Path]) -> Path:
+    parts = PurePosixPath(name).parts
+    if "\\" in name or "\0" in name or name.startswith("/") or ".." in parts:
+        raise Unusable(f"image outside the data set: {name!r}")
+    for root in roots:
+        if (root / name).is_file():
+            return root / name
+    raise Unusable(f"missing image: {name!r}")
+
+
+def check_images(paths: list[Path], name: str, file: Path | None) -> dict[Path, str]:
+    """Which of these images cannot be used, and why. What was found once is kept in `file` and counts until an image changes."""
+    paths = list(dict.fromkeys(paths))
+    stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
+    with locked(file) if file else nullcontext():  # one process looks, the others read what it found
+        try:
+            seen = json.loads(file.read_text()) if file else {}
+        except (OSError, ValueError):
+            seen = {}
+        new = [i for i, path in enumerate(paths) if seen.get(str(path), [None])[0] != stamps[i]]
+        with ThreadPoolExecutor() as threads:  # PIL decodes beside Python
+            problems = threads.map(image_problem, [paths[i] for i in new])
+            for i, problem in zip(new, tqdm(problems, total=len(new), desc=f"{name}: checking images", disable=len(new) < 1000), strict=True):
+                seen[str(paths[i])] = [stamps[i], problem]
+        if file and new:
+            with runs.writing(file):
+                runs.write_aside(file, json.dumps(seen))
+    return {path: problem for path in paths if (problem := seen[str(path)][1])}
+
+
+def image_problem(path: Path) -> str | None:
+    """Why this image cannot be used, None if it can."""
+    try:
+        picture = open_image(path)
+    except Exception as error:  # a broken file makes PIL raise almost anything
+        return str(error) or type(error).__name__
+    if max(picture.size) > 200 * min(picture.size):  # Qwen2-VL's processor would raise
+        return f"{picture.width} x {picture.height} pixels is too long a strip"
+    return None
+
+
+# ---------------------------------------------------------------------------------------------- to the disk
+
+
+@contextmanager
+def locked(file: Path):
+    """One process at a time, of all that use this file. UserError where none can be written."""
+    with runs.writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{file}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def prepare(source: str, names: list[str], cache: Path) -> Path:
+    """The directory that has the files of these sets, unpacked: downloaded into the cache if `source` is "reason-rft", else `source`.
+
+    Killed at any moment, it goes on at the next call. UserError if something is missing.
+    """
+    ours = source == "reason-rft"
+    directory = cache / "Reason-RFT-CoT-Dataset" if ours else Path(source).expanduser()
+    if not ours and not directory.is_dir():
+        raise UserError(f"no data at {directory}: --data is a directory with train_jsons and test_jsons, or reason-rft, or blocks")
+    with locked(cache / "prepare"):
+        for split in dict.fromkeys("train" if name.endswith("-train") else "test" for name in names):
+            files = [FILES[name] for name in names if FILES[name].startswith(split)]
+            images, archive = directory / "images" / f"{split}_images", directory / f"{split}_images.zip"
+            if ours:
+                download([*files, *([] if images.is_dir() else [archive.name])], directory)
+            if missing := [file for file in files if not (directory / file).is_file()]:
+                raise UserError(f"{directory} has no {missing[0]}")
+            if not images.is_dir() and archive.is_file():
+                unpack(archive, images)
+    return directory
+
+
+def download(files: list[str], directory: Path) -> None:
+    """Files of the data set from the hub, with a progress bar; what was begun is gone on with."""
+    from huggingface_hub import hf_hub_download  # slow to import, and rarely needed
+
+    for file in files:
+        if not (directory / file).is_file():
+            try:
+                hf_hub_download(REPOSITORY, file, repo_type="dataset", local_dir=directory)
+            except Exception as error:  # its own errors, those of its HTTP client, those of the disk
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data") from None
+
+
+MAX_EXPANSION = 20  # images hardly shrink in a zip; what grows more than this is no archive of images
+MAX_FILES = 1_000_000
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """The files of a zip archive, as the folder `target`, which is there in the end as a whole or not at all.
+
+    Names may begin with "images/" and the target's own name, or not. Nothing is written outside of the target. UserError if
+    a name leads out of the archive, if it grows too large, or if it is broken.
+    """
+    aside = target.with_name(target.name + ".tmp")
+    shutil.rmtree(aside, ignore_errors=True)  # of an earlier try
+    try:
+        with zipfile.ZipFile(archive) as file, runs.writing(aside):
+            entries = [entry for entry in file.infolist() if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")]
+            names = [inside(entry.filename, target.name, archive) for entry in entries]
+            size, packed = sum(entry.file_size for entry in entries), archive.stat().st_size
+            if size > MAX_EXPANSION * packed or len(entries) > MAX_FILES:
+                raise UserError(f"{archive} claims to hold {len(entries):,} files of {size / 1e9:.1f} GB in {packed / 1e9:.3f} GB: that is no archive of images")
+            aside.mkdir(parents=True)
+            if (free := shutil.disk_usage(aside).free) < size:
+                raise UserError(f"{archive} needs {size / 1e9:.1f} GB in {target.parent}, where {free / 1e9:.1f} GB are free")
+            for entry, name in zip(tqdm(entries, desc=f"unpacking {archive.name}", disable=len(entries) < 1000), names, strict=True):
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
+                with file.open(entry) as source, open(aside / name, "wb") as copy:  # never more than file_size bytes
+                    shutil.copyfileobj(source, copy)
+            os.rename(aside, target)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        raise UserError(f"{archive} is broken ({error}): get it again") from None
+
+
+def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
+    """A member's place in the folder; UserError if it leads out of it."""
+    parts = list(PurePosixPath(name).parts)
+    if "\\" in name or "\0" in name or ":" in name or name.startswith("/") or ".." in parts or not parts:
+        raise UserError(f"{archive} holds {name!r}, which leads out of it: not unpacked")
+    if parts[:2] == ["images", folder]:
+        parts = parts[2:]
+    elif parts[:1] == [folder]:
+        parts = parts[1:]
+    if not parts:
+        raise UserError(f"{archive} holds a file {name!r} where a folder should be: not unpacked")
+    return PurePosixPath(*parts)
+
+
+# ---------------------------------------------------------------------------------------------- the sets of a run
+
+
+class Part:
+    """States `start` to `stop` of a set, in its order."""
+
+    def __init__(self, whole, start: int, stop: int):
+        self.whole, self.name, self.places = whole, whole.name, range(start, stop)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> State:
+        return self.whole[self.places[index]]
+
+
+def load_set(name: str, config, mode: str = "reason", thoughts: bool = False):
+    """The whole set of that name from where a run's settings say: `data`, `data_cache`; of the blocks world `states` and `seed`."""
+    if config.data == "blocks":
+        from blocks import BlocksSet  # which takes `State` from here
+
+        train = name.endswith("-train")
+        return BlocksSet(name, config.states if train else config.eval_states, config.seed if train else 0, mode)
+    cache = Path(config.data_cache).expanduser()
+    return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache)
+
+
+def training_states(config, mode: str = "reason", thoughts: bool = False) -> tuple[Part, list[int]]:
+    """The questions of a run, and the order in which it asks them over all epochs: its first `batch_size` are the first step's.
+
+    Of the task's training set the first `skip` are left to somebody else; of the rest the first `fraction` are asked, `limit` at most
+    (0: no limit). So runs with a smaller share see part of what the others see. UserError if this is less than one batch.
+    """
+    whole = load_set(f"{config.task}-train", config, mode, thoughts)
+    count = round(config.fraction * max(0, len(whole) - config.skip))
+    count = min(count, config.limit or count)
+    if count * config.epochs < config.batch_size:
+        raise UserError(f"{count} questions x {config.epochs} epochs are less than one batch of {config.batch_size}")
+    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(count), count)]
+    return Part(whole, config.skip, config.skip + count), order
+
+
+def test_sets(config, mode: str = "reason") -> dict[str, Part]:
+    """The first `eval_states` questions of each test set of the task."""
+    names = [name for name in FILES if name.startswith(f"{config.task}-") and not name.endswith("-train")]
+    sets = {name: load_set(name, config, mode) for name in names}
+    return {name: Part(whole, 0, min(len(whole), config.eval_states)) for name, whole in sets.items()}
+
+
+def reports(sets: list[Part]) -> tuple[list[str], list[dict]]:
+    """What of the records could not be used: a line for each set of real data, and all that was left out."""
+    real = [part.whole for part in sets if isinstance(part.whole, ReasonRFTSet)]
+    return [whole.report() for whole in real], [record for whole in real for record in whole.left_out]
+
+
+def check_settings(config) -> None:
+    """UserError for settings of the data that cannot work."""
+    if not 0 < config.fraction <= 1:
+        raise UserError(f"--fraction is a share of the training set, above 0 and at most 1, not {config.fraction}")
+    for name in ("skip", "limit", "min_pixels", "max_pixels"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(config, name)}")
+    if config.max_pixels and config.min_pixels > config.max_pixels:
+        raise UserError(f"--min-pixels {config.min_pixels} is more than --max-pixels {config.max_pixels}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.")
+    parser.add_argument("--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy")
+    parser.add_argument("--data-cache", default=CACHE, help=f"where to download to (default: {CACHE})")
+    parser.add_argument("--task", choices=TASKS, help="one of the tasks (default: all)")
+    args = parser.parse_args()
+    cache = Path(args.data_cache).expanduser()
+    try:
+        for name in [name for name in FILES if name.startswith(args.task or "")]:
+            questions = ReasonRFTSet(name, prepare(args.data, [name], cache), cache=cache)
+            print(questions.report())
+            for record in questions.left_out:
+                print(f"  {FILES[name]}, record {record['record']}: {record['reason']}")
+    except UserError as error:
+        print(f"data.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,428 @@
+"""data.py: what a record becomes, what is left out and why, archives that attack, downloads and unpacking that were interrupted."""
+
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+import data
+import miniature
+import rewards
+from blocks import BlocksSet
+from data import ImageFiles, ReasonRFTSet, State, prepare, training_states, unpack
+from policy import Policy
+from runs import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SETTINGS = dict(task="counting", data_cache="", states=12, seed=0, skip=0, limit=0, fraction=1.0, epochs=1, batch_size=2, eval_states=5)
+
+
+def settings(directory, cache, **changes):
+    return SimpleNamespace(**{**SETTINGS, "data": str(directory), "data_cache": str(cache), **changes})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """The miniature, unpacked."""
+    return miniature.make(tmp_path_factory.mktemp("reason-rft"), zipped=False)
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- records
+
+
+@pytest.mark.parametrize("name", data.FILES)
+def test_every_file_of_the_real_layout_becomes_states(directory, name):
+    questions = ReasonRFTSet(name, directory)
+    assert len(questions) == 12 and questions.name == name
+    for i in range(12):
+        state = questions[i]
+        assert len(state.images) == (2 if "transformation" in name else 1)
+        assert all(image.mode == "RGB" and image.size == (40, 32) for image in state.images)
+        assert state.thought == ("count every red object" if "train" in name else "")
+        target = f"<think>{state.thought or 'x'}</think><answer>{state.answer}</answer>"
+        assert rewards.reward(target, state.answer, state.kind) == 2.0
+    assert len({questions[i].id for i in range(12)}) == 12
+    kinds = {questions[i].kind for i in range(12)}
+    assert kinds == {"counting": {"discrete"}, "structure": {"discrete", "math"}, "transformation": {"function"}}[name.split("-")[0]]
+
+
+def test_what_cannot_be_used_is_left_out_and_told(directory):
+    questions = ReasonRFTSet("counting-train", directory)
+    assert {record["reason"].split(":")[0] for record in questions.left_out} == set(miniature.BROKEN)
+    assert [record["record"] for record in questions.left_out] == [3 * i for i in range(len(miniature.BROKEN))]
+    report = questions.report()
+    assert f"12 of {12 + len(miniature.BROKEN)} records" in report and all(f"1 {reason}" in report for reason in miniature.BROKEN)
+
+
+@pytest.mark.parametrize("task, answer, kind", [
+    ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None), ("counting", "A", None), ("counting", "nan", None),
+    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"), ("structure", "E", None), ("structure", "2\\sqrt{3}", "math"),
+    ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None), ("structure", "", None),
+    ("structure", "3</answer>", None),
+    ("transformation", "change_size(0, small)", "function"),
+    ("transformation", "['change_size(0, \"small\")'; change_shape(3,'cube')]", "function"),
+    ("transformation", "change_size(0, huge)", None), ("transformation", "paint(0, red)", None), ("transformation", "nothing", None),
+    ("transformation", "change_size(0, small), change_color(1)", None),
+    ("transformation", ", ".join(f"change_size({i}, small)" for i in range(5)), None),
+])  # fmt: skip
+def test_the_form_of_an_answer_decides_how_it_is_judged(task, answer, kind):
+    if kind:
+        assert data.kind_of(answer, task) == kind
+    else:
+        with pytest.raises(data.Unusable):
+            data.kind_of(answer, task)
+
+
+@pytest.mark.parametrize("cot, thought", [
+    ("bare", "bare"), (" <think> a\nb </think> ", "a\nb"), ("<think>a</think>\n<answer>3</answer>", "a"), ("a <answer>3</answer>", "a"),
+    ("a </think> b", ""), ("<think>a", ""), ("<think>a</think> b <think>c</think>", ""), ("", ""), (None, ""), (3, ""),
+])  # fmt: skip
+def test_a_thought_loses_its_tags_or_is_not_used(cot, thought):
+    assert data.thought_of(cot) == thought
+
+
+def test_where_thoughts_are_needed_records_without_one_are_left_out(tmp_path):
+    directory = miniature.make(tmp_path, zipped=False, broken=False)
+    file = directory / data.FILES["structure-train"]
+    records = json.loads(file.read_text())
+    records[2]["cot"] = "a </think> b"
+    file.write_text(json.dumps(records))
+    assert len(ReasonRFTSet("structure-train", directory)) == 12
+    questions = ReasonRFTSet("structure-train", directory, thoughts=True)
+    assert [record["reason"] for record in questions.left_out] == ["no usable thought"] and questions.left_out[0]["record"] == 2
+
+
+def test_the_order_is_fixed_and_a_record_left_out_does_not_change_it(directory, tmp_path):
+    ids = [state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))]
+    assert ids == [state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))]
+    assert ids != sorted(ids, key=lambda id: int(id.split("-")[-1]))  # no longer as in the file
+    other = miniature.make(tmp_path, zipped=False)
+    file = other / data.FILES["structure-train"]
+    records = json.loads(file.read_text())
+    records[4]["answer"] = records[4]["solution"] = "E"
+    file.write_text(json.dumps(records))
+    assert [ReasonRFTSet("structure-train", other)[i].id for i in range(11)] == [id for id in ids if id != "structure-train-4"]
+
+
+# ---------------------------------------------------------------------------------------------- images
+
+
+def test_an_image_is_opened_when_it_is_used_and_closed_again(directory, monkeypatch):
+    opened, open_image = [], Image.open
+    state = ReasonRFTSet("transformation-id", directory)[0]
+    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(open_image(path, *rest)) or opened[-1])
+    assert len(state.images) == 2 and state.messages() and not opened
+    list(state.images)
+    assert len(opened) == 2 and all(getattr(image, "fp", None) is None for image in opened)
+
+
+def test_an_image_that_disappears_while_training_is_told_in_a_line(tmp_path):
+    images = ImageFiles([tmp_path / "gone.png"])
+    with pytest.raises(UserError) as error:
+        list(images)
+    assert "gone.png" in one_line(error)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    Image.new("RGBA", (4, 4), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert data.open_image(tmp_path / "clear.png").getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, random_model_dir):
+    for width, fits in ((1600, True), (1608, False)):
+        path = tmp_path / f"{width}.png"
+        Image.new("RGB", (width, 8)).save(path)
+        assert (data.image_problem(path) is None) == fits
+        state = State("0", ImageFiles([path]), "how many ?", "1", "discrete")
+        if fits:
+            Policy.load(random_model_dir).encode([state])
+        else:
+            with pytest.raises(ValueError):
+                Policy.load(random_model_dir).encode([state])
+
+
+def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_path, monkeypatch):
+    other = miniature.make(tmp_path / "data", zipped=False)
+    looked, image_problem = [], data.image_problem
+    monkeypatch.setattr(data, "image_problem", lambda path: looked.append(path.name) or image_problem(path))
+    for times in (1, 2):
+        questions = ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")
+        assert len(looked) == 13 and len(questions) == 12
+    (other / "images/train_images/counting/broken.png").write_bytes(miniature.png(5))  # mended
+    assert len(ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")) == 13
+    assert looked[13:] == ["broken.png"]
+
+
+# ---------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize("mode", data.MODES)
+@pytest.mark.parametrize("name", ["counting-id", "structure-id", "transformation-id"])
+def test_a_prompt_is_one_turn_with_the_images_first_and_asks_for_what_the_mode_says(directory, name, mode):
+    questions = ReasonRFTSet(name, directory, mode)
+    for state in map(questions.__getitem__, range(len(questions))):
+        (message,) = state.messages()
+        *images, text = message["content"]
+        assert message["role"] == "user" and all(part == {"type": "image"} for part in images) and len(images) == len(state.images)
+        text = text["text"]
+        assert text.index(state.question) < text.index(state.request) and "<answer> and </answer>" in text
+        assert ("<think>" in text) == (mode == "reason")
+        form = "a sequence of functions" if "transformation" in name else "a letter" if state.answer in "ABCD" else "a number"
+        assert form in state.request
+        rules = [f"{function}(object_id, value): {', '.join(values)}" for function, values in data.FUNCTIONS.items()]
+        assert all((rule in text) == ("transformation" in name) for rule in rules)
+        if "transformation" in name:
+            assert text.index(rules[-1]) < text.index(state.question)
+
+
+# ---------------------------------------------------------------------------------------------- the sets of a run
+
+
+def test_both_worlds_have_one_interface(directory, tmp_path):
+    for source in ("blocks", directory):
+        for mode in data.MODES:
+            questions, order = training_states(settings(source, tmp_path), mode)
+            assert len(questions) == 12 and sorted(order) == list(range(12)) and isinstance(questions[3], State)
+            assert questions[3].mode == mode and questions.name == "counting-train"
+        tests = data.test_sets(settings(source, tmp_path))
+        assert {name: len(states) for name, states in tests.items()} == {"counting-id": 5, "counting-ood": 5}
+
+
+@pytest.mark.parametrize("source", ["blocks", "real"])
+def test_a_share_is_part_of_every_larger_share_and_skipped_states_are_not_asked(directory, tmp_path, source):
+    def ids(**changes):
+        questions, order = training_states(settings("blocks" if source == "blocks" else directory, tmp_path, **changes))
+        return [questions[i].id for i in range(len(questions))]
+
+    everything = ids()
+    assert ids(limit=4) == everything[:4] and ids(fraction=0.5) == everything[:6] and ids(fraction=0.5, limit=5) == everything[:5]
+    assert ids(skip=4) == everything[4:] and ids(skip=4, fraction=0.5) == everything[4:8]
+    with pytest.raises(UserError) as error:
+        ids(skip=11)
+    assert "less than one batch" in one_line(error)
+
+
+def test_every_epoch_asks_everything_once_in_an_order_of_the_seed(tmp_path):
+    _, order = training_states(settings("blocks", tmp_path, epochs=3))
+    epochs = [order[i : i + 12] for i in (0, 12, 24)]
+    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
+    assert order == training_states(settings("blocks", tmp_path, epochs=3))[1] != training_states(settings("blocks", tmp_path, epochs=3, seed=1))[1]
+
+
+def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
+    state = BlocksSet("counting-id", 1, mode="answer")[0]
+    words = state.messages()[0]["content"][-1]["text"].split()
+    known = set(Policy.load(ROOT / "tiny").tokenizer.get_vocab())
+    assert state.request == "answer ." and set(words) <= known
+    assert BlocksSet("counting-id", 1)[0].request == "think , then answer ."
+
+
+# ---------------------------------------------------------------------------------------------- archives
+
+
+@pytest.mark.parametrize("prefix", ["", "train_images/", "images/train_images/"])
+def test_an_archive_is_unpacked_whatever_folder_its_names_begin_with(tmp_path, prefix):
+    directory = miniature.make(tmp_path / "data", prefix=prefix)
+    assert prepare(str(directory), ["counting-train", "counting-id"], tmp_path / "cache") == directory
+    assert len(ReasonRFTSet("counting-train", directory)) == 12 and len(ReasonRFTSet("counting-id", directory)) == 12
+    assert sorted(path.name for path in (directory / "images").iterdir()) == ["test_images", "train_images"]
+
+
+def archive_of(path: Path, *names: str, content: bytes = b"x" * 50) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(zipfile.ZipInfo(name), content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "a/../../../evil.png", "..\\evil.png", "C:/evil.png", "train_images/../../evil.png", "train_images"])
+def test_a_name_that_leads_out_of_the_archive_stops_it_before_anything_is_written(tmp_path, name):
+    archive = archive_of(tmp_path / "train_images.zip", "train_images/good.png", name)
+    with pytest.raises(UserError) as error:
+        unpack(archive, tmp_path / "deep" / "images" / "train_images")
+    assert "not unpacked" in one_line(error)
+    assert [path.name for path in tmp_path.rglob("*")] == ["train_images.zip"]
+
+
+def test_a_link_in_an_archive_is_no_link_on_the_disk(tmp_path):
+    with zipfile.ZipFile(tmp_path / "train_images.zip", "w") as archive:
+        link = zipfile.ZipInfo("train_images/link")
+        link.external_attr = 0o120777 << 16
+        archive.writestr(link, "/etc/passwd")
+    unpack(tmp_path / "train_images.zip", tmp_path / "images")
+    assert not (tmp_path / "images/link").is_symlink() and (tmp_path / "images/link").read_text() == "/etc/passwd"
+
+
+def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
+    archive = archive_of(tmp_path / "train_images.zip", "a.png", content=b"\0" * 5_000_000)
+    with pytest.raises(UserError) as error:
+        unpack(archive, tmp_path / "images")
+    assert "no archive of images" in one_line(error) and not (tmp_path / "images").exists()
+
+
+def test_an_archive_that_lies_about_its_sizes_writes_no_more_than_it_said(tmp_path):
+    archive = archive_of(tmp_path / "train_images.zip", "a.png", content=b"\0" * 5_000_000)
+    lied = archive.read_bytes().replace((5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    archive.write_bytes(lied)
+    with pytest.raises(UserError) as error:
+        unpack(archive, tmp_path / "images")
+    assert "broken" in one_line(error) and not (tmp_path / "images").exists()
+    assert sum(path.stat().st_size for path in (tmp_path / "images.tmp").rglob("*.png")) <= 100
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
+def test_an_archive_cut_short_is_told(tmp_path, keep):
+    archive = archive_of(tmp_path / "train_images.zip", *(f"{i}.png" for i in range(9)))
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(UserError) as error:
+        unpack(archive, tmp_path / "images")
+    assert "get it again" in one_line(error) and not (tmp_path / "images").exists()
+
+
+def test_unpacking_that_was_interrupted_begins_anew(tmp_path, monkeypatch):
+    directory, copy, copied = miniature.make(tmp_path / "data"), data.shutil.copyfileobj, []
+
+    def dies(*arguments):
+        if len(copied) == 5:
+            raise KeyboardInterrupt
+        copied.append(copy(*arguments))
+
+    monkeypatch.setattr(data.shutil, "copyfileobj", dies)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(directory), ["counting-train"], tmp_path / "cache")
+    assert not (directory / "images/train_images").exists()
+    (directory / "images/train_images.tmp/left behind.png").write_bytes(b"")
+    monkeypatch.undo()
+    prepare(str(directory), ["counting-train"], tmp_path / "cache")
+    assert len(ReasonRFTSet("counting-train", directory)) == 12
+    assert not list((directory / "images").rglob("left behind.png")) and [p.name for p in (directory / "images").iterdir()] == ["train_images"]
+
+
+def test_an_archive_is_unpacked_once(tmp_path, monkeypatch):
+    directory = miniature.make(tmp_path / "data")
+    for _ in range(2):
+        prepare(str(directory), ["counting-train"], tmp_path / "cache")
+        monkeypatch.setattr(data, "unpack", lambda *arguments: pytest.fail("again"))
+
+
+@pytest.mark.parametrize("spoil, says", [
+    (lambda path: path.unlink(), "has no train_jsons/A3"),
+    (lambda path: path.write_text("[{"), "cannot read"),
+    (lambda path: path.write_bytes(b"\xff\xfe[]"), "cannot read"),
+    (lambda path: path.write_text("{}"), "no list"),
+    (lambda path: path.write_text("[]"), "empty"),
+    (lambda path: path.write_text("[3]"), "no record"),
+])  # fmt: skip
+def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, spoil, says):
+    directory = miniature.make(tmp_path / "data")
+    spoil(directory / data.FILES["counting-train"])
+    with pytest.raises(UserError) as error:
+        data.load_set("counting-train", settings(directory, tmp_path / "cache"))
+    assert says in one_line(error)
+
+
+def test_no_directory_is_told_in_a_line(tmp_path):
+    with pytest.raises(UserError) as error:
+        data.load_set("counting-train", settings(tmp_path / "nowhere", tmp_path / "cache"))
+    assert "nowhere" in one_line(error)
+
+
+# ---------------------------------------------------------------------------------------------- the download
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """The hub as huggingface_hub sees it, from the files of a directory; can break off in the middle of a file."""
+
+    protocol_version = "HTTP/1.1"
+    directory: Path
+    break_off: set
+    served: list
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        name = self.path.split("/resolve/main/")[-1].split("?")[0].replace("%2F", "/")
+        file = self.directory / name
+        if "/resolve/" not in self.path or not file.is_file():
+            self.send_response(404)
+            self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("Content-Length", "0")
+            return self.end_headers()
+        content = file.read_bytes()
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{len(content)}"')
+        self.send_header("X-Repo-Commit", "a" * 40)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if body:
+            self.served.append((name, start))
+            if name in self.break_off:
+                self.wfile.write(content[start : len(content) // 2])
+                self.close_connection = True
+                return self.connection.close()
+            self.wfile.write(content[start:])
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def hub(tmp_path):
+    handler = type("Served", (Hub,), dict(directory=miniature.make(tmp_path / "hub"), break_off=set(), served=[]))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield handler, f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def fetch(tmp_path, endpoint: str) -> subprocess.CompletedProcess:
+    """In a process of its own: huggingface_hub reads its settings when it is imported."""
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
+    command = [sys.executable, str(ROOT / "data.py"), "--task", "counting", "--data-cache", str(tmp_path / "cache")]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+
+
+def test_a_download_fetches_what_the_task_needs_and_nothing_twice(tmp_path, hub):
+    handler, endpoint = hub
+    done = fetch(tmp_path, endpoint)
+    assert done.returncode == 0, done.stderr
+    assert "counting-train: 12 of 22 records" in done.stdout and "counting-ood: 12 of 12" in done.stdout
+    assert "train_images.zip" in done.stderr  # the bar
+    assert {name for name, _ in handler.served} == {"train_images.zip", "test_images.zip", *(f for n, f in data.FILES.items() if "counting" in n)}
+    handler.served.clear()
+    assert fetch(tmp_path, "http://127.0.0.1:9").stdout == done.stdout and not handler.served  # without a network
+
+
+def test_a_download_that_breaks_off_is_told_and_goes_on_where_it_was(tmp_path, hub):
+    handler, endpoint = hub
+    handler.break_off.add("train_images.zip")
+    done = fetch(tmp_path, endpoint)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("data.py: error: cannot download train_images.zip") and "try again" in last
+    handler.break_off.clear()
+    handler.served.clear()
+    assert fetch(tmp_path, endpoint).returncode == 0
+    begun = [start for name, start in handler.served if name == "train_images.zip"]
+    assert begun and begun[0] > 0
