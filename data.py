@@ -366,16 +366,32 @@ def prepare(source: str, names: list[str], cache: Path) -> Path:
 
 
 def download(files: list[str], directory: Path) -> None:
-    """Files of the data set from the hub, with a progress bar; what was begun is gone on with."""
-    from huggingface_hub import hf_hub_download  # slow to import, and rarely needed
+    """Files of the data set from the hub, with a progress bar; one that was begun earlier is gone on with.
+
+    By the library's `http_get`, since its `hf_hub_download` throws away what it has of a file when the process ends.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # slow to import, and rarely needed
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
 
     for file in files:
-        if not (directory / file).is_file():
-            try:
-                hf_hub_download(REPOSITORY, file, repo_type="dataset", local_dir=directory)
-            except Exception as error:  # its own errors, those of its HTTP client, those of the disk
-                reason = " ".join(str(error).split())[:200]
-                raise UserError(f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data") from None
+        if (directory / file).is_file():
+            continue
+        try:
+            url = hf_hub_url(REPOSITORY, file, repo_type="dataset")
+            metadata = get_hf_file_metadata(url)
+            version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:12]
+            part = directory / f"{file}.{version}.part"  # of another version nothing is of use
+            part.parent.mkdir(parents=True, exist_ok=True)
+            with open(part, "ab") as content:
+                http_get(
+                    url, content, resume_size=part.stat().st_size, headers=build_hf_headers(), expected_size=metadata.size,
+                    displayed_filename=file, tqdm_class=tqdm,
+                )  # fmt: skip
+            os.replace(part, directory / file)
+        except Exception as error:  # the library's errors, those of its HTTP client, those of the disk
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data") from None
 
 
 MAX_EXPANSION = 20  # images hardly shrink in a zip; what grows more than this is no archive of images
