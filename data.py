@@ -494,17 +494,6 @@ def reports(sets: list[Part]) -> tuple[list[str], list[dict]]:
     return [whole.report() for whole in real], [record for whole in real for record in whole.left_out]
 
 
-def check_settings(config) -> None:
-    """UserError for settings of the data that cannot work."""
-    if not 0 < config.fraction <= 1:
-        raise UserError(f"--fraction is a share of the training set, above 0 and at most 1, not {config.fraction}")
-    for name in ("skip", "limit", "min_pixels", "max_pixels"):
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(config, name)}")
-    if config.max_pixels and config.min_pixels > config.max_pixels:
-        raise UserError(f"--min-pixels {config.min_pixels} is more than --max-pixels {config.max_pixels}")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.")
     parser.add_argument("--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy")

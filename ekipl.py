@@ -18,7 +18,6 @@ processes is the run never stopped.
 Departures from the paper, and readings of what it leaves open, are in README.md ("Where the paper is silent").
 """
 
-import argparse
 import dataclasses
 import math
 import os
@@ -27,7 +26,7 @@ import random
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -40,14 +39,16 @@ from transformers.utils import logging as transformers_logging
 import curves
 import grpo
 import runs
-from blocks import SETS, BlocksSet
+import settings
+from data import reports, test_sets, training_states
 from distributed import World
 from evaluate import answer_greedily, score
-from experts import make_experts
+from experts import ACCURACY, make_experts
 from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
 from sampling import Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
+from settings import Settings, option
 
 HERE = Path(__file__).resolve().parent
 
@@ -55,23 +56,10 @@ HERE = Path(__file__).resolve().parent
 # ---------------------------------------------------------------------------------------------- settings
 
 
-def option(default, help: str, choices: tuple = ()):
-    return field(default=default, metadata={"help": help, "choices": choices})
-
-
 @dataclass
-class Config:
-    """All settings of a run. Each is a flag of the command line; a preset sets several."""
+class Config(Settings):
+    """All settings of a run: those of settings.py, and these."""
 
-    preset: str = option("blocks", "settings to start from; other flags change them")
-    name: str = option("", "the run's directory under --runs (default: the preset, date and time)")
-    runs: str = option("runs", "where run directories are made")
-    seed: int = option(0, "of everything random: questions, order, sampling")
-    # what is trained, on what
-    model: str = option("tiny", "policy and reference: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code")
-    task: str = option("counting", "the task of the blocks world", tuple(SETS))
-    states: int = option(3840, "questions in the training set")
-    epochs: int = option(1, "passes over the training set")
     # the total group (Eq 4-6) and what is kept of it
     experts: str = option("careful,quick", "experts, comma-separated: careful, quick (scripted); 'none' is plain GRPO")
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
@@ -83,7 +71,6 @@ class Config:
         "whose weights take the kept for a fair sample of the best; else the policy's",
         ("auto", "policy_first", "random"),
     )
-    max_new_tokens: int = option(80, "length limit of an action, in tokens")
     temperature: float = option(1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)")
     # the objective (Eq 1-3, A.2)
     advantage: str = option(
@@ -100,68 +87,51 @@ class Config:
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
     beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
     updates_per_batch: int = option(1, "gradient steps on each batch of actions; with 1 the ratio is always 1 and nothing is clipped")
-    # the optimizer
-    batch_size: int = option(64, "states a step, over all processes")
-    micro_batch: int = option(16, "states per forward pass of a process; smaller needs less memory, the gradient is the same")
-    lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
-    warmup: float = option(0.05, "share of the steps in which the learning rate rises")
-    weight_decay: float = option(0.0, "of AdamW")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
-    # the machine
-    device: str = option("auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda"))
-    bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
-    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
-    # what is measured and kept
-    eval_every: int = option(20, "greedy evaluation on the task's test sets every so many steps, and before the first and after the last; 0: never")
-    eval_states: int = option(200, "questions of each test set in an evaluation")
-    save_every: int = option(20, "checkpoint every so many steps and after the last; 0: after the last only")
+    # what is kept
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
 
-    @property
-    def steps(self) -> int:
-        return self.states * self.epochs // self.batch_size
+
+def paper(task: str, size: str) -> dict:
+    """The paper's settings for a task of Reason-RFT-CoT and a policy of "2B" or "7B" parameters, each with its source."""
+    return dict(
+        model=f"Qwen/Qwen2-VL-{size}-Instruct",  # Section 4.1
+        data="reason-rft",
+        task=task,
+        epochs={"counting": 1, "structure": 5, "transformation": 1}[task],  # Section 4.1
+        experts="openai:gpt-4o,gemini:gemini-1.5-pro",  # Section 4.1
+        num_samples=8,  # N and G: Section 4.1 (Reason-RFT samples 4 for some tasks of the 7B model)
+        group_size=8,
+        lr=1e-6,  # Reason-RFT's and TRL's default; Section 4.1 gives the schedule, cosine, and AdamW
+        warmup=0.0,  # the paper is silent; Reason-RFT's scripts have none
+        weight_decay=0.0,  # the paper is silent; Reason-RFT's scripts have none
+        max_grad_norm=1.0,  # the paper is silent; the default of transformers, which Reason-RFT keeps
+        beta=0.04,  # Section 4.1, "default KL penalty": TRL's default at that time
+        clip_eps=0.2,  # the paper is silent; TRL's default
+        updates_per_batch=1,  # the paper is silent; Open-R1 and Reason-RFT make one
+        temperature=1.0,  # the paper is silent; Reason-RFT's is between 0.9 and 1
+        max_new_tokens=512,  # the paper is silent; Reason-RFT's max_completion_length
+        min_pixels=3136,  # the paper is silent; Reason-RFT's. A picture has 612 tokens at most, so that no prompt comes near the 4096
+        max_pixels=480000,  # tokens at which Reason-RFT cuts
+        batch_size=16,  # the paper is silent; Reason-RFT has 2 states a step for each GPU (7 of 8 train there)
+        micro_batch=1,
+        gradient_checkpointing=True,  # of memory only; Reason-RFT's scripts have it both ways
+        eval_every=200,
+        eval_states=200,
+        save_every=100,  # Reason-RFT's save_steps
+    )
 
 
 PRESETS = {
     "blocks": {},
     "blocks-structure": {"task": "structure", "max_new_tokens": 48},
     "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
+    **{f"{task}-{size.lower()}": paper(task, size) for task in ("counting", "structure", "transformation") for size in ("2B", "7B")},
 }
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
     """The settings that the command line asks for, and the run to resume if it does."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (--help explains every flag)")
-
-    parser = Parser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    parser.add_argument("--resume", metavar="RUN", help="go on with an earlier run, with its own settings")
-    for setting in dataclasses.fields(Config):
-        flag, text, choices = "--" + setting.name.replace("_", "-"), setting.metadata["help"], setting.metadata["choices"]
-        choices = tuple(PRESETS) if setting.name == "preset" else choices
-        text = f"{text} (default: {setting.default})" if setting.default != "" else text
-        if setting.type is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, type=setting.type, choices=choices or None, default=None, help=text)
-    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
-    if (resume := given.pop("resume", None)) is not None:
-        if given:
-            raise UserError(f"--resume goes on with the run's own settings: leave out --{next(iter(given)).replace('_', '-')}")
-        stored = runs.read_config(Path(resume))
-        if set(stored) != {setting.name for setting in dataclasses.fields(Config)}:
-            raise UserError(f"{resume} was made by another version of this program: its settings have other names")
-        for setting in dataclasses.fields(Config):
-            value, kinds = stored[setting.name], (int, float) if setting.type is float else (setting.type,)
-            choices = setting.metadata["choices"]
-            if type(value) not in kinds or (choices and value not in choices):
-                raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
-        return Config(**stored), Path(resume)
-    preset = given.get("preset", Config.preset)
-    return Config(**{**PRESETS[preset], **given, "preset": preset}), None
+    return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
 
 
 def check(config: Config, world: int, resuming: bool) -> None:
@@ -170,50 +140,56 @@ def check(config: Config, world: int, resuming: bool) -> None:
         experts = make_experts(config.experts)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for name in ("states", "epochs", "num_samples", "group_size", "batch_size", "micro_batch", "max_new_tokens", "updates_per_batch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
-    for name in ("lr", "temperature", "max_grad_norm"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for name in ("beta", "clip_eps", "warmup", "weight_decay", "eval_every", "save_every", "log_groups"):
-        if not 0 <= getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(config, name)}")
-    if config.warmup > 1:
-        raise UserError("--warmup is a share of the steps, at most 1")
+    settings.check(config, world, resuming)
+    settings.must(config, 1, "num_samples", "group_size", "updates_per_batch")
+    settings.must(config, 0, "beta", "clip_eps", "log_groups")
+    if not 0 < config.temperature < math.inf:
+        raise UserError(f"--temperature must be above 0, not {config.temperature}")
+    if config.data != "blocks" and (scripted := [name for name in config.experts.split(",") if name.strip() in ACCURACY]):
+        raise UserError(f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none")
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
         raise UserError(
             f"--group-size {config.group_size} is more than the {candidates} candidates of a state "
             f"(--num-samples {config.num_samples} x {len(experts) + 1} sources)"
         )
-    if config.eval_every and config.eval_states < world:
-        raise UserError(f"--eval-states must be at least 1 for each of {world} processes; --eval-every 0 evaluates never")
-    if config.batch_size < world:
-        raise UserError(f"--batch-size {config.batch_size} leaves some of {world} processes without a state")
-    if config.steps < 1:
-        raise UserError(f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}")
-    if config.name and not resuming:
-        runs.must_be_new(Path(config.runs) / config.name)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU here")
 
 
 # ---------------------------------------------------------------------------------------------- the run's directory
 
 
-def open_run(config: Config, resume: Path | None, world: World) -> Path:
-    """Makes the run's directory, in the first process; all of them raise what it raised."""
+def open_run(config: Config, resume: Path | None, world: World, sets: list) -> Path:
+    """Makes the run's directory, in the first process, and tells what of the sets cannot be used; all processes raise what it raised."""
     path, problem = resume, None
     if world.rank == 0 and resume is None:
         try:
             path = runs.create(config.runs, config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3], dataclasses.asdict(config))
+            lines, left_out = reports(sets)
+            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+            if left_out:
+                runs.append(path / "left_out.jsonl", left_out)
         except UserError as error:
             problem = str(error)
     path, problem = world.agree((path, problem))
     if problem:
         raise UserError(problem)
     return path
+
+
+def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
+    """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
+    try:  # to the CPU first: Adam's step counters have to stay there
+        trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
+        optimizer.load_state_dict(trainer["optimizer"])
+        start, processes = trainer["step"], trainer["processes"]
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
+        raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
+    if world.rank == 0:
+        if processes != world.size:
+            print(f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped", file=sys.stderr)
+        for file in ("metrics.jsonl", "samples.jsonl"):
+            runs.forget_after(resume / file, start)
+    return start
 
 
 # ---------------------------------------------------------------------------------------------- the update
@@ -334,46 +310,39 @@ def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) 
     return result
 
 
-def train(config: Config, resume: Path | None, world: World) -> Path:
-    """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
-    if world.device.type == "cpu":  # else threads add up the gradients of one tensor in whatever order they come
+def deterministic(world: World) -> None:
+    """On CPUs: else threads add up the gradients of one tensor in whatever order they come."""
+    if world.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-    start = 0
+
+
+def train(config: Config, resume: Path | None, world: World) -> Path:
+    """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
+    deterministic(world)
+    questions, order = training_states(config)
+    tests = test_sets(config) if config.eval_every else {}
     model = str(HERE / "tiny") if config.model == "tiny" else config.model
     try:
-        load = dict(temperature=config.temperature)
+        load = dict(temperature=config.temperature, **config.pixels)
         policy = Policy.load(
             runs.last_checkpoint(resume) if resume else model, gradient_checkpointing=config.gradient_checkpointing, **load
         ).to(world.device)
         reference = Policy.load(model, **load).to(world.device).requires_grad_(False) if config.beta else None
     except ValueError as error:
         raise UserError(str(error)) from None
-    path = open_run(config, resume, world)
+    path = open_run(config, resume, world, [questions, *tests.values()])
+    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    if resume:
-        try:  # to the CPU first: Adam's step counters have to stay there
-            trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
-            optimizer.load_state_dict(trainer["optimizer"])
-            start, processes = trainer["step"], trainer["processes"]
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
-            raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
-        if world.rank == 0:
-            if processes != world.size:
-                print(f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped", file=sys.stderr)
-            for file in ("metrics.jsonl", "samples.jsonl"):
-                runs.forget_after(path / file, start)
+    start = restore(optimizer, resume, world) if resume else 0
     learner = policy
     if world.size > 1:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
     sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
     experts = make_experts(config.experts)
-    questions = BlocksSet(f"{config.task}-train", config.states, config.seed)
-    tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
-    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
-    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(config.states), config.states)]
 
     bar = tqdm(total=config.steps, initial=start, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
     if start == 0 and config.eval_every:
@@ -407,14 +376,19 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             record["seconds/evaluation"] = time.perf_counter() - clock[2]
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
-            if world.rank == 0:
-                runs.save_checkpoint(path, step + 1, policy, optimizer, world.size)
-                curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
-            world.agree(None)  # nobody runs ahead of a checkpoint
+            save(path, step + 1, policy, optimizer, world)
     bar.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path
+
+
+def save(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> None:
+    """A checkpoint and the picture so far, in the first process; nobody runs ahead of it."""
+    if world.rank == 0:
+        runs.save_checkpoint(path, step, policy, optimizer, world.size)
+        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
+    world.agree(None)
 
 
 def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: World) -> None:
@@ -422,7 +396,8 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
     if world.rank > 0:
         return
     runs.append(path / "metrics.jsonl", records)
-    runs.append(path / "samples.jsonl", groups)
+    if groups:
+        runs.append(path / "samples.jsonl", groups)
     for record in records:
         if evaluated := {name.removeprefix("eval/"): f"{100 * value:.1f}" for name, value in record.items() if name.startswith("eval/")}:
             bar.write(f"step {record['step']}: greedy accuracy " + "  ".join(f"{name} {value}" for name, value in evaluated.items()))
@@ -431,21 +406,21 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
                 "reward": f"{record['reward']:.2f}", "accuracy": f"{record['accuracy']:.2f}",
                 "experts": f"{record['expert_share']:.2f}", "dead": f"{record['dead_groups']:.2f}", "kl": f"{record['kl']:.2f}",
             }, refresh=False)  # fmt: skip
-            bar.update(1)
+        elif "loss" in record:
+            bar.set_postfix({"loss": f"{record['loss']:.3f}"}, refresh=False)
+        bar.update(int("loss" in record))
 
 
-def main() -> None:
+def command(program: str, run) -> None:
+    """Runs `run(argv)`, which returns the run's directory and what to say in the end; a mistake is told in one line, with exit code 2."""
     rank = int(os.environ.get("RANK", 0))
     transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     try:
-        config, resume = parse(sys.argv[1:])
-        check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-        world = World.join(config.device)
-        path = train(config, resume, world)
+        done = run(sys.argv[1:])
     except UserError as error:
         if rank > 0:
             time.sleep(10)  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
-        print(f"ekipl.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         if rank == 0:
@@ -454,7 +429,18 @@ def main() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     if rank == 0:
-        print(f"done: {path}/curves.png shows the run, {path}/samples.jsonl its groups, {path}/model is the model")
+        print(done)
+
+
+def run(argv: list[str]) -> str:
+    config, resume = parse(argv)
+    check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
+    path = train(config, resume, World.join(config.device))
+    return f"done: {path}/curves.png shows the run, {path}/samples.jsonl its groups, {path}/model is the model"
+
+
+def main() -> None:
+    command("ekipl.py", run)
 
 
 if __name__ == "__main__":

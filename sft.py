@@ -1,0 +1,216 @@
+"""Supervised fine-tuning on given responses: the baselines ANS-SFT and CoT-SFT, and stage 1 of Reason-RFT (paper, Section 4.1).
+
+    python sft.py                                        # CoT-SFT on the blocks world
+    python sft.py --method answer                        # ANS-SFT
+    torchrun --nproc_per_node 8 sft.py --preset counting-2b
+    python sft.py --resume runs/NAME                     # goes on exactly where the last checkpoint was
+    python ekipl.py --model runs/NAME/model              # RL from there
+
+    method    prompt asks for          target                                                        paper
+    cot       a thought and an answer  <think>{thought}</think> <answer>{answer}</answer>, then EOS  CoT-SFT
+    answer    the answer alone         <answer>{answer}</answer>, then EOS                           ANS-SFT
+
+The loss is the mean of -log pi_theta over the target tokens of the global batch, by the forward pass that RL uses (policy.py): the sum over
+a micro-batch, divided by the number of target tokens in the whole batch over all processes, which is known before the first
+forward pass. So micro-batches, accumulation and processes do not change the gradient. (A mean in each micro-batch, averaged, would give tokens of
+short targets a greater weight; published comparisons of RL with SFT have rested on that.)
+
+Run directory, checkpoints, resume, learning rate and evaluation are ekipl.py's. Of a training set whose records have no thoughts CoT-SFT
+uses those that have one.
+"""
+
+import dataclasses
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import curves
+import ekipl
+import runs
+import settings
+from data import State, test_sets, training_states
+from distributed import World
+from policy import Policy, Prompt, pack
+from runs import UserError
+from sampling import TransformersSampler, autocast
+from settings import Settings, option
+
+METHODS = {"cot": "reason", "answer": "answer"}  # and what the prompt asks for (data.MODES)
+
+
+@dataclass
+class Config(Settings):
+    """All settings of a run: those of settings.py, and this one."""
+
+    method: str = option("cot", "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT)", tuple(METHODS))
+
+
+def paper(task: str, size: str) -> dict:
+    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings."""
+    return dict(
+        model=f"Qwen/Qwen2-VL-{size}-Instruct",
+        data="reason-rft",
+        task=task,
+        epochs=1,
+        lr=1e-5,
+        warmup=0.05,  # theirs: 100 steps, which is 5 % of the counting task's
+        weight_decay=0.1,
+        max_grad_norm=1.0,  # the default of transformers
+        batch_size=16,  # 8 GPUs x 1 x 2 steps of accumulation
+        min_pixels=3136,
+        max_pixels=480000,
+        max_new_tokens=768,  # their limit when they evaluate; they cut prompt and target at 4096 tokens together
+        micro_batch=1,
+        gradient_checkpointing=True,
+        eval_every=200,
+        eval_states=200,
+        save_every=200,
+    )
+
+
+PRESETS = {
+    "blocks": {},
+    "blocks-structure": {"task": "structure", "max_new_tokens": 48},
+    "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
+    **{f"{task}-{size.lower()}": paper(task, size) for task in ("counting", "structure", "transformation") for size in ("2B", "7B")},
+}
+
+
+def parse(argv: list[str]) -> tuple[Config, Path | None]:
+    """The settings that the command line asks for, and the run to resume if it does."""
+    return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+@dataclass
+class Example:
+    """A prompt and the response to learn. tokens: ends with EOS unless truncated."""
+
+    prompt: Prompt
+    tokens: list[int]
+    truncated: bool
+
+
+def target_text(state: State, method: str) -> str:
+    """The response to learn. ValueError if it needs a thought and the state has none."""
+    answer = f"<answer>\n{state.answer}\n</answer>"
+    if method == "answer":
+        return answer
+    if not state.thought:
+        raise ValueError(f"the state {state.id} has no thought to learn")
+    return f"<think>\n{state.thought}\n</think>\n{answer}"
+
+
+def examples(policy: Policy, states: list[State], method: str, max_tokens: int) -> list[Example]:
+    """Prompts and targets as tokens. What the policy cannot say (special tokens) is left out of a target, which is cut at max_tokens."""
+    banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
+    made = []
+    for state, prompt in zip(states, policy.encode(states), strict=True):
+        ids = policy.tokenizer(target_text(state, method), add_special_tokens=False).input_ids
+        tokens = [token for token in ids if token not in banned] + [policy.eos_id]
+        made.append(Example(prompt, tokens[:max_tokens], len(tokens) > max_tokens))
+    return made
+
+
+def update(config: Config, policy, optimizer, batch: list[Example], world: World, lr: float) -> dict:
+    """One step of AdamW on this process's share of a batch.
+
+    policy: a Policy, or DistributedDataParallel around one. Returns the batch's loss in nats per token, over all processes, how many
+    tokens were learnt, and the norm of the gradient before clipping.
+    """
+    device = world.device
+    total = sum(world.gather([len(example.tokens) for example in batch]))  # target tokens, over all processes
+    order = sorted(range(len(batch)), key=lambda i: len(batch[i].tokens))  # similar lengths together: less padding
+    micro = [[batch[i] for i in order[start : start + config.micro_batch]] for start in range(0, len(order), config.micro_batch)]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.zero_grad(set_to_none=True)
+    nats = 0.0
+    for i, part in enumerate(micro):
+        # Gradients are averaged over the processes in the last backward pass only.
+        quiet = policy.no_sync() if world.size > 1 and i < len(micro) - 1 else nullcontext()
+        with quiet:
+            packed = pack([example.prompt for example in part], [[example.tokens] for example in part]).to(device)
+            with autocast(device, config.bf16):
+                logp = policy(packed)  # (B, 1, T), 0 where there is no token
+            loss = -logp.sum() / total
+            (loss * world.size).backward()  # DDP takes the mean over processes; the loss is a sum over tokens
+        nats += loss.item()
+    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    if not math.isfinite(norm):
+        raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
+    optimizer.step()
+    return {"loss": sum(world.gather([nats])), "target_tokens": total, "grad_norm": norm}
+
+
+# ---------------------------------------------------------------------------------------------- the run
+
+
+def train(config: Config, resume: Path | None, world: World) -> Path:
+    """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
+    ekipl.deterministic(world)
+    mode = METHODS[config.method]
+    questions, order = training_states(config, mode, thoughts=config.method == "cot")
+    tests = test_sets(config, mode) if config.eval_every else {}
+    start = str(ekipl.HERE / "tiny") if config.model == "tiny" else config.model
+    try:
+        start = runs.last_checkpoint(resume) if resume else start
+        policy = Policy.load(start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels).to(world.device)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
+    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    done = ekipl.restore(optimizer, resume, world) if resume else 0
+    learner = DistributedDataParallel(policy, broadcast_buffers=False) if world.size > 1 else policy
+    sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
+
+    bar = tqdm(total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
+    if done == 0 and config.eval_every:
+        ekipl.log(path, [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}], [], bar, world)
+    for step in range(done, config.steps):
+        clock = [time.perf_counter()]
+        share = world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
+        batch = examples(policy, [questions[i] for i in share], config.method, config.max_new_tokens)
+        lr = ekipl.learning_rate(config, step)
+        record = {"step": step + 1, "states": (step + 1) * config.batch_size}
+        record |= update(config, learner, optimizer, batch, world, lr)
+        truncated = world.gather([float(example.truncated) for example in batch])
+        clock.append(time.perf_counter())
+        record |= {"truncated": sum(truncated) / len(truncated), "lr": lr, "seconds/update": clock[1] - clock[0]}
+        last = step + 1 == config.steps
+        if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
+            record |= ekipl.evaluate(sampler, tests, world)
+            record["seconds/evaluation"] = time.perf_counter() - clock[1]
+        ekipl.log(path, [record], [], bar, world)
+        if last or (config.save_every and (step + 1) % config.save_every == 0):
+            ekipl.save(path, step + 1, policy, optimizer, world)
+    bar.close()
+    if world.rank == 0 and done == config.steps:  # killed after the last checkpoint, perhaps before the picture
+        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
+    return path
+
+
+def run(argv: list[str]) -> str:
+    config, resume = parse(argv)
+    settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
+    path = train(config, resume, World.join(config.device))
+    return f"done: {path}/model is the model; python ekipl.py --model {path}/model goes on with RL"
+
+
+def main() -> None:
+    ekipl.command("sft.py", run)
+
+
+if __name__ == "__main__":
+    main()
