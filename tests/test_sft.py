@@ -1,0 +1,347 @@
+"""sft.py: what is learnt, gradients that do not depend on how the batch is split, exact resume, and the same commands on real data."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import ekipl
+import miniature
+import rewards
+import runs
+import sft
+from blocks import BlocksSet
+from data import ReasonRFTSet
+from distributed import World
+from policy import Policy
+from sft import Config, Example
+from test_ekipl import CPU, states_of_two_sizes, timeless, torchrun, weights
+
+ROOT = Path(__file__).resolve().parent.parent
+SMALL = dict(states=24, batch_size=4, micro_batch=3, eval_every=3, eval_states=4, save_every=2, lr=1e-3, name="run")
+
+
+def small(tmp_path, **changes) -> Config:
+    return Config(**{**SMALL, "runs": str(tmp_path), **changes})
+
+
+def flags(**settings) -> list[str]:
+    return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+
+
+# ---------------------------------------------------------------------------------------------- the loss
+
+
+class DoublePolicy(Policy):
+    """Computes in float64, where what is left of a difference is no rounding of float32 (gradients here are as large as 2)."""
+
+    @classmethod
+    def load(cls, path) -> Policy:
+        torch.set_default_dtype(torch.float64)
+        try:
+            return super().load(path, dtype=torch.float64)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def forward(self, batch):
+        torch.set_default_dtype(torch.float64)
+        try:
+            return super().forward(batch)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def _token_logp(self, hidden, ids):
+        logits = self.model.get_output_embeddings()(hidden) / self.temperature
+        return logits.index_fill(1, self.suppressed_ids, -torch.inf).log_softmax(1).gather(1, ids[:, None])[:, 0]
+
+
+def assert_same_gradient(left: dict, right: dict) -> None:
+    assert left.keys() == right.keys() and any(gradient.abs().max() > 0.1 for gradient in left.values())
+    for name in left:
+        assert left[name].dtype == torch.float64
+        torch.testing.assert_close(left[name], right[name], atol=1e-8, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def fixed_examples(policy: Policy, count: int) -> list[Example]:
+    """Seeded targets of 1 to 12 tokens, the same in every process."""
+    words = [t for t in range(len(policy.tokenizer)) if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}]
+    made = []
+    for i, prompt in enumerate(policy.encode(states_of_two_sizes(count))):
+        generator = torch.Generator().manual_seed(i)
+        length = int(torch.randint(0, 12, (), generator=generator))
+        made.append(Example(prompt, [words[j] for j in torch.randint(len(words), (length,), generator=generator)] + [policy.eos_id], False))
+    return made
+
+
+def gradient_of(model_dir, world: World, micro_batch: int, count: int) -> tuple[dict, dict]:
+    """The gradient that one update on this process's share of `fixed_examples` leaves, before any clipping, and what it reports."""
+    policy = DoublePolicy.load(model_dir)
+    learner = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False) if world.size > 1 else policy
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    told = sft.update(Config(micro_batch=micro_batch, max_grad_norm=1e9), learner, optimizer, world.mine(fixed_examples(policy, count)), world, lr=0.0)
+    return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}, told
+
+
+@pytest.fixture(scope="module")
+def whole_batch(random_model_dir):
+    return gradient_of(random_model_dir, CPU, 6, 6)
+
+
+def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_dir, whole_batch):
+    """Against Hugging Face's own forward pass, one sequence at a time."""
+    policy = DoublePolicy.load(random_model_dir)
+    nats, tokens = [], 0
+    for state, example in zip(states_of_two_sizes(6), fixed_examples(policy, 6), strict=True):
+        inputs = policy.processor(text=[policy.prompt_text(state)], images=list(state.images), return_tensors="pt")
+        ids = torch.cat([inputs["input_ids"][0], torch.tensor(example.tokens)])[None]
+        kinds = F.pad(inputs["mm_token_type_ids"], (0, len(example.tokens)))
+        logits = policy.model(
+            input_ids=ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=kinds
+        ).logits[0, -len(example.tokens) - 1 : -1]  # fmt: skip
+        logits = logits.index_fill(1, policy.suppressed_ids, -torch.inf)
+        nats.append(F.cross_entropy(logits, torch.tensor(example.tokens), reduction="sum"))
+        tokens += len(example.tokens)
+    loss = sum(nats) / tokens
+    loss.backward()
+    gradient, told = whole_batch
+    assert_same_gradient({name: parameter.grad for name, parameter in policy.named_parameters()}, gradient)
+    assert told["loss"] == pytest.approx(loss.item(), abs=1e-5) and told["target_tokens"] == tokens
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_micro_batches_do_not_change_the_gradient(random_model_dir, whole_batch, micro_batch):
+    gradient, told = gradient_of(random_model_dir, CPU, micro_batch, 6)
+    assert_same_gradient(gradient, whole_batch[0])
+    assert told == pytest.approx(whole_batch[1])
+
+
+@pytest.mark.parametrize("count, micro_batch", [(6, 1), (5, 2)])  # 5: one process has an example more than the other
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(random_model_dir, tmp_path, count, micro_batch):
+    done = torchrun(__file__, str(random_model_dir), str(tmp_path / "gradient.pt"), str(count), str(micro_batch))
+    assert done.returncode == 0, done.stderr
+    gradient, told = torch.load(tmp_path / "gradient.pt")
+    one, alone = gradient_of(random_model_dir, CPU, count, count)
+    assert_same_gradient(gradient, one)
+    assert told == pytest.approx(alone)
+
+
+# ---------------------------------------------------------------------------------------------- what is learnt
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return miniature.make(tmp_path_factory.mktemp("reason-rft"))
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("source", ["blocks", "real"])
+def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, task, source):
+    policy = Policy.load(ROOT / "tiny")
+    config = Config(task=task, data="blocks" if source == "blocks" else str(directory), data_cache=str(tmp_path), states=6, batch_size=2, limit=6)
+    for method, mode in sft.METHODS.items():
+        questions, _ = data.training_states(config, mode)
+        states = [questions[i] for i in range(6)]
+        for state, example in zip(states, sft.examples(policy, states, method, 200), strict=True):
+            text = sft.target_text(state, method)
+            assert rewards.accuracy_reward(text, state.answer, state.kind) == 1 and rewards.format_reward(text) == (method == "cot")
+            assert rewards.accuracy_reward(text, state.answer, state.kind, legacy=True) in (0, 1)  # theirs misses an answer on its own line
+            assert example.tokens[-1] == policy.eos_id and example.tokens.count(policy.eos_id) == 1 and not example.truncated
+            if source == "blocks":  # tiny knows every word
+                assert policy.tokenizer.decode(example.tokens, skip_special_tokens=True) == " ".join(text.split())
+            assert ("<think>" in text) == (method == "cot") == ("think" in state.request)
+
+
+def test_reason_rfts_targets():
+    state = data.State("0", (), "how many ?", "3", "discrete", thought="one\ntwo")
+    assert sft.target_text(state, "cot") == "<think>\none\ntwo\n</think>\n<answer>\n3\n</answer>"
+    assert sft.target_text(state, "answer") == "<answer>\n3\n</answer>"
+    with pytest.raises(ValueError, match="no thought"):
+        sft.target_text(dataclasses.replace(state, thought=""), "cot")
+
+
+def test_a_long_target_is_cut_and_counted():
+    policy = Policy.load(ROOT / "tiny")
+    state = BlocksSet("counting-train", 1)[0]
+    (whole,) = sft.examples(policy, [state], "cot", 200)
+    (cut,) = sft.examples(policy, [state], "cot", 7)
+    assert cut.truncated and cut.tokens == whole.tokens[:7]
+    (fits,) = sft.examples(policy, [state], "cot", len(whole.tokens))
+    assert not fits.truncated and fits.tokens == whole.tokens
+
+
+def test_special_tokens_in_a_target_are_left_out():
+    policy = Policy.load(ROOT / "tiny")
+    state = dataclasses.replace(BlocksSet("counting-train", 1)[0], thought="a1 <|image_pad|> cube <|im_end|> gone unheard-of")
+    (example,) = sft.examples(policy, [state], "cot", 200)
+    assert policy.tokenizer.decode(example.tokens[:-1]).split() == "<think> a1 cube gone </think> <answer>".split() + [state.answer, "</answer>"]
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    return sft.train(small(tmp_path_factory.mktemp("runs")), None, CPU)
+
+
+def test_a_run_leaves_what_it_says(finished):
+    records = runs.read(finished / "metrics.jsonl")
+    assert [record["step"] for record in records] == list(range(7))
+    assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
+    assert all(record["loss"] > 0 and record["grad_norm"] > 0 and record["truncated"] == 0 for record in records[1:])
+    assert records[-1]["loss"] < records[1]["loss"]
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG") and len(runs.checkpoints(finished)) == 1
+
+
+@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
+def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, monkeypatch, stop_after):
+    log = ekipl.log
+
+    def stop(path, records, *rest):
+        log(path, records, *rest)
+        if records[0]["step"] == stop_after + 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ekipl, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        sft.train(small(tmp_path), None, CPU)
+    monkeypatch.setattr(ekipl, "log", log)
+    torch.rand(7)
+    path = sft.train(*sft.parse(["--resume", str(tmp_path / "run")]), CPU)
+    assert timeless(path) == timeless(finished)
+    left, right = weights(path), weights(finished)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_processes_train_and_leave_one_log(tmp_path):
+    done = torchrun("sft.py", *flags(**{**SMALL, "states": 8, "runs": tmp_path}))
+    assert done.returncode == 0, done.stderr
+    records = runs.read(tmp_path / "run" / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2]
+    one = runs.read(sft.train(small(tmp_path, states=8, name="one"), None, CPU) / "metrics.jsonl")
+    for record, alone in zip(records[1:], one[1:], strict=True):
+        assert record["loss"] == pytest.approx(alone["loss"], rel=1e-4) and record["target_tokens"] == alone["target_tokens"]
+
+
+# ---------------------------------------------------------------------------------------------- the presets' commands, shortened
+
+
+SHORT = dict(
+    model="tiny", limit=8, batch_size=4, micro_batch=2, max_new_tokens=8, eval_every=2, eval_states=2, save_every=0, name="run",
+)  # fmt: skip
+REAL = [name for name in ekipl.PRESETS if not name.startswith("blocks")]
+
+
+def command(monkeypatch, module, arguments: list[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+    module.main()
+
+
+def test_there_is_a_preset_for_every_task_and_size_of_the_paper():
+    assert REAL == [f"{task}-{size}" for task in data.TASKS for size in ("2b", "7b")] == [name for name in sft.PRESETS if not name.startswith("blocks")]
+    for preset, settings in ekipl.PRESETS.items():
+        config, learnt = ekipl.parse(["--preset", preset])[0], sft.parse(["--preset", preset])[0]
+        assert config.task == learnt.task == (preset.split("-")[0] if preset in REAL else settings.get("task", "counting"))
+        if preset in REAL:
+            assert config.num_samples == config.group_size == 8 and config.beta == 0.04 and preset[-2:].upper() in config.model
+            assert config.epochs == (5 if config.task == "structure" else 1)
+
+
+@pytest.mark.parametrize("preset", REAL[::2])
+@pytest.mark.parametrize("method", sft.METHODS)
+def test_sft_runs_on_real_data_and_rl_goes_on_from_it(monkeypatch, directory, tmp_path, capsys, preset, method):
+    real = dict(SHORT, preset=preset, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=1)
+    command(monkeypatch, sft, flags(**real, method=method))
+    told = capsys.readouterr()
+    assert f"{preset.split('-')[0]}-train: 12 of {22 if 'counting' in preset else 12} records" in told.err
+    path = tmp_path / "run"
+    records = runs.read(path / "metrics.jsonl")
+    assert [record["step"] for record in records] == [0, 1, 2] and all(name in records[0] for name in (f"eval/{n}" for n in data.FILES if preset[:5] in n and "train" not in n))
+    left_out = runs.read(path / "left_out.jsonl")
+    assert len(left_out) == (len(miniature.BROKEN) if "counting" in preset else 0)
+    if method == "cot":  # Reason-RFT: stage 2 on the rest
+        rl = dict(real, model=path / "model", name="rl", skip=8, limit=4, experts="none", num_samples=2, group_size=2)
+        command(monkeypatch, ekipl, flags(**rl))
+        assert [record["step"] for record in runs.read(tmp_path / "rl" / "metrics.jsonl")] == [0, 1]
+        first = {record["state"] for record in runs.read(tmp_path / "rl" / "samples.jsonl")}
+        questions = ReasonRFTSet(f"{preset.split('-')[0]}-train", directory)
+        assert first <= {questions[i].id for i in range(8, 12)}
+
+
+def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
+    real = dict(
+        SHORT, preset="structure-2b", data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=2, experts="none", num_samples=2,
+        group_size=2, save_every=2, eval_every=0,
+    )  # fmt: skip
+    whole = ekipl.train(ekipl.parse(flags(**real))[0], None, CPU)
+    log = ekipl.log
+
+    def stop(path, records, *rest):
+        log(path, records, *rest)
+        if records[0]["step"] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ekipl, "log", stop)
+    with pytest.raises(KeyboardInterrupt):
+        ekipl.train(ekipl.parse(flags(**dict(real, name="stopped")))[0], None, CPU)
+    monkeypatch.setattr(ekipl, "log", log)
+    path = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped")]), CPU)
+    assert timeless(path) == timeless(whole) and runs.read(path / "samples.jsonl") == runs.read(whole / "samples.jsonl")
+    left, right = weights(path), weights(whole)
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_two_processes_share_real_data(directory, tmp_path):
+    real = dict(SHORT, preset="transformation-2b", data=directory, data_cache=tmp_path / "cache", runs=tmp_path, eval_every=0)
+    done = torchrun("sft.py", *flags(**real))
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("transformation-train: 12 of 12 records") == 1
+    assert [record["step"] for record in runs.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+
+# ---------------------------------------------------------------------------------------------- mistakes of the user
+
+
+@pytest.mark.parametrize("module, arguments, says", [
+    (sft, ["--method", "best"], "method"),
+    (sft, ["--lr", "0"], "--lr"),
+    (sft, ["--experts", "none"], "--experts"),
+    (sft, ["--data", "{tmp}/nowhere"], "nowhere"),
+    (sft, ["--data", "{tmp}"], "has no train_jsons"),
+    (sft, ["--fraction", "1.5"], "--fraction"),
+    (sft, ["--limit", "3"], "less than one batch"),
+    (sft, ["--skip", "5000"], "less than one batch"),
+    (sft, ["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels"),
+    (sft, ["--resume", "{tmp}/rl"], "another program"),
+    (sft, ["--data", "{tmp}/thoughtless", "--eval-every", "0"], "no usable thought"),
+    (ekipl, ["--data", "{tmp}"], "scripted expert 'careful'"),
+    (ekipl, ["--data", "{tmp}/nowhere", "--experts", "none"], "nowhere"),
+    (ekipl, ["--fraction", "nan"], "--fraction"),
+    (ekipl, ["--skip", "-1"], "--skip"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, module, arguments, says):
+    runs.create(str(tmp_path), "rl", dataclasses.asdict(ekipl.Config()))
+    thoughtless = miniature.make(tmp_path / "thoughtless", broken=False)
+    file = thoughtless / data.FILES["counting-train"]
+    file.write_text(file.read_text().replace('"cot"', '"cut"'))
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments] + ([] if "--resume" in arguments else ["--runs", str(tmp_path / "runs")])
+    arguments += [] if "--resume" in arguments else ["--data-cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, module, arguments)
+    error = capsys.readouterr().err.strip()
+    assert stop.value.code == 2
+    assert error.startswith(f"{module.__name__}.py: error:") and says in error and "\n" not in error
+    assert not (tmp_path / "runs").exists()
+
+
+if __name__ == "__main__":  # one of the two processes of test_two_processes_give_the_gradient_of_one
+    model_dir, out, count, micro_batch = sys.argv[1:]
+    world = World.join("cpu")
+    result = gradient_of(model_dir, world, int(micro_batch), int(count))
+    if world.rank == 0:
+        torch.save(result, out)
+    torch.distributed.destroy_process_group()
