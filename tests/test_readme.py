@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import ekipl
+import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -32,16 +33,19 @@ def test_an_equation_stands_at_its_line(row):
 
 def test_every_file_it_names_exists_and_every_module_is_named():
     for name in re.findall(r"`([\w/.-]+\.(?:py|txt|png|csv|jsonl))`", README):
-        made = name.split("/")[-1] in {"metrics.jsonl", "samples.jsonl", "curves.png", "sheet.png", "compare.png", "config.json"}
+        made = name.split("/")[-1] in {"metrics.jsonl", "samples.jsonl", "curves.png", "sheet.png", "compare.png", "config.json", "left_out.jsonl"}
         assert made or (ROOT / name).exists(), name
     for module in ROOT.glob("*.py"):
         assert f"`{module.name}`" in README
 
 
-def test_its_commands_use_flags_that_exist():
-    flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(ekipl.Config)} | {"--resume", "--help"}
-    commands = re.findall(r"^\S*(?:python|torchrun).*?ekipl\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
+@pytest.mark.parametrize("module", [ekipl, sft], ids=["ekipl", "sft"])
+def test_its_commands_use_flags_and_presets_that_exist(module):
+    flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(module.Config)} | {"--resume", "--help"}
+    commands = re.findall(rf"^\S*(?:python|torchrun).*?\b{module.__name__}\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
     assert commands
     for command in commands:
         for flag in re.findall(r"--[a-z][\w-]*", command):
             assert flag in flags or flag.replace("--no-", "--") in flags, flag
+        for preset in re.findall(r"--preset (\S+)", command):
+            assert preset in module.PRESETS

@@ -22,7 +22,7 @@ from sft import Config, Example
 from test_ekipl import CPU, states_of_two_sizes, timeless, torchrun, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(states=24, batch_size=4, micro_batch=3, eval_every=3, eval_states=4, save_every=2, lr=1e-3, name="run")
+SMALL = dict(states=24, batch_size=4, micro_batch=3, eval_every=3, eval_states=2, save_every=2, lr=1e-3, name="run")
 
 
 def small(tmp_path, **changes) -> Config:
