@@ -256,8 +256,8 @@ def test_every_method_runs(tmp_path, changes):
     records = runs.read(path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
     assert all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
-    if changes.get("experts") == "none":
-        assert all(record["expert_share"] == 0 for record in records)
+    sources = {action["source"] for group in runs.read(path / "samples.jsonl") for action in group["actions"]}
+    assert sources == {"policy", *changes.get("experts", "careful,quick").split(",")} - {"none"}
     if "updates_per_batch" in changes:
         assert max(record["clip_fraction"] for record in records) > 0
     if changes == dict(estimator="is"):
