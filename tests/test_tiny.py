@@ -64,7 +64,6 @@ def test_it_answers_fewer_out_of_distribution(greedy):
         assert all(greedy[name]["accuracy"] < greedy[id_set]["accuracy"] for name in ood_sets), greedy
 
 
-
 def test_it_knows_the_format_and_its_thoughts_are_terse(greedy):
     for name, figures in greedy.items():
         assert figures["format"] > 0.75 and figures["tokens"] < 40, (name, figures)
