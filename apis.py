@@ -233,7 +233,8 @@ class Gemini(Api):
         # The SDK's own retry, told to do what OpenAI's does by itself.
         passing = (
             exceptions.TooManyRequests, exceptions.InternalServerError, exceptions.BadGateway, exceptions.ServiceUnavailable,
-            exceptions.GatewayTimeout, requests.exceptions.ConnectionError, requests.exceptions.Timeout,
+            exceptions.GatewayTimeout,
+            requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.Timeout,
         )  # fmt: skip
         self.retry = retry
         self.passing = retry.if_exception_type(*passing)

@@ -353,6 +353,12 @@ def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) 
     return result
 
 
+def training_states(config: Config) -> tuple[BlocksSet, list[int]]:
+    """The questions of a run, and the order in which it asks them, over all epochs."""
+    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(config.states), config.states)]
+    return BlocksSet(f"{config.task}-train", config.states, config.seed), order
+
+
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     if world.device.type == "cpu":  # else threads add up the gradients of one tensor in whatever order they come
@@ -388,11 +394,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
     sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
     experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
-    questions = BlocksSet(f"{config.task}-train", config.states, config.seed)
+    questions, order = training_states(config)
     tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
-    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(config.states), config.states)]
 
     def asked(step: int) -> list:
         """This process's states of a step."""
