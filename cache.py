@@ -86,12 +86,12 @@ class Cache:
             self.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
             self.db.execute("PRAGMA synchronous = FULL")
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
+            if version == 0 and self._foreign():
+                raise UserError(f"{path} is a database of something else, not a cache of answers")
             if version == 0 and not read_only:
                 self.db.execute("PRAGMA journal_mode = WAL")
                 with self.transaction():
                     if (version := self.db.execute("PRAGMA user_version").fetchone()[0]) == 0:  # nobody else was quicker
-                        if self.db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
-                            raise UserError(f"{path} is a database of something else, not a cache of answers")
                         for statement in TABLES.strip().split(";\n"):
                             self.db.execute(statement)
                         self.db.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -100,6 +100,11 @@ class Cache:
             raise UserError(f"{path} has schema {version}, this program knows {SCHEMA}: choose another --cache")
         if not read_only:
             threading.Thread(target=self._renew, daemon=True).start()
+
+    def _foreign(self) -> bool:
+        """Whether there are tables although there is no version: ours come in one transaction with it."""
+        count, version = self.db.execute("SELECT count(*), (SELECT user_version FROM pragma_user_version) FROM sqlite_master").fetchone()
+        return count > 0 and version == 0
 
     @contextmanager
     def problems(self):
