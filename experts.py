@@ -157,7 +157,7 @@ class ApiExpert:
         cost in USD where the price is known."""
         with self.lock:
             counts, self.counts = self.counts, {}
-        return counts
+        return counts if self.price is None else {"cost": 0.0, **counts}
 
     # ------------------------------------------------------------------------------------------ asking
 

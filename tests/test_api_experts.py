@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 import apis
+import collect
 import ekipl
 import experts
 import runs
@@ -529,67 +530,78 @@ def command(*arguments, **settings) -> subprocess.Popen:
     return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **settings)
 
 
-def told(process: subprocess.Popen) -> tuple[int, str, str]:
-    out, err = process.communicate(timeout=120)
-    return process.returncode, out, err
+@pytest.fixture
+def tell(capsys, monkeypatch):
+    """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
+        try:
+            collect.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tmp_path):
+def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):
     server = serve()
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}.items()]
-    code, out, err = told(command("collect", *flags, "--experts", server.openai, "--limit", 5))
+    code, out, err = tell("collect", *flags, "--experts", server.openai, "--limit", 5)
     assert (code, len(server.bodies)) == (0, 5) and "bought 10 answers with 5 requests" in out and "5/5" in err
     questions, order = ekipl.training_states(config(tmp_path, server.openai))
     with_answers = Cache(tmp_path / "cache.sqlite", read_only=True)
     expert = ApiExpert(server.openai, with_answers, config(tmp_path, server.openai))
     assert [expert.complete(questions[i], 2) for i in order] == [True] * 5 + [False] * 7
-    assert told(command("collect", *flags, "--experts", server.openai))[0] == 0 and len(server.bodies) == 12
+    assert tell("collect", *flags, "--experts", server.openai)[0] == 0 and len(server.bodies) == 12
     trained(config(tmp_path, server.openai))
     assert len(server.bodies) == 12
-    code, out, _ = told(command("stats", tmp_path / "cache.sqlite"))
+    code, out, _ = tell("stats", tmp_path / "cache.sqlite")
     assert code == 0 and "24 answers of 12 states in 12 calls, answered by tiny-2026-01-01" in out
-    code, out, _ = told(command("export", tmp_path / "cache.sqlite"))
+    code, out, _ = tell("export", tmp_path / "cache.sqlite")
     lines = [json.loads(line) for line in out.splitlines()]
     assert len(lines) == 24 and lines[0]["text"] == good(1)[0] and lines[0]["expert"] == server.openai and lines[0]["messages"]
-    assert told(command("verify", tmp_path / "cache.sqlite"))[0] == 0
+    assert tell("verify", tmp_path / "cache.sqlite")[0] == 0
 
 
-def test_a_dry_run_asks_nothing_needs_no_key_and_counts_what_is_missing(serve, tmp_path, monkeypatch):
+def test_a_dry_run_asks_nothing_needs_no_key_and_counts_what_is_missing(serve, tell, tmp_path, monkeypatch):
     server = serve()
     flags = ["--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai]
-    told(command("collect", *flags, "--limit", 4))
+    tell("collect", *flags, "--limit", 4)
     monkeypatch.delenv("OPENAI_API_KEY")
-    code, out, err = told(command("collect", *flags, "--dry-run", "--price", "1,100"))
+    code, out, err = tell("collect", *flags, "--dry-run", "--price", "1,100")
     assert code == 0 and len(server.bodies) == 4, err
     assert "64 states, 4 of them in the cache: 60 requests for 480 answers" in out
     # 20 tokens out for 8 answers, as the calls in the cache had.
     assert "0.001 million out (2 an answer, as in the cache)" in out and "dollars" in out and "hours" in out
-    code, out, err = told(command("collect", *flags[:2], "--experts", "openai:gpt-4o", "--dry-run"))
+    code, out, err = tell("collect", *flags[:2], "--experts", "openai:gpt-4o", "--dry-run")
     assert code == 0 and f"prices of {apis.PRICES_OF}" in out, err
 
 
-def test_a_budget_is_never_overspent_and_the_rest_can_follow(serve, tmp_path):
+def test_a_budget_is_never_overspent_and_the_rest_can_follow(serve, tell, tmp_path):
     server = serve()
     flags = ["collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai, "--limit", 12, "--expert-tokens", 10]
     # A call costs 100 in and 20 out; at worst 8 answers of 10 tokens for a prompt of some 270: 0.35 USD at 1000 a million.
-    code, out, _ = told(command(*flags, "--price", "1000,1000", "--budget", 1.0))
+    code, out, _ = tell(*flags, "--price", "1000,1000", "--budget", 1.0)
     assert code == 0 and "stopped at the budget" in out and 0 < len(server.bodies) < 12
     assert 1.0 - 0.36 < 0.12 * len(server.bodies) <= 1.0
-    assert told(command(*flags))[0] == 0 and len(server.bodies) == 12
-    code, _, err = told(command(*flags[:-2], "--budget", 1.0))
+    assert tell(*flags)[0] == 0 and len(server.bodies) == 12
+    code, _, err = tell(*flags[:-2], "--budget", 1.0)
     assert code == 2 and "--budget needs a price" in err
 
 
 @pytest.mark.parametrize("behaviour, says", [(error(401, "wrong key"), "wrong key"), (error(500, "down", **{"x-should-retry": "false"}), "again and again")])
-def test_collect_stops_in_one_line_if_the_api_will_not_answer(serve, tmp_path, behaviour, says):
+def test_collect_stops_in_one_line_if_the_api_will_not_answer(serve, tell, tmp_path, behaviour, says):
     server = serve(behaviour)
-    code, _, err = told(command("collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai))
+    code, _, err = tell("collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai)
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("experts.py: error:") and says in last and "Traceback" not in err
     assert len(server.bodies) < 20
 
 
-def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tmp_path):
+def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tell, tmp_path):
     calls = iter(range(1000))
 
     def slowly(body):  # ten are answered, the next wait: the process is killed while they are on their way
@@ -608,6 +620,6 @@ def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tmp_path):
     cache = Cache(tmp_path / "cache.sqlite", read_only=True)
     assert paid == 10 and len(cache.entries()) == 4 * paid and cache.faults() == []
     server.script = ["good"]
-    code, out, err = told(command(*flags))
+    code, out, err = tell(*flags)
     assert code == 0 and server.answered == 24, err  # each paid for once
     assert len(cache.entries()) == 4 * 24 and cache.faults() == []
