@@ -43,7 +43,7 @@ import runs
 from blocks import SETS, BlocksSet
 from distributed import World
 from evaluate import answer_greedily, score
-from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, require_densities, run_ahead
+from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
 from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
@@ -364,6 +364,14 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if world.device.type == "cpu":  # else threads add up the gradients of one tensor in whatever order they come
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    questions, order = training_states(config)
+
+    def asked(step: int) -> list:
+        """This process's states of a step."""
+        return [questions[i] for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])]
+
+    experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
+    try_out(experts, lambda: asked(0)[0], config.num_samples)
     start = 0
     model = str(HERE / "tiny") if config.model == "tiny" else config.model
     try:
@@ -393,18 +401,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
     sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
-    experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
-    questions, order = training_states(config)
     tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
 
-    def asked(step: int) -> list:
-        """This process's states of a step."""
-        return [questions[i] for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])]
-
-    if config.estimator != "uncorrected" and start < config.steps:
-        require_densities(experts, asked(start)[0], config.num_samples)
     bar = tqdm(total=config.steps, initial=start, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
     if start == 0 and config.eval_every:
         record = {"step": 0, "states": 0, **evaluate(sampler, tests, world)}

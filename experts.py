@@ -284,20 +284,24 @@ def make_experts(names: str, settings=None, densities: bool = False) -> list[Exp
     return [ScriptedExpert(spec) if spec in ACCURACY else ApiExpert(spec, cache, settings, densities) for spec in specs]
 
 
-def require_densities(experts: list[Expert], state: State, n: int) -> None:
-    """UserError if an expert tells no density of its samples, learnt by asking it for a state that training needs anyway."""
+def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
+    """Asks each API for a state that training needs anyway, before anything is loaded. UserError for what only the user can mend:
+    what `ApiExpert.sample` tells, and, where the estimator needs them, densities that the API does not tell."""
     for expert in experts:
         if isinstance(expert, ApiExpert):
-            expert.densities = False
-            samples = expert.sample([state], n)[0]
-            expert.densities = True
-            if not samples or any(sample.logp is None for sample in samples):
+            needed, expert.densities = expert.densities, False
+            (samples,) = expert.sample([state()], n)
+            expert.densities = needed
+            for name in ("cache_hits", "states_without"):  # the first step will count this state
+                expert.counts.pop(name, None)
+            if needed and (not samples or any(sample.logp is None for sample in samples)):
                 why = "tells no log-probs" if samples else "did not answer, so that nobody knows whether it tells log-probs"
                 raise UserError(f"--estimator is and snis need every expert's density, and {expert.name} {why}: use --estimator uncorrected")
-            LOG.warning(
-                "%s: only the density of its own samples is known; q(a) is taken as alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, "
-                "and without its term for other actions", expert.name,
-            )  # fmt: skip
+            if needed:
+                LOG.warning(
+                    "%s: only the density of its own samples is known; q(a) is taken as alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, "
+                    "and without its term for other actions", expert.name,
+                )  # fmt: skip
 
 
 def run_ahead(experts: list[Expert], states: Callable[[], list[State]], n: int) -> None:
