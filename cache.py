@@ -78,7 +78,6 @@ class Cache:
     def __init__(self, path: str | Path, read_only: bool = False):
         self.path, self.lock = Path(path), threading.Lock()
         self.held: set[str] = set()  # owners of the claims to renew
-        self.stopped = threading.Event()
         if read_only and not self.path.is_file():
             raise UserError(f"there is no cache of answers at {path}")
         with self.problems():
@@ -168,18 +167,14 @@ class Cache:
             return self.db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?, ?)", (request, owner, now + LEASE)).rowcount == 1
 
     def _renew(self) -> None:
-        while not self.stopped.wait(LEASE / 5):
+        while True:
+            time.sleep(LEASE / 5)
             if owners := list(self.held):
                 with self.lock:
                     try:
                         self.db.executemany("UPDATE claims SET until = ? WHERE owner = ?", [(time.time() + LEASE, owner) for owner in owners])
                     except sqlite3.Error:  # a full disk, say: whoever stores an answer next will tell
                         pass
-
-    def close(self) -> None:
-        self.stopped.set()
-        with self.lock:
-            self.db.close()
 
     # ------------------------------------------------------------------------------------------ to look at it
 

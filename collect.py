@@ -83,7 +83,8 @@ def dry_run(config: ekipl.Config, limit: int | None) -> None:
             print("  dollars  unknown: no price of this model in the table; give one with --price in,out")
         else:
             of = "--price" if config.price else f"prices of {apis.PRICES_OF}"
-            print(f"  dollars  {e['dollars']:.2f} ({of}); {e['most']:.2f} if every answer were {config.expert_tokens} tokens long; {e['singly']:.2f} asking for each answer alone")
+            bounds = f"{e['most']:.2f} if every answer were {config.expert_tokens} tokens long; {e['singly']:.2f} asking for each answer alone"
+            print(f"  dollars  {e['dollars']:.2f} ({of}); {bounds}")
         print(f"  hours    {e['hours']:.2f} with {config.expert_requests} requests at a time, {e['seconds']:.1f} s each, {source}")
 
 
@@ -151,9 +152,11 @@ def stats(cache: Cache) -> None:
         tokens = [sum(call[side] or 0 for call in own) for side in ("input_tokens", "output_tokens")]
         cost = apis.dollars(apis.price_of(apis.split_name(expert)[1]), *tokens)
         ends = ", ".join(f"{finish} {sum(e['finish'] == finish for e in said)}" for finish in sorted({e["finish"] for e in said}))
-        print(f"{expert}: {len(said)} answers of {len({e['request'] for e in said})} states in {len(own)} calls, answered by {', '.join(sorted({c['model'] for c in own}))}")
+        models = ", ".join(sorted({c["model"] for c in own}))
+        print(f"{expert}: {len(said)} answers of {len({e['request'] for e in said})} states in {len(own)} calls, answered by {models}")
         print(f"  ended {ends}; with log-prob {sum(e['logp'] is not None for e in said)}")
-        print(f"  tokens {tokens[0]} in, {tokens[1]} out; {sum(c['seconds'] for c in own) / len(own):.2f} s a call; " + (f"${cost:.4f}" if cost is not None else "price unknown"))
+        paid = f"${cost:.4f}" if cost is not None else "price unknown"
+        print(f"  tokens {tokens[0]} in, {tokens[1]} out; {sum(c['seconds'] for c in own) / len(own):.2f} s a call; {paid}")
 
 
 def main() -> None:

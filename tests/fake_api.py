@@ -8,7 +8,6 @@ a function gets the request's body and returns any of these. By default n good a
 import itertools
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 KEY = "sk-planted-0123456789abcdef"  # must be found nowhere

@@ -1,5 +1,7 @@
 """Experts behind APIs, with the vendors' SDKs over loopback: what the trainer gets, what the log says, what the cache holds, for each fault."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -8,10 +10,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import apis
 import collect
@@ -108,11 +112,6 @@ def test_the_prompt_is_the_policys_images_first_and_nothing_more(serve, ask, ven
         text, n, temperature = message["parts"][-1]["text"], body["generationConfig"]["candidateCount"], body["generationConfig"]["temperature"]
     assert message["role"] == "user" and (n, temperature) == (2, 1.0)
     assert text == f"{TWO_PICTURES.question} {TWO_PICTURES.request}" == TWO_PICTURES.messages()[0]["content"][-1]["text"]
-    import base64
-    import io
-
-    from PIL import Image
-
     sent = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
     assert [image.tobytes() for image in sent] == [image.tobytes() for image in TWO_PICTURES.images]
 
@@ -133,12 +132,16 @@ def test_a_second_expert_finds_all_in_the_cache_and_asks_only_for_more(serve, as
 def test_what_an_answer_depends_on_is_its_key(serve, ask):
     server, other = serve(), serve()
     base = ask(server.openai).content(STATE)
+    (picture,) = STATE.images
+    repainted = picture.copy()
+    repainted.putpixel((63, 63), (1, 2, 3))
     contents = [
+        ask(server.openai).content(replace(STATE, images=(repainted,))), ask(server.openai).content(replace(STATE, question="why ?")),
         ask(server.openai).content(COUNTING[1]), ask(other.openai).content(STATE), ask(server.gemini).content(STATE),
         ask(server.openai, expert_tokens=65).content(STATE),
     ]  # fmt: skip
     assert all(content != base for content in contents) and ask(server.openai, expert_deadline=1.0).content(STATE) == base
-    assert KEY not in json.dumps(base)
+    assert ask(server.openai).content(replace(STATE, images=(picture.copy(),), id="x", answer="9")) == base and KEY not in json.dumps(base)
 
 
 @vendors
@@ -394,7 +397,9 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
     assert experts.expert_specs("openai:org/model@http://127.0.0.1:8000/v1,quick") == ["openai:org/model@http://127.0.0.1:8000/v1", "quick"]
 
 
-@pytest.mark.parametrize("names, loaded", [("none", ""), ("careful,quick", ""), ("openai:m@http://127.0.0.1:9/v1", "openai"), ("gemini:m@http://127.0.0.1:9", "google.generativeai")])
+@pytest.mark.parametrize("names, loaded", [
+    ("none", ""), ("careful,quick", ""), ("openai:m@http://127.0.0.1:9/v1", "openai"), ("gemini:m@http://127.0.0.1:9", "google.generativeai"),
+])  # fmt: skip
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path, names, loaded):
     code = f"import sys, ekipl; ekipl.make_experts({names!r}, ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r}))\n"
     code += "print(' '.join(name for name in ('openai', 'google.generativeai') if name in sys.modules))"
