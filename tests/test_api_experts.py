@@ -352,8 +352,8 @@ def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
         "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); time.sleep(0.5)"
     )
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai], check=True, timeout=50)
-    assert len(server.bodies) == 1 and time.monotonic() - started < 45
+    subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai], check=True, timeout=200)
+    assert len(server.bodies) == 1 and time.monotonic() - started < 150
 
 
 # ---------------------------------------------------------------------------------------------- offline, keys, names
@@ -403,7 +403,7 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path, names, loaded):
     code = f"import sys, ekipl; ekipl.make_experts({names!r}, ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r}))\n"
     code += "print(' '.join(name for name in ('openai', 'google.generativeai') if name in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.stdout.strip() == loaded, done.stderr
 
 
@@ -456,6 +456,21 @@ def test_a_run_with_an_api_is_replayed_from_the_cache_without_a_request(serve, t
     assert timeless[0] == timeless[1]
 
 
+def test_requests_of_the_next_two_steps_run_while_the_first_one_trains(serve, tmp_path, monkeypatch):
+    server, update, seen = serve(), ekipl.update, []
+
+    def slow_update(*arguments):
+        deadline = time.monotonic() + 20
+        while len(server.bodies) < 12 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        seen.append(len(server.bodies))
+        return update(*arguments)
+
+    monkeypatch.setattr(ekipl, "update", slow_update)
+    trained(config(tmp_path, server.openai, states=16))
+    assert seen[0] == 12 and len(server.bodies) == 16  # of four steps, three
+
+
 @pytest.mark.parametrize("changes", [{}, {"updates_per_batch": 2}, {"estimator": "is"}, {"estimator": "snis"}], ids=str)
 def test_training_goes_on_while_an_api_fails_for_some_states(serve, tmp_path, changes):
     calls = iter(range(100))
@@ -498,7 +513,7 @@ def test_no_key_is_written_anywhere(serve, tmp_path):
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()]
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
     for command in (["ekipl.py", *flags, "--experts", names], ["experts.py", "collect", *flags, "--experts", names]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
         assert "[key]" in done.stderr and KEY not in done.stderr + done.stdout, done.stderr
     assert any(KEY in str(headers) for headers in server.headers)  # it did travel
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
@@ -520,7 +535,7 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
     settings = {**SMALL, "states": 16, "runs": tmp_path, "cache": tmp_path / "c.sqlite", "experts": server.openai, "expert_deadline": 2}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ekipl.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=150, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     records = runs.read(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 4 and sum(record["api/states_without"] for record in records) > 0
