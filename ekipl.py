@@ -43,13 +43,14 @@ import runs
 from blocks import SETS, BlocksSet
 from distributed import World
 from evaluate import answer_greedily, score
-from experts import make_experts
+from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
 from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
 from sampling import Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
 
 HERE = Path(__file__).resolve().parent
+AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -73,7 +74,11 @@ class Config:
     states: int = option(3840, "questions in the training set")
     epochs: int = option(1, "passes over the training set")
     # the total group (Eq 4-6) and what is kept of it
-    experts: str = option("careful,quick", "experts, comma-separated: careful, quick (scripted); 'none' is plain GRPO")
+    experts: str = option(
+        "careful,quick",
+        "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
+        "OPENAI_API_KEY and GEMINI_API_KEY); 'none' is plain GRPO",
+    )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
     selection: str = option("top", "which G are kept: the best, or any (a control)", ("top", "random"))
@@ -85,6 +90,14 @@ class Config:
     )
     max_new_tokens: int = option(80, "length limit of an action, in tokens")
     temperature: float = option(1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)")
+    # experts behind an API
+    cache: str = option("experts.sqlite", "file that keeps every answer of an API, for all runs; nothing in it is paid for again")
+    offline: bool = option(False, "answers of APIs come from the cache alone; a missing one ends the run")
+    expert_tokens: int = option(512, "length limit of an API's answer, in its own tokens")
+    expert_requests: int = option(8, "requests to an API at a time, in each process")
+    expert_deadline: float = option(60.0, "seconds a step waits for an API; a state without answer goes on with the policy's actions alone")
+    expert_failures: int = option(5, "failures in a row after which an API is left alone for two minutes")
+    price: str = option("", "USD for a million tokens of the API experts, input,output; default: the table of apis.py")
     # the objective (Eq 1-3, A.2)
     advantage: str = option(
         "candidates",
@@ -167,13 +180,19 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
     try:
-        experts = make_experts(config.experts)
+        experts = expert_specs(config.experts, config.offline)
+        parse_price(config.price)
     except ValueError as error:
         raise UserError(str(error)) from None
-    for name in ("states", "epochs", "num_samples", "group_size", "batch_size", "micro_batch", "max_new_tokens", "updates_per_batch"):
+    if config.estimator != "uncorrected" and (silent := [name for name in experts if name.startswith("gemini:")]):
+        raise UserError(f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected")
+    for name in (
+        "states", "epochs", "num_samples", "group_size", "batch_size", "micro_batch", "max_new_tokens", "updates_per_batch",
+        "expert_tokens", "expert_requests", "expert_failures",
+    ):  # fmt: skip
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(config, name)}")
-    for name in ("lr", "temperature", "max_grad_norm"):
+    for name in ("lr", "temperature", "max_grad_norm", "expert_deadline"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
     for name in ("beta", "clip_eps", "warmup", "weight_decay", "eval_every", "save_every", "log_groups"):
@@ -334,11 +353,25 @@ def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) 
     return result
 
 
+def training_states(config: Config) -> tuple[BlocksSet, list[int]]:
+    """The questions of a run, and the order in which it asks them, over all epochs."""
+    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(config.states), config.states)]
+    return BlocksSet(f"{config.task}-train", config.states, config.seed), order
+
+
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     if world.device.type == "cpu":  # else threads add up the gradients of one tensor in whatever order they come
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
+    questions, order = training_states(config)
+
+    def asked(step: int) -> list:
+        """This process's states of a step."""
+        return [questions[i] for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])]
+
+    experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
+    try_out(experts, lambda: asked(0)[0], config.num_samples)
     start = 0
     model = str(HERE / "tiny") if config.model == "tiny" else config.model
     try:
@@ -368,12 +401,9 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
     sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
-    experts = make_experts(config.experts)
-    questions = BlocksSet(f"{config.task}-train", config.states, config.seed)
     tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
-    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(config.states), config.states)]
 
     bar = tqdm(total=config.steps, initial=start, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
     if start == 0 and config.eval_every:
@@ -382,8 +412,9 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     for step in range(start, config.steps):
         clock = [time.perf_counter()]
         # ---- states
-        batch = world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
-        states = [questions[i] for i in batch]
+        states = asked(step)
+        for ahead in range(step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)):
+            run_ahead(experts, lambda: asked(ahead), config.num_samples)
         # ---- actions and their rewards (Eq 4-7)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
@@ -401,6 +432,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= step_metrics(world.gather(summary(groups, updated)))
         record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
+        record |= api_metrics(world.gather([api_counts(experts)]))
         record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1]}
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             record |= evaluate(sampler, tests, world)

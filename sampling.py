@@ -32,11 +32,24 @@ POLICY = "policy"  # the name of the policy as a source of actions
 
 @dataclass
 class Action:
-    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name."""
+    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name.
+
+    logp: its log-density in nats under the expert that said it, None if untold.
+    """
 
     tokens: list[int]
     text: str
     source: str
+    truncated: bool = False
+    logp: float | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an expert says. logp: log-density of the text in nats, None if untold. truncated: the expert was cut off in the middle."""
+
+    text: str
+    logp: float | None = None
     truncated: bool = False
 
 
@@ -209,16 +222,16 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
 # ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
 
 
-def expert_action(policy: Policy, text: str, source: str, max_new_tokens: int) -> Action:
+def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: int) -> Action:
     """An expert's text as the policy would have said it: its tokenizer, EOS at the end, cut at the length limit.
 
     Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
     """
     banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    tokens = [token for token in policy.tokenizer(text, add_special_tokens=False).input_ids if token not in banned]
-    truncated = len(tokens) >= max_new_tokens  # no room for EOS
+    tokens = [token for token in policy.tokenizer(sample.text, add_special_tokens=False).input_ids if token not in banned]
+    truncated = len(tokens) >= max_new_tokens or (sample.truncated and len(tokens) > 0)  # no room for EOS, or it never came
     tokens = tokens[:max_new_tokens] if truncated else [*tokens, policy.eos_id]
-    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated)
+    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated, sample.logp)
 
 
 def total_groups(
@@ -226,14 +239,15 @@ def total_groups(
 ) -> list[Group]:
     """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
 
+    Where an expert gives fewer than n, or none, the group is that much smaller.
     seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
     """
     policy = sampler.policy
     prompts = policy.encode(states)
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
     for expert in experts:  # Eq 5
-        for actions, texts in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
-            actions += [expert_action(policy, text, expert.name, sampler.max_new_tokens) for text in texts]  # Eq 6
+        for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
+            actions += [expert_action(policy, sample, expert.name, sampler.max_new_tokens) for sample in samples]  # Eq 6
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
         group.format = [format_reward(action.text) for action in group.actions]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import apis
 import ekipl
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,20 @@ def test_every_file_it_names_exists_and_every_module_is_named():
 
 def test_its_commands_use_flags_that_exist():
     flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(ekipl.Config)} | {"--resume", "--help"}
-    commands = re.findall(r"^\S*(?:python|torchrun).*?ekipl\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
+    flags |= {"--dry-run", "--budget"}  # of experts.py collect, which takes ekipl.py's as well
+    commands = re.findall(r"^\S*(?:python|torchrun).*?(?:ekipl|experts)\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
     assert commands
     for command in commands:
         for flag in re.findall(r"--[a-z][\w-]*", command):
             assert flag in flags or flag.replace("--no-", "--") in flags, flag
+
+
+def test_what_the_experts_cost_follows_from_the_price_table():
+    header, *rows = re.findall(r"^\| (?:task|counting|structure|transformation) \| (?:states|[\d,]+) \|.*$", README, re.MULTILINE)
+    models = [cell.strip() for cell in header.split("|")[4:-2]]
+    assert len(rows) == 3 and len(models) == 4 and apis.PRICES_OF in README
+    for row in rows:
+        states, prompt, *cells = (int(cell.strip().replace(",", "")) for cell in row.split("|")[2:-1])
+        expected = [apis.dollars(apis.price_of(model), states * prompt, states * 8 * 200) for model in models]
+        expected.append(apis.dollars(apis.price_of("gpt-4o"), states * 8 * prompt, states * 8 * 200))  # the prompt paid N times
+        assert cells == [round(value) for value in expected]
