@@ -58,8 +58,13 @@ class VLLMSampler(Sampler):
         device_settings = dict(
             gpu_memory_utilization=gpu_memory_utilization or derived_gpu_memory_utilization(policy), enable_sleep_mode=True
         )  # fmt: skip
-        if not cuda:  # small blocks, so that the n actions of a short prompt share its KV cache; graphs are for GPUs
-            device_settings = dict(kv_cache_memory_bytes=GIB, block_size=32, enforce_eager=True)
+        if not cuda:
+            device_settings = dict(
+                kv_cache_memory_bytes=GIB, enforce_eager=True,
+                block_size=32,  # the n actions of a short prompt share whole blocks of its KV cache
+                # A prompt prefilled in two steps would have its random numbers rewound, which a CPU's generator cannot do.
+                enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_model_len),
+            )  # fmt: skip
         set_num_threads = torch.set_num_threads
         try:
             self.llm = LLM(
