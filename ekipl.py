@@ -458,6 +458,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
                 curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
             world.agree(None)  # nobody runs ahead of a checkpoint
     bar.close()
+    sampler.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path

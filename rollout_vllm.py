@@ -24,6 +24,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 import torch
 import torch.distributed as dist
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
 from policy import Policy, Prompt, pack
@@ -50,8 +51,8 @@ class VLLMSampler(Sampler):
         gpu_memory_utilization: float = 0.0, max_model_len: int = 0,
     ):  # fmt: skip
         super().__init__(policy, max_new_tokens, bf16)
-        if policy.temperature < 0.01:
-            raise UserError(f"vLLM samples at temperatures of 0.01 and above only, not {policy.temperature}")
+        if not 0.01 <= policy.temperature <= 2:
+            raise UserError(f"vLLM samples at temperatures from 0.01 to 2 only, not {policy.temperature}")
         cuda = policy.suppressed_ids.device.type == "cuda"
         self.dtype = torch.bfloat16 if cuda and bf16 else torch.float32
         self.max_model_len = max_model_len or derived_max_model_len(policy, images, max_new_tokens)
@@ -59,6 +60,7 @@ class VLLMSampler(Sampler):
             gpu_memory_utilization=gpu_memory_utilization or derived_gpu_memory_utilization(policy), enable_sleep_mode=True
         )  # fmt: skip
         if not cuda:
+            torch._dynamo.config.disable = True  # compiling vLLM's helpers in the first call would take longer than it saves
             device_settings = dict(
                 kv_cache_memory_bytes=GIB, enforce_eager=True,
                 block_size=32,  # the n actions of a short prompt share whole blocks of its KV cache
@@ -68,7 +70,7 @@ class VLLMSampler(Sampler):
         set_num_threads = torch.set_num_threads
         try:
             self.llm = LLM(
-                model, dtype=self.dtype, max_model_len=self.max_model_len, seed=0, logprobs_mode="processed_logprobs",
+                model, dtype=self.dtype, max_model_len=self.max_model_len, seed=0, logprobs_mode="processed_logprobs", use_tqdm_on_load=False,
                 mm_processor_kwargs={"size": dict(policy.processor.image_processor.size)}, limit_mm_per_prompt={"image": images, "video": 0},
                 mm_processor_cache_gb=0,  # it would keep the pixels of every training state in host memory
                 logits_processors=[suppressing(policy.suppressed_ids.tolist())],
@@ -76,7 +78,7 @@ class VLLMSampler(Sampler):
                 distributed_executor_backend="external_launcher" if dist.is_initialized() and dist.get_world_size() > 1 else None,
                 **device_settings,
             )  # fmt: skip
-        except (ValueError, RuntimeError, NotImplementedError) as error:
+        except (VLLMError, ValueError, RuntimeError, NotImplementedError) as error:
             raise UserError(f"vLLM cannot start ({first_line(error)}); --rollout transformers does without") from error
         torch.set_num_threads = set_num_threads  # vLLM's CPU build puts a function there that only warns
         (self.inside,) = self.llm.apply_model(lambda model: model)  # vLLM's own model
@@ -115,7 +117,7 @@ class VLLMSampler(Sampler):
             requests.append(request | ({"multi_modal_data": {"image": list(prompt.state.images)}} if prompt.state.images else {}))
         try:
             outputs = self.llm.generate(requests, parameters, use_tqdm=False)
-        except ValueError as error:
+        except (VLLMError, ValueError) as error:
             raise UserError(f"vLLM refuses a prompt: {first_line(error)}") from error
         for prompt, output in zip(prompts, outputs, strict=True):
             check_prompt(prompt, output.prompt_token_ids, self.policy.model.config.image_token_id)
@@ -170,6 +172,10 @@ class VLLMSampler(Sampler):
         self.llm.reset_prefix_cache()
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()
+
+    def close(self) -> None:
+        """Ends the engine. (With the process it ends anyway, but torchrun's process group would be gone before.)"""
+        self.llm.llm_engine.engine_core.shutdown()
 
     # ------------------------------------------------------------------------------------------ parity
 

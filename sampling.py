@@ -115,6 +115,9 @@ class Sampler:
         """Metrics of how far the sampler's log-probabilities are from the policy's; raises if too far."""
         return {}
 
+    def close(self) -> None:
+        """Ends it, while the process group that it may use is still there."""
+
 
 def make_sampler(rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine) -> Sampler:
     """The sampler by its name: "vllm", "transformers", or "auto", vLLM where it can run, and it says which on stderr.
