@@ -109,6 +109,10 @@ def test_it_samples_a_ddp_wrapped_policy_without_a_copy_of_it(sampler):
 
 
 def test_the_most_probable_tokens_are_those_of_transformers(sampler):
+    with torch.no_grad():
+        for parameter in sampler.policy.model.parameters():  # or one token would be the most probable everywhere
+            parameter.mul_(2)
+    sampler.sync_weights()
     prompts = sampler.policy.encode(STATES)  # one image, two of different sizes, none
     expected = TransformersSampler(sampler.policy, 12).greedy(prompts)
     assert [action.tokens for action in sampler.greedy(prompts)] == [action.tokens for action in expected]
