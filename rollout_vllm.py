@@ -65,7 +65,7 @@ class VLLMSampler(Sampler):
                 kv_cache_memory_bytes=GIB, enforce_eager=True,
                 block_size=32,  # the n actions of a short prompt share whole blocks of its KV cache
                 # A prompt prefilled in two steps would have its random numbers rewound, which a CPU's generator cannot do.
-                enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_model_len),
+                enable_chunked_prefill=False, max_num_batched_tokens=max(8192, self.max_model_len), max_num_seqs=512,
             )  # fmt: skip
         set_num_threads = torch.set_num_threads
         try:

@@ -2,8 +2,8 @@
 
     python benchmarks/rollout.py --out benchmarks/rollout-cpu.json
 
-Every measurement begins with a call that is not counted (the engine's first one prepares much), then takes the median of `--repeats`.
-With vLLM a call is what training pays in a step: the weight sync, then the actions. Both samplers draw from the same distribution; their
+Every measurement begins with a call that is not counted (the engine's first one prepares much), then takes the median of `--repeats`; the samplers
+take turns, so that both see the same load of the machine. With vLLM a call is what training pays in a step: the weight sync, then the actions. Both samplers draw from the same distribution; their
 actions differ, so the figure is tokens per second, not seconds.
 """
 
@@ -25,16 +25,11 @@ from policy import Policy  # noqa: E402
 from sampling import Sampler, make_sampler  # noqa: E402
 
 
-def tokens_per_second(sampler: Sampler, prompts, n: int, repeats: int) -> list[float]:
-    """Of each repeat, after one that is not counted."""
-    rates = []
-    for seed in range(repeats + 1):
-        start = time.perf_counter()
-        sampler.sync_weights()
-        groups = sampler.sample(prompts, n, seed)
-        seconds = time.perf_counter() - start
-        rates.append(sum(len(action.tokens) for group in groups for action in group) / seconds)
-    return rates[1:]
+def tokens_per_second(sampler: Sampler, prompts, n: int, seed: int) -> float:
+    start = time.perf_counter()
+    sampler.sync_weights()
+    groups = sampler.sample(prompts, n, seed)
+    return sum(len(action.tokens) for group in groups for action in group) / (time.perf_counter() - start)
 
 
 def machine() -> str:
@@ -61,7 +56,11 @@ def main() -> None:
     result = {"machine": machine(), "model": Path(args.model).name, "num_samples": args.num_samples, "max_new_tokens": args.max_new_tokens, "rows": []}
     samplers = {name: make_sampler(name, policy, args.model, args.max_new_tokens, bf16=True) for name in ("transformers", "vllm")}
     for count in args.prompts:
-        rates = {name: tokens_per_second(sampler, prompts[:count], args.num_samples, args.repeats) for name, sampler in samplers.items()}
+        rates = {name: [] for name in samplers}
+        for seed in range(args.repeats + 1):
+            for name, sampler in samplers.items():
+                rates[name].append(tokens_per_second(sampler, prompts[:count], args.num_samples, seed))
+        rates = {name: values[1:] for name, values in rates.items()}
         row = {"prompts": count} | {name: round(statistics.median(values)) for name, values in rates.items()}
         row |= {"ratio": round(row["vllm"] / row["transformers"], 2), "all": {name: [round(value) for value in values] for name, values in rates.items()}}
         result["rows"].append(row)
