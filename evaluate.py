@@ -69,12 +69,17 @@ def main() -> None:
     if args.states < 1 or args.max_new_tokens < 1 or args.samples < 0:
         parser.error("--states and --max-new-tokens must be at least 1, --samples at least 0")
     try:
-        sets = {name: BlocksSet(name, args.states) for name in args.sets}
-        policy = Policy.load(args.model).to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
-        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens)
+        report(args)
     except (ValueError, UserError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints a line for each set."""
+    sets = {name: BlocksSet(name, args.states) for name in args.sets}
+    policy = Policy.load(args.model).to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= args.samples]
     print("set                       accuracy  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
     for name, questions in sets.items():
