@@ -47,7 +47,7 @@ from experts import api_counts, api_metrics, expert_specs, make_experts, parse_p
 from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
-from sampling import Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
+from sampling import ROLLOUTS, Group, Sampler, add_expert_logps, autocast, make_sampler, select, total_groups
 
 HERE = Path(__file__).resolve().parent
 AHEAD = 2  # steps that requests to APIs run ahead of the training
@@ -122,6 +122,10 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     # the machine
     device: str = option("auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda"))
+    rollout: str = option("auto", "what generates the policy's actions; auto: vLLM where it can run, else transformers", ROLLOUTS)
+    parity_every: int = option(20, "compare vLLM's log-probabilities with the policy's at the first step and every so many; 0: never")
+    gpu_memory_utilization: float = option(0.0, "share of the GPU that vLLM may take while it generates; 0: what training will leave")
+    max_model_len: int = option(0, "vLLM's limit for prompt and action, in tokens; 0: from the pixel limits and --max-new-tokens")
     bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what is measured and kept
@@ -195,9 +199,11 @@ def check(config: Config, world: int, resuming: bool) -> None:
     for name in ("lr", "temperature", "max_grad_norm", "expert_deadline"):
         if not 0 < getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
-    for name in ("beta", "clip_eps", "warmup", "weight_decay", "eval_every", "save_every", "log_groups"):
+    for name in ("beta", "clip_eps", "warmup", "weight_decay", "eval_every", "save_every", "log_groups", "parity_every", "max_model_len", "gpu_memory_utilization"):
         if not 0 <= getattr(config, name) < math.inf:
             raise UserError(f"--{name.replace('_', '-')} must be 0 or above, not {getattr(config, name)}")
+    if config.gpu_memory_utilization >= 1:
+        raise UserError("--gpu-memory-utilization is a share of the GPU, below 1")
     if config.warmup > 1:
         raise UserError("--warmup is a share of the steps, at most 1")
     candidates = config.num_samples * (len(experts) + 1)
@@ -343,7 +349,7 @@ def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Ten
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) -> dict[str, float]:
+def evaluate(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
     """Greedy accuracy on each test set, shared among the processes."""
     result = {}
     for name, states in sets.items():
@@ -400,7 +406,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if world.size > 1:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
-    sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
+    sampler = make_sampler(
+        config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
+        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len,
+    )  # fmt: skip
     tests = {name: BlocksSet(name, config.eval_states) for name in SETS[config.task]} if config.eval_every else {}
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
@@ -419,6 +428,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
         groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed)
+        sampler.sleep()
+        parity = sampler.check_parity(groups) if config.parity_every and (step == start or step % config.parity_every == 0) else {}
         # ---- the top G, and their advantages (Eq 1)
         select(groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed))
         add_expert_logps(groups, experts)
@@ -427,16 +438,19 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         lr = learning_rate(config, step)
         updated = update(config, learner, reference, optimizer, groups, world, lr)
         clock.append(time.perf_counter())
+        sampler.sync_weights()
+        clock.append(time.perf_counter())
         # ---- evaluate, log, save
         last = step + 1 == config.steps
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= step_metrics(world.gather(summary(groups, updated)))
         record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
         record |= api_metrics(world.gather([api_counts(experts)]))
-        record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1]}
+        record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1], "seconds/sync": clock[3] - clock[2]}
+        record |= parity
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             record |= evaluate(sampler, tests, world)
-            record["seconds/evaluation"] = time.perf_counter() - clock[2]
+            record["seconds/evaluation"] = time.perf_counter() - clock[3]
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             if world.rank == 0:
@@ -444,6 +458,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
                 curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
             world.agree(None)  # nobody runs ahead of a checkpoint
     bar.close()
+    sampler.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path

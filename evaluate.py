@@ -17,7 +17,8 @@ from tqdm import tqdm
 from blocks import SETS, BlocksSet
 from policy import Policy
 from rewards import accuracy_reward, format_reward, function_score
-from sampling import Action, TransformersSampler
+from runs import UserError
+from sampling import ROLLOUTS, Action, Sampler, make_sampler
 
 EVAL_SEED = 0  # of Pass@k's samples
 
@@ -38,7 +39,7 @@ def score(states, actions: list[Action]) -> dict[str, float]:
     return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
-def answer_greedily(sampler: TransformersSampler, states, batch: int = 128) -> list[Action]:
+def answer_greedily(sampler: Sampler, states, batch: int = 128) -> list[Action]:
     """One greedy action for each state."""
     actions = []
     for start in range(0, len(states), batch):
@@ -63,17 +64,22 @@ def main() -> None:
     parser.add_argument("--states", type=int, default=300, help="questions of each set (default 300)")
     parser.add_argument("--samples", type=int, default=0, help="also sample this many answers a question, for Pass@k")
     parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--rollout", choices=ROLLOUTS, default="auto", help="what generates: auto is vLLM where it can run")
     args = parser.parse_args()
     if args.states < 1 or args.max_new_tokens < 1 or args.samples < 0:
         parser.error("--states and --max-new-tokens must be at least 1, --samples at least 0")
     try:
-        sets = {name: BlocksSet(name, args.states) for name in args.sets}
-        policy = Policy.load(args.model)
-    except ValueError as error:
+        report(args)
+    except (ValueError, UserError) as error:
         print(f"evaluate.py: error: {error}", file=sys.stderr)
         sys.exit(2)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = TransformersSampler(policy, args.max_new_tokens)
+
+
+def report(args: argparse.Namespace) -> None:
+    """Prints a line for each set."""
+    sets = {name: BlocksSet(name, args.states) for name in args.sets}
+    policy = Policy.load(args.model).to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False)
+    sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= args.samples]
     print("set                       accuracy  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
     for name, questions in sets.items():

