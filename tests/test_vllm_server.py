@@ -1,9 +1,5 @@
-"""End to end with a real open server: vLLM serves tiny/ over OpenAI's protocol, and is an expert of a training run.
+"""End to end with a real open server: vLLM serves tiny/ over OpenAI's protocol, and is an expert of a training run."""
 
-Needs vLLM in this environment, or in another one whose Python VLLM_PYTHON names.
-"""
-
-import importlib.util
 import json
 import os
 import re
@@ -23,11 +19,11 @@ from blocks import BlocksSet
 from cache import Cache
 from experts import make_experts
 from policy import Policy, pack
-from sampling import expert_action
+from sampling import expert_action, why_no_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-PYTHON = os.environ.get("VLLM_PYTHON") or (sys.executable if importlib.util.find_spec("vllm") else None)
-pytestmark = pytest.mark.skipif(PYTHON is None, reason="needs vLLM, here or where VLLM_PYTHON points")
+if reason := why_no_engine(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
+    pytest.skip(f"no engine can run here: {reason}", allow_module_level=True)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +34,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--generation-config", "vllm",
     ]  # fmt: skip
     settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
