@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import report
 import runs
@@ -353,6 +354,7 @@ COMMANDS = {"score": score_command, "table": table_command, "figures": figures_c
 
 
 def main() -> None:
+    transformers_logging.disable_progress_bar()  # of loading: one bar is enough
     command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
     try:
         command(sys.argv[2:]) if command else answer_command(sys.argv[1:])
