@@ -34,11 +34,12 @@ import runs
 from blocks import SETS, BlocksSet
 from data import State
 from distributed import World
-from experts import make_experts
+from experts import VENDORS, make_experts
 from policy import Policy
 from rewards import accuracy_reward, format_reward, function_score
 from runs import UserError
 from sampling import Action, TransformersSampler
+from scripted import ACCURACY
 
 EVAL_SEED = 0  # of Pass@k's samples
 
@@ -158,7 +159,10 @@ class ModelAnswers:
 
 
 class ExpertAnswers:
-    """An expert's predictions: its first response counts. Length in words, since an expert's tokens are its own."""
+    """An expert's predictions: its first response counts. Length in words, since an expert's tokens are its own.
+
+    A question that an API does not answer has no prediction; the same command asks it again.
+    """
 
     def __init__(self, expert, samples: int):
         self.expert, self.samples = expert, samples
@@ -166,9 +170,14 @@ class ExpertAnswers:
     def __call__(self, states: list[State]) -> list[Prediction]:
         drawn = self.expert.sample(states, max(1, self.samples), EVAL_SEED)
         return [
-            Prediction(state.id, state.answer, state.kind, texts[0], len(texts[0].split()), False, texts if self.samples else [])
-            for state, texts in zip(states, drawn, strict=True)
+            Prediction(state.id, state.answer, state.kind, first.text, len(first.text.split()), first.truncated, [s.text for s in (first, *rest)] if self.samples else [])
+            for state, (first, *rest) in ((state, said) for state, said in zip(states, drawn, strict=True) if said)
         ]
+
+
+def is_expert(name: str) -> bool:
+    """Whether a name is an expert's and not a model's: "careful", "openai:MODEL", and no directory."""
+    return not Path(name).is_dir() and (name in ACCURACY or name.partition(":")[0] in VENDORS)
 
 
 def seed_of(state: State, purpose: str) -> int:
@@ -257,6 +266,8 @@ def answer_command(argv: list[str]) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="of the answer that counts (default 0, greedy; Reason-RFT's own: 0.1)")
     parser.add_argument("--max-new-tokens", type=int, default=96)
     parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    parser.add_argument("--cache", default="experts.sqlite", help="answers of an expert behind an API (default experts.sqlite)")
+    parser.add_argument("--offline", action="store_true", help="an API's answers come from the cache alone")
     parser.add_argument("--out", help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)")
     args = parser.parse_args(argv)
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.pass_k) or "0" in args.pass_k.split(","):
@@ -264,13 +275,15 @@ def answer_command(argv: list[str]) -> None:
     args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
     if args.states < 1 or args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
         raise UserError("--states and --max-new-tokens must be at least 1, --temperature at least 0")
+    from ekipl import Config  # which imports this file
+
     world = World.join("auto")
     path = Path(args.model)
     beside = path.parent / "predictions" if (path.parent / "metrics.jsonl").exists() else Path("predictions") / re.sub(r"\W+", "-", args.model).strip("-")
     out = Path(args.out) if args.out else beside
     try:
         sets = {name: BlocksSet(name, args.states) for name in args.sets}
-        experts = make_experts(args.model) if not path.is_dir() and "/" not in args.model and args.model != "none" else []
+        experts = make_experts(args.model, Config(cache=args.cache, offline=args.offline)) if is_expert(args.model) else []
     except ValueError as error:
         raise UserError(str(error)) from None
     if experts:
