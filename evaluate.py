@@ -167,12 +167,13 @@ class ExpertAnswers:
     def __init__(self, expert, samples: int):
         self.expert, self.samples = expert, samples
 
-    def __call__(self, states: list[State]) -> list[Prediction]:
-        drawn = self.expert.sample(states, max(1, self.samples), EVAL_SEED)
-        return [
-            Prediction(state.id, state.answer, state.kind, first.text, len(first.text.split()), first.truncated, [s.text for s in (first, *rest)] if self.samples else [])
-            for state, (first, *rest) in ((state, said) for state, said in zip(states, drawn, strict=True) if said)
-        ]
+    def __call__(self, states: list[State]) -> list[Prediction | None]:
+        predictions = []
+        for state, said in zip(states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True):
+            samples = [sample.text for sample in said] if self.samples else []
+            prediction = Prediction(state.id, state.answer, state.kind, said[0].text, len(said[0].text.split()), said[0].truncated, samples) if said else None
+            predictions.append(prediction)
+        return predictions
 
 
 def is_expert(name: str) -> bool:
@@ -200,7 +201,7 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
         share = world.mine(chunk)
         predictions = world.gather(answers(share) if share else [])
         if world.rank == 0:
-            runs.append(file, [dataclasses.asdict(prediction) for prediction in predictions])
+            runs.append(file, [dataclasses.asdict(prediction) for prediction in predictions if prediction is not None])
         bar.update(len(chunk))
     bar.close()
 

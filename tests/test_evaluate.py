@@ -12,12 +12,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evaluate
 from blocks import BlocksSet
+from distributed import World
 from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
 from policy import Policy
-from sampling import Action, TransformersSampler
+from sampling import Action, Sample, TransformersSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -199,6 +201,22 @@ def test_an_expert_is_evaluated_like_a_model(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "careful", "--sets", "counting-id", "--states", 400, "--out", tmp_path)
     line = capsys.readouterr().out.splitlines()[1].split()
     assert float(line[2]) == pytest.approx(68.1, abs=9)  # Table 1's, within four standard errors
+
+
+def test_a_question_that_an_expert_does_not_answer_is_asked_again(tmp_path):
+    class Sulking:
+        name, quiet = "sulking", True
+
+        def sample(self, states, n, seed):
+            return [[] if self.quiet and i % 2 else [Sample("<think> 3 </think> <answer> 3 </answer>")] * n for i, _ in enumerate(states)]
+
+    expert, states, file = Sulking(), [BlocksSet("counting-id", 5)[i] for i in range(5)], tmp_path / "counting-id.jsonl"
+    alone = World(0, 1, torch.device("cpu"))
+    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    assert len(lines_of(file)) == 3
+    expert.quiet = False
+    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    assert sorted(record["id"] for record in lines_of(file)) == [state.id for state in states]
 
 
 def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
