@@ -46,6 +46,8 @@ class VLLMSampler(Sampler):
     `images` of the processor's largest size, TEXT_TOKENS words and an action need, at most the model's own limit.
     """
 
+    seeds_each_state = True
+
     def __init__(
         self, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, images: int = 2,
         gpu_memory_utilization: float = 0.0, max_model_len: int = 0,

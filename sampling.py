@@ -99,8 +99,11 @@ class Group:
 class Sampler:
     """Where the policy's actions come from: `sample` and `greedy`. The rest is for a sampler with weights of its own.
 
-    bf16: on a GPU, by autocast, as the policy is scored there.
+    bf16: on a GPU, by autocast, as the policy is scored there. seeds_each_state: whether a state's actions, by the same seed, are the
+    same whatever is sampled beside it.
     """
+
+    seeds_each_state = False
 
     def __init__(self, policy: Policy, max_new_tokens: int, bf16: bool):
         self.policy, self.max_new_tokens, self.bf16 = policy, max_new_tokens, bf16
