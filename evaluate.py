@@ -286,15 +286,11 @@ def answer_command(argv: list[str]) -> None:
         experts = make_experts(args.model, Config(cache=args.cache, offline=args.offline)) if is_expert(args.model) else []
     except ValueError as error:
         raise UserError(str(error)) from None
-    if experts:
-        answers = ExpertAnswers(experts[0], args.samples)
-    else:
+    if not experts:
         try:
             policy = Policy.load(args.model).to(world.device).requires_grad_(False)
         except ValueError as error:
             raise UserError(str(error)) from None
-        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens, bf16=True)
-        answers = ModelAnswers(sampler, args.temperature, args.samples)
     problem = None
     if world.rank == 0:
         try:
@@ -303,6 +299,11 @@ def answer_command(argv: list[str]) -> None:
             problem = str(error)
     if problem := world.agree(problem):
         raise UserError(problem)
+    if experts:
+        answers = ExpertAnswers(experts[0], args.samples)
+    else:
+        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens, bf16=True)
+        answers = ModelAnswers(sampler, args.temperature, args.samples)
     wanted = {}
     for name, questions in sets.items():
         states = [questions[i] for i in range(len(questions))]
