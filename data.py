@@ -461,7 +461,7 @@ def load_set(name: str, config, mode: str = "reason", thoughts: bool = False):
         from blocks import BlocksSet  # which takes `State` from here
 
         train = name.endswith("-train")
-        return BlocksSet(name, config.states if train else config.eval_states, config.seed if train else 0, mode)
+        return BlocksSet(name, config.states, config.seed, mode) if train else BlocksSet(name, config.eval_states, 0, mode)
     cache = Path(config.data_cache).expanduser()
     return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache)
 

@@ -43,14 +43,16 @@ import settings
 from data import reports, test_sets, training_states
 from distributed import World
 from evaluate import answer_greedily, score
-from experts import ACCURACY, make_experts
+from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
 from metrics import step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
-from sampling import Group, TransformersSampler, add_expert_logps, autocast, select, total_groups
+from sampling import Group, Sampler, add_expert_logps, autocast, select, total_groups
+from scripted import ACCURACY
 from settings import Settings, option
 
 HERE = Path(__file__).resolve().parent
+AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
 # ---------------------------------------------------------------------------------------------- settings
@@ -61,7 +63,11 @@ class Config(Settings):
     """All settings of a run: those of settings.py, and these."""
 
     # the total group (Eq 4-6) and what is kept of it
-    experts: str = option("careful,quick", "experts, comma-separated: careful, quick (scripted); 'none' is plain GRPO")
+    experts: str = option(
+        "careful,quick",
+        "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
+        "OPENAI_API_KEY and GEMINI_API_KEY); 'none' is plain GRPO",
+    )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
     selection: str = option("top", "which G are kept: the best, or any (a control)", ("top", "random"))
@@ -72,6 +78,14 @@ class Config(Settings):
         ("auto", "policy_first", "random"),
     )
     temperature: float = option(1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)")
+    # experts behind an API
+    cache: str = option("experts.sqlite", "file that keeps every answer of an API, for all runs; nothing in it is paid for again")
+    offline: bool = option(False, "answers of APIs come from the cache alone; a missing one ends the run")
+    expert_tokens: int = option(512, "length limit of an API's answer, in its own tokens")
+    expert_requests: int = option(8, "requests to an API at a time, in each process")
+    expert_deadline: float = option(60.0, "seconds a step waits for an API; a state without answer goes on with the policy's actions alone")
+    expert_failures: int = option(5, "failures in a row after which an API is left alone for two minutes")
+    price: str = option("", "USD for a million tokens of the API experts, input,output; default: the table of apis.py")
     # the objective (Eq 1-3, A.2)
     advantage: str = option(
         "candidates",
@@ -87,7 +101,8 @@ class Config(Settings):
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
     beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
     updates_per_batch: int = option(1, "gradient steps on each batch of actions; with 1 the ratio is always 1 and nothing is clipped")
-    # what is kept
+    # what is measured and kept
+    parity_every: int = option(20, "compare vLLM's log-probabilities with the policy's at the first step and every so many; 0: never")
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
 
 
@@ -137,15 +152,17 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
     try:
-        experts = make_experts(config.experts)
+        experts = expert_specs(config.experts, config.offline)
+        parse_price(config.price)
     except ValueError as error:
         raise UserError(str(error)) from None
+    if config.estimator != "uncorrected" and (silent := [name for name in experts if name.startswith("gemini:")]):
+        raise UserError(f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected")
     settings.check(config, world, resuming)
-    settings.must(config, 1, "num_samples", "group_size", "updates_per_batch")
-    settings.must(config, 0, "beta", "clip_eps", "log_groups")
-    if not 0 < config.temperature < math.inf:
-        raise UserError(f"--temperature must be above 0, not {config.temperature}")
-    if config.data != "blocks" and (scripted := [name for name in config.experts.split(",") if name.strip() in ACCURACY]):
+    settings.must(config, 1, "num_samples", "group_size", "updates_per_batch", "expert_tokens", "expert_requests", "expert_failures")
+    settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
+    settings.above_zero(config, "temperature", "expert_deadline")
+    if config.data != "blocks" and (scripted := [name for name in experts if name in ACCURACY]):
         raise UserError(f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none")
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
@@ -300,7 +317,7 @@ def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Ten
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def evaluate(sampler: TransformersSampler, sets: dict[str, list], world: World) -> dict[str, float]:
+def evaluate(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
     """Greedy accuracy on each test set, shared among the processes."""
     result = {}
     for name, states in sets.items():
@@ -322,6 +339,13 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     deterministic(world)
     questions, order = training_states(config)
     tests = test_sets(config) if config.eval_every else {}
+
+    def asked(step: int) -> list:
+        """This process's states of a step."""
+        return [questions[i] for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])]
+
+    experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
+    try_out(experts, lambda: asked(0)[0], config.num_samples)
     model = str(HERE / "tiny") if config.model == "tiny" else config.model
     try:
         load = dict(temperature=config.temperature, **config.pixels)
@@ -340,8 +364,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if world.size > 1:
         learner = DistributedDataParallel(policy, broadcast_buffers=False)
 
-    sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
-    experts = make_experts(config.experts)
+    sampler = settings.sampler_of(config, policy, model)
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
 
     bar = tqdm(total=config.steps, initial=start, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
@@ -351,12 +374,15 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     for step in range(start, config.steps):
         clock = [time.perf_counter()]
         # ---- states
-        batch = world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
-        states = [questions[i] for i in batch]
+        states = asked(step)
+        for ahead in range(step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)):
+            run_ahead(experts, lambda: asked(ahead), config.num_samples)
         # ---- actions and their rewards (Eq 4-7)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
         groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed)
+        sampler.sleep()
+        parity = sampler.check_parity(groups) if config.parity_every and (step == start or step % config.parity_every == 0) else {}
         # ---- the top G, and their advantages (Eq 1)
         select(groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed))
         add_expert_logps(groups, experts)
@@ -365,19 +391,24 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         lr = learning_rate(config, step)
         updated = update(config, learner, reference, optimizer, groups, world, lr)
         clock.append(time.perf_counter())
+        sampler.sync_weights()
+        clock.append(time.perf_counter())
         # ---- evaluate, log, save
         last = step + 1 == config.steps
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= step_metrics(world.gather(summary(groups, updated)))
         record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
-        record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1]}
+        record |= api_metrics(world.gather([api_counts(experts)]))
+        record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1], "seconds/sync": clock[3] - clock[2]}
+        record |= parity
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             record |= evaluate(sampler, tests, world)
-            record["seconds/evaluation"] = time.perf_counter() - clock[2]
+            record["seconds/evaluation"] = time.perf_counter() - clock[3]
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             save(path, step + 1, policy, optimizer, world)
     bar.close()
+    sampler.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path

@@ -1,49 +1,114 @@
-"""Evaluation: greedy accuracy on test sets (Table 1's number), and Pass@k (Fig. 5).
+"""Evaluation: greedy accuracy on test sets (Table 1's number), Pass@k (Fig. 5), Table 1 and Figures 3 to 5.
 
-    python evaluate.py tiny --sets counting-id counting-ood          # a model's directory or hub id
-    python evaluate.py runs/NAME/model --sets transformation-id --samples 8
+    python evaluate.py tiny --sets counting-id counting-ood            # a model's directory or hub id
+    python evaluate.py runs/NAME/model --pass-k 1,2,4,8,16,32,64       # every set; predictions go to runs/NAME/predictions
+    python evaluate.py careful --sets counting-id                      # an expert itself
+    python evaluate.py score runs/NAME/predictions --legacy            # scores what is saved again, without a model
+    python evaluate.py table runs/A-seed0 runs/A-seed1 runs/B --out table1
+    python evaluate.py figures runs/A-seed0 runs/B-seed0 --out figures
+
+Answering and scoring are apart: what was said is saved, one line a question, and scored from there. An evaluation that was
+stopped goes on where it was. What is said depends on the question alone, not on batches or processes (torchrun shares the questions out).
 
 Accuracy is what Table 1 reports: the mean accuracy reward, and for function sequences Reason-RFT's test score, which gives partial
-credit (rewards.py). "exact" is the share of answers that are wholly right. One greedy answer a question, so that no luck is in it.
+credit (rewards.py). "exact" is the share of answers that are wholly right. `legacy` scores as Reason-RFT's own code does.
 """
 
 import argparse
+import dataclasses
+import hashlib
+import json
 import math
+import os
+import random
+import re
 import sys
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
-from blocks import SETS, BlocksSet
-from policy import Policy
+import report
+import runs
+from blocks import SETS
+from data import CACHE, MODES, Part, State, load_set, reports
+from distributed import World
+from experts import VENDORS, make_experts
+from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward, function_score
-from sampling import Action, TransformersSampler
+from runs import UserError
+from sampling import ROLLOUTS, Action, Sampler, make_sampler
+from scripted import ACCURACY
 
 EVAL_SEED = 0  # of Pass@k's samples
 
 
-def score(states, actions: list[Action]) -> dict[str, float]:
-    """Means over the states, one action each: accuracy (Table 1), exact (wholly right), format, tokens, truncated."""
-    rewards = [accuracy_reward(action.text, state.answer, state.kind) for state, action in zip(states, actions, strict=True)]
-    columns = {
-        "accuracy": [
-            function_score(action.text, state.answer) if state.kind == "function" else reward
-            for state, action, reward in zip(states, actions, rewards, strict=True)
-        ],
-        "exact": [float(reward == 1.0) for reward in rewards],
-        "format": [format_reward(action.text) for action in actions],
-        "tokens": [len(action.tokens) for action in actions],
-        "truncated": [float(action.truncated) for action in actions],
+# ---------------------------------------------------------------------------------------------- scores
+
+
+@dataclasses.dataclass
+class Prediction:
+    """What was said to one question: the one answer that counts, and the samples of Pass@k."""
+
+    id: str
+    answer: str  # the truth
+    kind: str
+    text: str
+    tokens: int
+    truncated: bool
+    samples: list[str] = dataclasses.field(default_factory=list)
+
+    def accuracy(self, legacy: bool = False) -> float:
+        """Table 1's, in [0, 1]."""
+        if self.kind == "function":
+            return function_score(self.text, self.answer, legacy)
+        return accuracy_reward(self.text, self.answer, self.kind, legacy)
+
+    def right(self, text: str, legacy: bool = False) -> bool:
+        return accuracy_reward(text, self.answer, self.kind, legacy) == 1.0
+
+
+def score_predictions(predictions: list[Prediction], ks: list[int] = (), legacy: bool = False) -> dict[str, float]:
+    """Means over the questions: accuracy with its 95 % interval (low, high), exact, format, tokens, truncated, pass@k of each k."""
+    accuracy = [p.accuracy(legacy) for p in predictions]
+    low, high = interval(accuracy)
+    result = {
+        "n": len(predictions),
+        "accuracy": mean(accuracy),
+        "low": low,
+        "high": high,
+        "exact": mean(p.right(p.text, legacy) for p in predictions),
+        "format": mean(format_reward(p.text, legacy) for p in predictions),
+        "tokens": mean(p.tokens for p in predictions),
+        "truncated": mean(p.truncated for p in predictions),
     }
-    return {name: sum(values) / len(values) for name, values in columns.items()}
+    for k in ks:
+        result[f"pass@{k}"] = mean(pass_at_k(len(p.samples), sum(p.right(text, legacy) for text in p.samples), k) for p in predictions)
+    return result
 
 
-def answer_greedily(sampler: TransformersSampler, states, batch: int = 128) -> list[Action]:
-    """One greedy action for each state."""
-    actions = []
-    for start in range(0, len(states), batch):
-        actions += sampler.greedy(sampler.policy.encode(states[start : start + batch]))
-    return actions
+def score(states, actions: list[Action]) -> dict[str, float]:
+    """`score_predictions` of one action for each state."""
+    pairs = zip(states, actions, strict=True)
+    return score_predictions([Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs])
+
+
+def mean(values) -> float:
+    values = [float(value) for value in values]
+    return sum(values) / len(values)
+
+
+def interval(values: list[float], z: float = 1.96) -> tuple[float, float]:
+    """A 95 % interval of the mean of values in [0, 1]: Wilson's, with the values' own variance in place of p (1 - p).
+
+    For rights and wrongs it is Wilson's interval itself, which does not shrink to nothing at 0 and 1; partial credit varies less.
+    """
+    n, p = len(values), mean(values)
+    share = mean((value - p) ** 2 for value in values) / (p * (1 - p)) if 0 < p < 1 else 1.0  # 1 for rights and wrongs
+    z2 = z * z * share
+    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def pass_at_k(n: int, c: int, k: int) -> float:
@@ -56,35 +121,284 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Greedy accuracy, and Pass@k, of a model on sets of the blocks world.")
-    parser.add_argument("model", help="a directory in Hugging Face layout, such as runs/NAME/model, or a hub id")
-    parser.add_argument("--sets", nargs="+", default=[name for names in SETS.values() for name in names], metavar="SET")
-    parser.add_argument("--states", type=int, default=300, help="questions of each set (default 300)")
-    parser.add_argument("--samples", type=int, default=0, help="also sample this many answers a question, for Pass@k")
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    args = parser.parse_args()
-    if args.states < 1 or args.max_new_tokens < 1 or args.samples < 0:
-        parser.error("--states and --max-new-tokens must be at least 1, --samples at least 0")
+# ---------------------------------------------------------------------------------------------- answers
+
+
+def answer_greedily(sampler: Sampler, states, batch: int = 128) -> list[Action]:
+    """One greedy action for each state."""
+    actions = []
+    for start in range(0, len(states), batch):
+        actions += sampler.greedy(sampler.policy.encode(states[start : start + batch]))
+    return actions
+
+
+class ModelAnswers:
+    """A model's predictions. temperature: of the answer that counts, 0 is greedy; Pass@k samples from the policy itself, at 1."""
+
+    def __init__(self, sampler: Sampler, temperature: float, samples: int):
+        self.sampler, self.temperature, self.samples = sampler, temperature, samples
+
+    def __call__(self, states: list[State]) -> list[Prediction]:
+        policy = self.sampler.policy
+        prompts = policy.encode(states)
+        if self.temperature:
+            policy.temperature = self.temperature
+            actions = [action for (action,) in self.sample(prompts, 1, "answer")]
+            policy.temperature = 1.0
+        else:
+            actions = self.sampler.greedy(prompts)
+        samples = [[action.text for action in said] for said in self.sample(prompts, self.samples, "pass")] if self.samples else [[]] * len(states)
+        return [
+            Prediction(state.id, state.answer, state.kind, action.text, len(action.tokens), action.truncated, texts)
+            for state, action, texts in zip(states, actions, samples, strict=True)
+        ]
+
+    def sample(self, prompts: list[Prompt], n: int, purpose: str) -> list[list[Action]]:
+        """n actions for each prompt, which depend on its state alone and not on who is in the batch."""
+        if self.sampler.seeds_each_state:
+            return self.sampler.sample(prompts, n, random.Random(f"{EVAL_SEED} {purpose}").getrandbits(62))
+        return [self.sampler.sample([prompt], n, random.Random(f"{EVAL_SEED} {purpose} {prompt.state.id}").getrandbits(62))[0] for prompt in prompts]
+
+
+class ExpertAnswers:
+    """An expert's predictions: its first response counts. Length in words, since an expert's tokens are its own.
+
+    A question that an API does not answer has no prediction; the same command asks it again.
+    """
+
+    def __init__(self, expert, samples: int):
+        self.expert, self.samples = expert, samples
+
+    def __call__(self, states: list[State]) -> list[Prediction | None]:
+        predictions = []
+        for state, said in zip(states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True):
+            samples = [sample.text for sample in said] if self.samples else []
+            prediction = Prediction(state.id, state.answer, state.kind, said[0].text, len(said[0].text.split()), said[0].truncated, samples) if said else None
+            predictions.append(prediction)
+        return predictions
+
+
+def is_expert(name: str) -> bool:
+    """Whether a name is an expert's and not a model's: "careful", "openai:MODEL", and no directory."""
+    return not Path(name).is_dir() and (name in ACCURACY or name.partition(":")[0] in VENDORS)
+
+
+def predict(answers, states: list[State], file: Path, world: World, batch: int = 64) -> None:
+    """Appends the predictions that `file` lacks, a batch at a time, shared among the processes; the first one writes."""
+    done = set()
+    if world.rank == 0 and file.exists():
+        records = runs.read(file)
+        with runs.writing(file):  # an interruption may have cut the last line short
+            runs.write_aside(file, "".join(json.dumps(record) + "\n" for record in records))
+        done = {record["id"] for record in records}
+    done = world.agree(done)
+    missing = [state for state in states if state.id not in done]
+    bar = tqdm(total=len(states), initial=len(states) - len(missing), desc=file.stem, disable=world.rank > 0, leave=False)
+    for start in range(0, len(missing), batch * world.size):
+        chunk = missing[start : start + batch * world.size]
+        share = world.mine(chunk)
+        predictions = world.gather(answers(share) if share else [])
+        if world.rank == 0:
+            runs.append(file, [dataclasses.asdict(prediction) for prediction in predictions if prediction is not None])
+        bar.update(len(chunk))
+    bar.close()
+
+
+def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
+    """By set, in the order of Table 1's columns. UserError if there are none."""
+    files = {file.stem: file for file in directory.glob("*.jsonl")}
+    order = [name for names in SETS.values() for name in names]
+    names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
+    if not names:
+        raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
     try:
-        sets = {name: BlocksSet(name, args.states) for name in args.sets}
-        policy = Policy.load(args.model)
+        return {name: sorted((Prediction(**record) for record in runs.read(files[name])), key=lambda p: p.id) for name in names}
+    except TypeError:
+        raise UserError(f"{directory} holds other lines than predictions") from None
+
+
+def questions_of(name: str, args) -> Part:
+    """The first `--states` questions of a test set. ValueError or UserError if there is no such set."""
+    whole = load_set(name, argparse.Namespace(data=args.data, data_cache=args.data_cache, eval_states=args.states or 300), args.mode)
+    return Part(whole, 0, min(len(whole), args.states or len(whole)))
+
+
+def settings_of(args, name: str) -> dict:
+    """What predictions depend on. Weights are known by their content, since a run's `model` is replaced as it goes on."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(name).glob("*.safetensors")):
+        with open(file, "rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return {
+        "model": args.model, "weights": digest.hexdigest()[:16], "max_new_tokens": args.max_new_tokens,
+        "temperature": args.temperature, "samples": args.samples, "data": args.data, "mode": args.mode,
+        "min_pixels": args.min_pixels, "max_pixels": args.max_pixels,
+    }  # fmt: skip
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Makes the directory of predictions. UserError if it holds those of other settings."""
+    file = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            runs.write_aside(file, json.dumps(settings, indent=2) + "\n")
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot use {out} for predictions: {error}") from None
+    if found != settings:
+        other = next(name for name in settings if found.get(name) != settings[name])
+        raise UserError(f"{out} holds predictions with another {other} ({found.get(other)}, not {settings[other]}): choose another --out")
+
+
+# ---------------------------------------------------------------------------------------------- the commands
+
+
+def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None:
+    ks = [2**i for i in range(10) if all(2**i <= len(p.samples) for ps in predictions.values() for p in ps)]
+    print("set                       n     accuracy  95 % interval  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
+    for name, ps in predictions.items():
+        s = score_predictions(ps, ks, legacy)
+        line = f"{name:24s} {s['n']:5d} {100 * s['accuracy']:9.1f} {100 * s['low']:8.1f} to{100 * s['high']:5.1f} {100 * s['exact']:6.1f} {100 * s['format']:7.1f} {s['tokens']:7.1f}"
+        print(line + "".join(f"  {100 * s[f'pass@{k}']:{4 + len(str(k))}.1f}" for k in ks), flush=True)
+
+
+def answer_command(argv: list[str]) -> None:
+    parser = Parser(prog="evaluate.py", description="Answers test sets with a model or an expert, saves what it says, and scores it.")
+    parser.add_argument("model", help="a directory in Hugging Face layout, such as runs/NAME/model, a hub id, or an expert's name")
+    parser.add_argument("--sets", nargs="+", default=[name for names in SETS.values() for name in names], metavar="SET")
+    parser.add_argument("--data", default="blocks", help="blocks (default), reason-rft (downloads), or the directory of a copy of Reason-RFT-CoT")
+    parser.add_argument("--data-cache", default=CACHE, help=f"where reason-rft is downloaded to (default {CACHE})")
+    parser.add_argument("--states", type=int, help="questions of each set (default: 300 of the blocks world, all of Reason-RFT-CoT)")
+    parser.add_argument("--mode", choices=MODES, default="reason", help="what the prompt asks for: answer is ANS-SFT's (default reason)")
+    parser.add_argument("--min-pixels", type=int, help="enlarge pictures to at least so many pixels, as the training did")
+    parser.add_argument("--max-pixels", type=int, help="shrink pictures to at most so many pixels, as the training did")
+    parser.add_argument("--pass-k", default="", metavar="K,K", help="also Pass@k for these k, from as many samples as the largest, at temperature 1")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the answer that counts (default 0, greedy; Reason-RFT's own: 0.1)")
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--rollout", choices=ROLLOUTS, default="auto", help="what generates: auto is vLLM where it can run")
+    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    parser.add_argument("--cache", default="experts.sqlite", help="answers of an expert behind an API (default experts.sqlite)")
+    parser.add_argument("--offline", action="store_true", help="an API's answers come from the cache alone")
+    parser.add_argument("--out", help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)")
+    args = parser.parse_args(argv)
+    if not re.fullmatch(r"(\d+(,\d+)*)?", args.pass_k) or "0" in args.pass_k.split(","):
+        raise UserError(f"--pass-k wants numbers such as 1,2,4,8, not {args.pass_k}")
+    args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
+    if min(value for value in (args.states, args.min_pixels, args.max_pixels, args.max_new_tokens) if value is not None) < 1 or not 0 <= args.temperature < math.inf:
+        raise UserError("--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0")
+    from ekipl import Config  # which imports this file
+
+    world = World.join("auto")
+    path = Path(args.model)
+    beside = path.parent / "predictions" if (path.parent / "metrics.jsonl").exists() else Path("predictions") / re.sub(r"\W+", "-", args.model).strip("-")
+    out = Path(args.out) if args.out else beside
+    try:
+        sets = {name: questions_of(name, args) for name in args.sets}
+        experts = make_experts(args.model, Config(cache=args.cache, offline=args.offline)) if is_expert(args.model) else []
     except ValueError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    policy.to("cuda" if torch.cuda.is_available() else "cpu")
-    sampler = TransformersSampler(policy, args.max_new_tokens)
-    ks = [k for k in (1, 2, 4, 8, 16, 32, 64) if k <= args.samples]
-    print("set                       accuracy  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
+        raise UserError(str(error)) from None
+    if not experts:
+        try:
+            policy = Policy.load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels).to(world.device).requires_grad_(False)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    problem = None
+    if world.rank == 0:
+        try:
+            claim(out, settings_of(args, args.model))
+        except UserError as error:
+            problem = str(error)
+    if problem := world.agree(problem):
+        raise UserError(problem)
+    if experts:
+        answers = ExpertAnswers(experts[0], args.samples)
+    else:
+        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens, bf16=True)
+        answers = ModelAnswers(sampler, args.temperature, args.samples)
+    if world.rank == 0:
+        for line in reports(list(sets.values()))[0]:
+            print(line, file=sys.stderr)
+    wanted = {}
     for name, questions in sets.items():
-        states = [questions[i] for i in tqdm(range(len(questions)), desc=name, leave=False)]
-        result = score(states, answer_greedily(sampler, states))
-        line = f"{name:25s} {100 * result['accuracy']:8.1f} {100 * result['exact']:6.1f} {100 * result['format']:7.1f} {result['tokens']:7.1f}"
-        if ks:
-            groups = sampler.sample(policy.encode(states), args.samples, EVAL_SEED)
-            right = [sum(accuracy_reward(a.text, s.answer, s.kind) == 1.0 for a in g) for s, g in zip(states, groups, strict=True)]
-            line += "".join(f"  {100 * sum(pass_at_k(args.samples, c, k) for c in right) / len(right):6.1f}" for k in ks)
-        print(line, flush=True)
+        states = [questions[i] for i in range(len(questions))]
+        predict(answers, states, out / f"{name}.jsonl", world)
+        wanted[name] = {state.id for state in states}
+    if not experts:
+        sampler.close()
+    if world.rank == 0:
+        found = read_predictions(out)
+        print_scores({name: [p for p in found[name] if p.id in wanted[name]] for name in sets}, args.legacy)
+        print(f"predictions: {out}")
+
+
+def score_command(argv: list[str]) -> None:
+    parser = Parser(prog="evaluate.py score", description="Scores saved predictions again.")
+    parser.add_argument("directory", type=Path, help="of predictions, such as runs/NAME/predictions")
+    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    args = parser.parse_args(argv)
+    print_scores(read_predictions(args.directory), args.legacy)
+
+
+def table_command(argv: list[str]) -> None:
+    parser = Parser(prog="evaluate.py table", description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.")
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, or directories of predictions; names that differ in -seedN only are one method")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without an ending")
+    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    args = parser.parse_args(argv)
+    results = {}
+    for run in args.runs:
+        directory = run / "predictions" if (run / "predictions").is_dir() else run
+        results[run.name] = {name: score_predictions(ps, legacy=args.legacy)["accuracy"] for name, ps in read_predictions(directory).items()}
+    text = report.table(results, args.out)
+    print(text)
+
+
+def figures_command(argv: list[str]) -> None:
+    parser = Parser(prog="evaluate.py figures", description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k).")
+    parser.add_argument("runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    histories = {run.name: runs.read(run / "metrics.jsonl") for run in args.runs}
+    histories = {name: history for name, history in histories.items() if history}
+    samples = {}
+    for run in args.runs:
+        directory = run / "predictions" if (run / "predictions").is_dir() else run
+        if list(directory.glob("*-*.jsonl")):
+            found = {name: ps for name, ps in read_predictions(directory).items() if min(len(p.samples) for p in ps)}
+            samples[run.name] = {name: [(len(p.samples), sum(map(p.right, p.samples))) for p in ps] for name, ps in found.items()}
+    if not histories and not any(samples.values()):
+        raise UserError("none of these is a run with metrics, or holds predictions with samples (--pass-k)")
+    if histories:
+        print(report.data_efficiency(histories, args.out / "figure3.png"))
+        report.sources(histories, args.out / "figure4.png")
+    if any(samples.values()):
+        report.pass_at(samples, pass_at_k, args.out / "figure5.png")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(message)
+
+
+COMMANDS = {"score": score_command, "table": table_command, "figures": figures_command}
+
+
+def main() -> None:
+    transformers_logging.disable_progress_bar()  # of loading: one bar is enough
+    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    try:
+        command(sys.argv[2:]) if command else answer_command(sys.argv[1:])
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"evaluate.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

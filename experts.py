@@ -1,37 +1,45 @@
 """Experts: the external auxiliary models pi_1 .. pi_m whose actions join the policy's (Eq 5).
 
+    careful, quick                           scripted, for the blocks world (scripted.py)
+    openai:MODEL, gemini:MODEL               APIs with their vendors' SDKs (apis.py); keys from the environment only
+    openai:MODEL@http://host:port/v1         any server that speaks OpenAI's chat completions
+
 An expert has a name, samples n texts for each state, and tells the log-density of an action, or None if it cannot (the weights of
 Appendix A need it). It gets the policy's own prompt, nothing more.
 
-The scripted experts stand for the paper's GPT-4o and Gemini-1.5-Pro in the blocks world. They know the world, err as often as
-Table 1 says those two do on the task, and their density is exact. A scripted mistake is right reasoning over a scene
-in which one thing was misperceived (blocks.py), never noise.
+An API costs money and fails. So every answer is bought once and kept (cache.py), requests run ahead of the training, and a state
+whose answers do not come in time goes on with the policy's actions alone: counted, logged, and never waited for longer than the
+deadline. An API that fails again and again is left alone for a while.
+
+    python experts.py collect --preset blocks --experts openai:MODEL --dry-run     # what it would cost; without --dry-run: buys
+    python experts.py stats CACHE                                                  # also export, verify
 """
 
 from __future__ import annotations
 
+import logging
 import math
-import random
-from functools import lru_cache
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, wait
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
-import blocks
+import apis
+from apis import ApiError
+from cache import Answer, Cache, request_id
 from data import State
+from runs import UserError
+from sampling import Sample
+from scripted import ACCURACY, ScriptedExpert
 
 if TYPE_CHECKING:
     from sampling import Action
 
-# Table 1 of the paper: accuracy on the task's test sets. "train" questions are like those of "id".
-ACCURACY = {
-    "careful": {  # GPT-4o
-        "counting-id": 0.6810, "counting-ood": 0.3431, "structure-id": 0.5018, "structure-ood": 0.4349,
-        "transformation-id": 0.4255, "transformation-left": 0.2867, "transformation-right": 0.2976,
-    },
-    "quick": {  # Gemini-1.5-Pro
-        "counting-id": 0.6180, "counting-ood": 0.3750, "structure-id": 0.5012, "structure-ood": 0.4838,
-        "transformation-id": 0.2622, "transformation-left": 0.1876, "transformation-right": 0.1988,
-    },
-}  # fmt: skip
+LOG = logging.getLogger("experts")
+PAUSE = 120.0  # seconds that a failing API is left alone
+VENDORS = {"openai": apis.OpenAI, "gemini": apis.Gemini}
 
 
 class Expert(Protocol):
@@ -39,61 +47,290 @@ class Expert(Protocol):
 
     name: str
 
-    def sample(self, states: list[State], n: int, seed: int) -> list[list[str]]:
-        """n responses for each state; the same seed and state give the same responses."""
+    def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
+        """n responses for each state, fewer where it fails; the same seed and state give the same responses."""
 
     def logp(self, state: State, action: Action) -> float | None:
         """log pi_j(action | state) in nats: -inf for an action it never says, None if the density is unknown."""
 
 
-class ScriptedExpert:
-    """One of the two scripted experts of the blocks world: "careful" writes every step down, "quick" skips some."""
+class Workers:
+    """Threads for waiting. Unlike an executor's they do not keep the process from ending."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, count: int):
+        self.queue = SimpleQueue()
+        for _ in range(count):
+            threading.Thread(target=self._work, daemon=True).start()
 
-    def sample(self, states: list[State], n: int, seed: int) -> list[list[str]]:
-        drawn = []
-        for state in states:
-            density = self.density(state)
-            rng = random.Random(f"{seed} {self.name} {state.id}")
-            drawn.append(rng.choices(list(density), list(density.values()), k=n))
-        return drawn
+    def submit(self, work, *arguments) -> Future:
+        job = Future()
+        self.queue.put((job, work, arguments))
+        return job
 
-    def logp(self, state: State, action: Action) -> float:
-        density = self.density(state)
-        if action.truncated:  # cut at the length limit, every text that begins like this has become this action
-            probability = sum(p for text, p in density.items() if f"{text} ".startswith(f"{action.text} "))
+    def _work(self) -> None:
+        while True:
+            job, work, arguments = self.queue.get()
+            if job.set_running_or_notify_cancel():
+                try:
+                    job.set_result(work(*arguments))
+                except BaseException as error:
+                    job.set_exception(error)
+
+
+class ApiExpert:
+    """A model behind an API, through the cache.
+
+    settings (those of the run): expert_tokens, expert_deadline and expert_failures as `ekipl.Config` explains them, expert_requests,
+    price, offline. densities: an answer that comes without its log-prob is no use to the estimator and left out.
+
+    Which answers a state gets depends on the cache alone, never on a seed: those of index 0 .. n - 1. A blocked answer is kept in
+    the cache, so that it is not paid for again, and is no action.
+    """
+
+    def __init__(self, spec: str, cache: Cache, settings, densities: bool = False):
+        self.vendor, self.model, url = apis.split_name(spec)
+        self.name, self.identity = f"{self.vendor}:{self.model}", f"{self.vendor}:{self.model}@{url}"
+        self.cache, self.densities, self.offline = cache, densities, settings.offline
+        self.max_tokens, self.deadline, self.patience = settings.expert_tokens, settings.expert_deadline, settings.expert_failures
+        self.price = apis.price_of(self.model, parse_price(settings.price))
+        self.lock = threading.Lock()
+        self.jobs: dict[str, Future] = {}  # by request, from its prefetch until its step
+        self.answered = False  # ever; before, an error that lasts is the user's to mend
+        self.in_a_row, self.off_until = 0, 0.0
+        self.counts: dict[str, float] = {}
+        if not self.offline:
+            api = VENDORS[self.vendor]
+            self.api = api(self.model, url, apis.key_of(self.vendor, url), self.max_tokens, self.deadline)
+            self.workers = Workers(settings.expert_requests)
+
+    # ------------------------------------------------------------------------------------------ as an expert
+
+    def prefetch(self, states: list[State], n: int) -> None:
+        """Requests for these states, which are sampled soon, begin. Returns at once."""
+        if not self.offline:
+            for state in states:
+                self.job(state, n)
+
+    def sample(self, states: list[State], n: int, seed: int = 0) -> list[list[Sample]]:
+        """Waits for at most the deadline. UserError if offline and the cache lacks an answer; if the cache cannot be written;
+        and if the API's first words are that it will never answer (a wrong key, an unknown model)."""
+        if self.offline:
+            found = [self.cache.get(request_id(self.content(state)), n) for state in states]
+            for state, answers in zip(states, found, strict=True):
+                if len(answers) < n:
+                    raise UserError(f"--offline: {self.cache.path} has no answer {len(answers)} of {self.identity} to state {state.id}: collect it first")
+            self.count(cache_hits=n * len(states))
         else:
-            probability = density.get(action.text, 0.0)
-        return math.log(probability) if probability else -math.inf
+            jobs = [self.job(state, n) for state in states]
+            wait([job for job in jobs if job is not None], timeout=self.deadline)
+            problems = [self.problem(job) for job in jobs]
+            found = []
+            for state, job in zip(states, jobs, strict=True):
+                request = request_id(self.content(state))
+                self.jobs.pop(request, None)
+                found.append(self.cache.get(request, n))
+                self.count(cache_hits=n if job is None else 0)
+            if any(found):
+                self.answered = True
+            if without := [problem for problem, answers in zip(problems, found, strict=True) if problem and len(answers) < n]:
+                self.count(states_without=len(without))
+                LOG.warning("%s: %d of %d states go on without its actions: %s", self.name, len(without), len(states), without[0])
+        return [[sample for answer in answers if (sample := self.usable(answer))] for answers in found]
 
-    def density(self, state: State) -> dict[str, float]:
-        """Its responses to this state, each with its probability: the right one, and every plausible mistake."""
-        if not isinstance(state, blocks.BlocksState):
-            raise ValueError(f"the scripted expert '{self.name}' knows the blocks world only, not the state '{state.id}'")
-        return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
+    def logp(self, state: State, action: Action) -> float | None:
+        """What the API told of its own sample; other actions it is taken never to say, the approximation of A.5 for unknown densities."""
+        return action.logp if action.source == self.name else -math.inf
+
+    def usable(self, answer: Answer) -> Sample | None:
+        """The answer as an action's text, as it is; None if it was blocked, or cut before it began."""
+        cut = answer.finish in ("length", "max_tokens")
+        if answer.text is None or answer.finish in apis.BLOCKED or (cut and not answer.text):
+            self.count(blocked=1)
+            return None
+        if self.densities and answer.logp is None:
+            self.count(without_density=1)
+            return None
+        return Sample(answer.text, answer.logp, cut)
+
+    def metrics(self) -> dict[str, float]:
+        """Counts since the last time: requests, answers, cache_hits, failures, states_without, blocked, seconds of the requests, and
+        cost in USD where the price is known."""
+        with self.lock:
+            counts, self.counts = self.counts, {}
+        return counts if self.price is None else {"cost": 0.0, **counts}
+
+    # ------------------------------------------------------------------------------------------ asking
+
+    def content(self, state: State) -> dict:
+        return apis.request_content(self.identity, state, self.max_tokens)
+
+    def complete(self, state: State, n: int) -> bool:
+        """Whether the cache has all n answers to this state."""
+        return len(self.cache.get(request_id(self.content(state)), n)) == n
+
+    def job(self, state: State, n: int) -> Future | None:
+        """The request for what the cache lacks of this state's n answers, begun if it is not; None if it lacks nothing."""
+        content = self.content(state)
+        request = request_id(content)
+        if request in self.jobs:
+            return self.jobs[request]
+        found = len(self.cache.get(request, n))
+        if found == n:
+            return None
+        if self.off:
+            job = Future()
+            job.set_exception(ApiError("it is switched off"))
+            return job
+        self.count(cache_hits=found)
+        job = self.jobs[request] = self.workers.submit(self.fetch, content, state, n)
+        return job
+
+    def fetch(self, content: dict, state: State, n: int) -> None:
+        """Asks until the cache holds n answers. ApiError if the API does not give them."""
+        if self.off:
+            raise ApiError("it is switched off")
+        request = request_id(content)
+        try:
+            with self.cache.claimed(request, patience=10 * self.deadline):
+                while missing := n - len(self.cache.get(request, n)):
+                    reply = self.api.ask(state, missing)
+                    self.cache.put(content, reply)
+                    cost = apis.dollars(self.price, reply.input_tokens, reply.output_tokens)
+                    self.count(requests=1, answers=len(reply.answers), seconds=reply.seconds, **({} if cost is None else {"cost": cost}))
+        except (ApiError, TimeoutError) as error:
+            self.count(failures=1)
+            self.failed(str(error))
+            raise
+        self.answered, self.in_a_row = True, 0
+
+    def problem(self, job: Future | None) -> str | None:
+        """Why a job brought nothing; None if it did. Gives it up if it is not done."""
+        if job is None:
+            return None
+        if not job.done():
+            job.cancel()  # if it has begun, its answers still go to the cache
+            reason = f"no answer within {self.deadline:g} s"
+            self.failed(reason)
+            return reason
+        try:
+            job.result()
+            return None
+        except UserError:
+            raise
+        except (ApiError, TimeoutError, CancelledError) as error:
+            if getattr(error, "final", False) and not self.answered:
+                raise UserError(f"{self.identity}: {error}") from None
+            return str(error)
+
+    @property
+    def off(self) -> bool:
+        return time.monotonic() < self.off_until
+
+    def failed(self, reason: str) -> None:
+        with self.lock:
+            self.in_a_row += 1
+            if self.in_a_row < self.patience or self.off:
+                return
+            self.off_until = time.monotonic() + PAUSE
+        LOG.warning("%s: switched off for %g s after %d failures in a row, the last: %s", self.name, PAUSE, self.in_a_row, reason)
+
+    def count(self, **more: float) -> None:
+        with self.lock:
+            for name, value in more.items():
+                self.counts[name] = self.counts.get(name, 0) + value
 
 
-@lru_cache(maxsize=4096)  # a state's density is asked for once to sample, and once for each kept action
-def _density(name: str, set_name: str, problem) -> dict[str, float]:
-    def response(seen) -> str:
-        return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"
-
-    right, wrong = ACCURACY[name][set_name], blocks.mistakes(problem)
-    density = {response(problem): right}
-    for seen in wrong:  # different misperceptions can lead to the same words
-        density[response(seen)] = density.get(response(seen), 0.0) + (1 - right) / len(wrong)
-    return density
+# ---------------------------------------------------------------------------------------------- by name
 
 
-def make_experts(names: str) -> list[Expert]:
-    """The experts of a comma-separated list, such as "careful,quick"; "none" gives none. ValueError on an unknown name."""
+def parse_price(text: str) -> tuple[float, float] | None:
+    """ "in,out" as two numbers, "" as None. ValueError on anything else."""
+    try:
+        price = tuple(float(part) for part in text.split(",")) if text else None
+    except ValueError:
+        price = ()
+    if price is not None and (len(price) != 2 or not all(0 <= part < math.inf for part in price)):
+        raise ValueError(f"--price is USD for a million tokens, input and output, such as 2.5,10; not '{text}'")
+    return price
+
+
+def expert_specs(names: str, offline: bool = False) -> list[str]:
+    """The experts of a comma-separated list, such as "careful,openai:gpt-4o"; "none" gives none. Loads nothing.
+
+    ValueError on an unknown or repeated name and, unless offline, on a key that is missing.
+    """
     if names == "none":
         return []
-    chosen = [name.strip() for name in names.split(",")]
-    if unknown := [name for name in chosen if name not in ACCURACY]:
-        raise ValueError(f"no expert '{unknown[0]}'; there are {', '.join(ACCURACY)}, or none")
-    if len(set(chosen)) < len(chosen):
+    specs, sources = [name.strip() for name in names.split(",")], []
+    for spec in specs:
+        if spec.partition(":")[0] in VENDORS and ":" in spec:
+            vendor, model, url = apis.split_name(spec)
+            sources.append(f"{vendor}:{model}")
+            if not offline:
+                apis.key_of(vendor, url)
+        elif spec in ACCURACY:
+            sources.append(spec)
+        else:
+            raise ValueError(f"no expert '{spec}'; there are {', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none")
+    if len(set(sources)) < len(sources):
         raise ValueError(f"an expert is named twice in '{names}'")
-    return [ScriptedExpert(name) for name in chosen]
+    return specs
+
+
+def make_experts(names: str, settings=None, densities: bool = False) -> list[Expert]:
+    """The experts of such a list. settings: the run's (`ekipl.Config`), for API experts. densities: see `ApiExpert`."""
+    specs = expert_specs(names, getattr(settings, "offline", False))
+    cache = Cache(settings.cache, read_only=settings.offline) if any(spec not in ACCURACY for spec in specs) else None
+    return [ScriptedExpert(spec) if spec in ACCURACY else ApiExpert(spec, cache, settings, densities) for spec in specs]
+
+
+def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
+    """Asks each API for a state that training needs anyway, before anything is loaded. UserError for what only the user can mend:
+    what `ApiExpert.sample` tells, and, where the estimator needs them, densities that the API does not tell."""
+    for expert in experts:
+        if isinstance(expert, ApiExpert):
+            needed, expert.densities = expert.densities, False
+            (samples,) = expert.sample([state()], n)
+            expert.densities = needed
+            for name in ("cache_hits", "states_without"):  # the first step will count this state
+                expert.counts.pop(name, None)
+            if needed and (not samples or any(sample.logp is None for sample in samples)):
+                why = "tells no log-probs" if samples else "did not answer, so that nobody knows whether it tells log-probs"
+                raise UserError(f"--estimator is and snis need every expert's density, and {expert.name} {why}: use --estimator uncorrected")
+            if needed:
+                LOG.warning(
+                    "%s: only the density of its own samples is known; q(a) is taken as alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, "
+                    "and without its term for other actions", expert.name,
+                )  # fmt: skip
+
+
+def run_ahead(experts: list[Expert], states: Callable[[], list[State]], n: int) -> None:
+    """Requests to APIs for the states of a coming step begin, while the policy works on this one."""
+    if api := [expert for expert in experts if isinstance(expert, ApiExpert)]:
+        coming = states()
+        for expert in api:
+            expert.prefetch(coming, n)
+
+
+def api_counts(experts: list[Expert]) -> dict[str, float] | None:
+    """What the API experts of this process did since the last time, by `ApiExpert.metrics`' names; None without API experts."""
+    if not (counts := [expert.metrics() for expert in experts if isinstance(expert, ApiExpert)]):
+        return None
+    return {name: sum(one.get(name, 0) for one in counts) for name in sorted(set().union(*counts))}
+
+
+def api_metrics(shares: list[dict | None]) -> dict[str, float]:
+    """A step's metrics from the counts of all processes. api/latency: mean seconds of a request. api/cost: USD, where prices are known."""
+    shares = [share for share in shares if share is not None]
+    if not shares:
+        return {}
+    names = {"requests", "cache_hits", "failures", "states_without", "blocked"}.union(*shares)
+    total = {name: sum(share.get(name, 0) for share in shares) for name in sorted(names)}
+    seconds = total.pop("seconds", 0.0)
+    return {f"api/{name}": value for name, value in total.items()} | {"api/latency": seconds / max(1, total["requests"])}
+
+
+if __name__ == "__main__":
+    import collect
+
+    collect.main()

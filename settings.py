@@ -14,7 +14,9 @@ import torch
 
 import runs
 from data import CACHE, TASKS
+from policy import Policy
 from runs import UserError
+from sampling import ROLLOUTS, Sampler, make_sampler
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -51,6 +53,9 @@ class Settings:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     # the machine
     device: str = option("auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda"))
+    rollout: str = option("auto", "what generates the policy's responses; auto: vLLM where it can run, else transformers", ROLLOUTS)
+    gpu_memory_utilization: float = option(0.0, "share of the GPU that vLLM may take while it generates; 0: what training will leave")
+    max_model_len: int = option(0, "vLLM's limit for prompt and response, in tokens; 0: from the pixel limits and --max-new-tokens")
     bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     # what is measured and kept
@@ -106,10 +111,10 @@ def parse(kind: type[Settings], presets: dict[str, dict], about: str, argv: list
 def check(config: Settings, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work in any program, before anything is loaded."""
     must(config, 1, "states", "epochs", "batch_size", "micro_batch", "max_new_tokens")
-    must(config, 0, "skip", "limit", "min_pixels", "max_pixels", "warmup", "weight_decay", "eval_every", "save_every")
-    for name in ("lr", "max_grad_norm"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
+    must(config, 0, "skip", "limit", "min_pixels", "max_pixels", "warmup", "weight_decay", "gpu_memory_utilization", "max_model_len", "eval_every", "save_every")
+    above_zero(config, "lr", "max_grad_norm")
+    if config.gpu_memory_utilization >= 1:
+        raise UserError("--gpu-memory-utilization is a share of the GPU, below 1")
     if config.warmup > 1:
         raise UserError("--warmup is a share of the steps, at most 1")
     if not 0 < config.fraction <= 1:
@@ -126,6 +131,21 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         runs.must_be_new(Path(config.runs) / config.name)
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda, but PyTorch sees no GPU here")
+
+
+def above_zero(config: Settings, *names: str) -> None:
+    """UserError for a setting that is not above 0, or no number."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}")
+
+
+def sampler_of(config: Settings, policy: Policy, model: str) -> Sampler:
+    """The sampler that the settings ask for. model: what the policy's config and processor came from."""
+    return make_sampler(
+        config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
+        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len,
+    )  # fmt: skip
 
 
 def must(config: Settings, least: int, *names: str) -> None:

@@ -39,7 +39,7 @@ from data import State, test_sets, training_states
 from distributed import World
 from policy import Policy, Prompt, pack
 from runs import UserError
-from sampling import TransformersSampler, autocast
+from sampling import autocast
 from settings import Settings, option
 
 METHODS = {"cot": "reason", "answer": "answer"}  # and what the prompt asks for (data.MODES)
@@ -173,11 +173,12 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     done = ekipl.restore(optimizer, resume, world) if resume else 0
     learner = DistributedDataParallel(policy, broadcast_buffers=False) if world.size > 1 else policy
-    sampler = TransformersSampler(policy, config.max_new_tokens, bf16=config.bf16)
+    sampler = settings.sampler_of(config, policy, str(start))
 
     bar = tqdm(total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
     if done == 0 and config.eval_every:
         ekipl.log(path, [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}], [], bar, world)
+    sampler.sleep()
     for step in range(done, config.steps):
         clock = [time.perf_counter()]
         share = world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
@@ -190,12 +191,15 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         record |= {"truncated": sum(truncated) / len(truncated), "lr": lr, "seconds/update": clock[1] - clock[0]}
         last = step + 1 == config.steps
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
+            sampler.sync_weights()
             record |= ekipl.evaluate(sampler, tests, world)
+            sampler.sleep()
             record["seconds/evaluation"] = time.perf_counter() - clock[1]
         ekipl.log(path, [record], [], bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             ekipl.save(path, step + 1, policy, optimizer, world)
     bar.close()
+    sampler.close()
     if world.rank == 0 and done == config.steps:  # killed after the last checkpoint, perhaps before the picture
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     return path

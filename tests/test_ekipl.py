@@ -27,7 +27,7 @@ CPU = World(0, 1, torch.device("cpu"))
 # A whole run in a second or two.
 SMALL = dict(
     states=24, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=3, eval_states=4,
-    save_every=2, lr=1e-3, name="run",
+    save_every=2, lr=1e-3, name="run", rollout="transformers",
 )  # fmt: skip
 
 
@@ -256,8 +256,8 @@ def test_every_method_runs(tmp_path, changes):
     records = runs.read(path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
     assert all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
-    if changes.get("experts") == "none":
-        assert all(record["expert_share"] == 0 for record in records)
+    sources = {action["source"] for group in runs.read(path / "samples.jsonl") for action in group["actions"]}
+    assert sources == {"policy", *changes.get("experts", "careful,quick").split(",")} - {"none"}
     if "updates_per_batch" in changes:
         assert max(record["clip_fraction"] for record in records) > 0
     if changes == dict(estimator="is"):

@@ -1,14 +1,29 @@
 """evaluate.py: Pass@k is what drawing k answers gives, accuracy is Table 1's, exact is what is wholly right."""
 
+import dataclasses
+import json
+import os
+import random
+import shutil
+import subprocess
 import sys
 from itertools import combinations
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import evaluate
-from evaluate import answer_greedily, pass_at_k, score
-from sampling import Action
+import miniature
+import runs
+from blocks import BlocksSet
+from distributed import World
+from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
+from policy import Policy
+from sampling import Action, Sample, TransformersSampler
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer():
@@ -46,7 +61,8 @@ def test_score_of_a_worked_example():
     ]
     states = [SimpleNamespace(answer=answer, kind=kind) for answer, kind, *_ in asked]
     actions = [Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked]
-    assert score(states, actions) == pytest.approx({
+    found = score(states, actions)
+    assert {name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")} == pytest.approx({
         "accuracy": (1 + 0 + 0.75 + 0.75 + 0) / 5,
         "exact": 1 / 5,  # only the first
         "format": 3 / 5,
@@ -74,31 +90,192 @@ def test_greedy_answers_come_in_the_order_of_the_states(batch):
     assert max(sizes) <= batch
 
 
+# ---------------------------------------------------------------------------------------------- intervals
+
+
+@pytest.mark.parametrize("n, right, low, high", [(10, 0, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (100, 50, 0.4038, 0.5962), (20, 3, 0.0524, 0.3604)])
+def test_the_interval_of_rights_and_wrongs_is_wilsons(n, right, low, high):
+    assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx((low, high), abs=1e-3)  # published values of Wilson's
+
+
+def test_the_interval_holds_the_mean_95_times_of_100():
+    rng = random.Random(0)
+    for draw, truth in ((lambda: float(rng.random() < 0.3), 0.3), (lambda: rng.choice([0.0, 0.25, 0.5, 1.0]), 0.4375)):
+        held = 0
+        for _ in range(2000):
+            low, high = interval([draw() for _ in range(80)])
+            held += low <= truth <= high
+        assert 0.93 < held / 2000 < 0.97
+
+
+# ---------------------------------------------------------------------------------------------- predictions
+
+
+def test_samples_count_for_pass_at_k_and_the_answer_for_accuracy():
+    right, wrong = (f"<think> so </think> <answer> {answer} </answer>" for answer in "34")
+    said = [Prediction("a", "3", "discrete", right, 5, False, [right, wrong, wrong, wrong]), Prediction("b", "3", "discrete", wrong, 5, False, [wrong] * 4)]
+    found = score_predictions(said, [1, 2, 4])
+    assert (found["accuracy"], found["pass@1"], found["pass@2"], found["pass@4"]) == pytest.approx((0.5, 0.125, 0.25, 0.5))
+
+
+def test_legacy_scores_differ_where_reason_rfts_do():
+    said = [Prediction("a", "3", "discrete", "<think> so </think> <answer> 3.0 </answer>", 5, False)]
+    assert score_predictions(said)["accuracy"] == 1 and score_predictions(said, legacy=True)["accuracy"] == 0
+
+
+def test_partial_credit_is_for_function_sequences_only():
+    truth = "change_color ( 0 , red )"
+    said = Prediction("a", truth, "function", f"<think> so </think> <answer> {truth.replace('red', 'blue')} </answer>", 5, False)
+    assert said.accuracy() == 0.5 and not said.right(said.text)
+
+
 def run(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    monkeypatch.setattr(evaluate.torch.cuda, "is_available", lambda: False)
     evaluate.main()
 
 
-def test_the_command_prints_a_line_for_each_set(random_model_dir, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.torch.cuda, "is_available", lambda: False)
-    names = ["counting-id", "transformation-left"]
-    run(monkeypatch, random_model_dir, "--sets", *names, "--states", 2, "--samples", 3, "--max-new-tokens", 3)
-    head, *lines = capsys.readouterr().out.splitlines()
-    assert head.split() == "set accuracy exact format tokens pass@1 pass@2".split()
-    assert [line.split()[0] for line in lines] == names
+def lines_of(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+COMMAND = ("--sets", "counting-id", "transformation-left", "--states", 6, "--pass-k", "1,3", "--max-new-tokens", 3)
+
+
+@pytest.fixture(scope="module")
+def predictions(random_model_dir, tmp_path_factory):
+    """A directory of predictions of the random model."""
+    out = tmp_path_factory.mktemp("predictions")
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, random_model_dir, *COMMAND, "--out", out)
+    return out
+
+
+def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(random_model_dir, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, random_model_dir, *COMMAND, "--out", tmp_path)
+    head, *lines, last = capsys.readouterr().out.splitlines()
+    assert "accuracy" in head and head.split()[-2:] == ["pass@1", "pass@2"] and str(tmp_path) in last
+    assert [line.split()[0] for line in lines] == ["counting-id", "transformation-left"]
     for line in lines:
-        accuracy, exact, form, tokens, *passes = map(float, line.split()[1:])
-        assert 1 <= tokens <= 3 and not any([accuracy, exact, form, *passes])  # a random model knows nothing
+        assert line.split()[1:3] == ["6", "0.0"]  # a random model knows nothing
+    said = lines_of(tmp_path / "counting-id.jsonl")
+    assert [record["id"] for record in said] == [f"counting-id-0-{i}" for i in range(6)]
+    assert all(len(record["samples"]) == 3 and 1 <= record["tokens"] <= 3 for record in said)
 
 
-@pytest.mark.parametrize("model, names, message", [
-    ("random", "counting-left", "no set 'counting-left'"),
-    ("empty", "counting-id", "cannot load a vision-language model"),
-])  # fmt: skip
-def test_a_users_mistake_is_one_line_and_exit_code_2(
-    random_model_dir, tmp_path, monkeypatch, capsys, model, names, message
-):
+def test_what_is_said_depends_on_the_question_alone(predictions, random_model_dir):
+    policy = Policy.load(random_model_dir)
+    answers = evaluate.ModelAnswers(TransformersSampler(policy, 3), 0.0, 3)
+    expected = lines_of(predictions / "counting-id.jsonl")
+    states = [BlocksSet("counting-id", 6)[i] for i in range(6)]
+    for batches in ([states[i : i + 1] for i in range(6)], [states[4:], states[1:4], states[:1]]):
+        said = {p.id: dataclasses.asdict(p) for batch in batches for p in answers(batch)}
+        assert [said[record["id"]] for record in expected] == expected
+    (twin,) = answers([dataclasses.replace(states[0], id="twin")])  # each question has random numbers of its own
+    assert twin.text == expected[0]["text"] and twin.samples != expected[0]["samples"]
+
+
+@pytest.mark.parametrize("cut", [0, 150, 700])
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same(predictions, random_model_dir, tmp_path, monkeypatch, capsys, cut):
+    shutil.copytree(predictions, tmp_path / "here")
+    file = tmp_path / "here" / "counting-id.jsonl"
+    file.write_text(file.read_text()[:cut])  # killed in the middle of a line
+    run(monkeypatch, random_model_dir, *COMMAND, "--out", tmp_path / "here")
+    assert file.read_text() == (predictions / "counting-id.jsonl").read_text()
+
+
+def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", random_model_dir, *COMMAND, "--out", tmp_path]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    for name in ("counting-id", "transformation-left"):
+        assert lines_of(tmp_path / f"{name}.jsonl") == lines_of(predictions / f"{name}.jsonl")
+
+
+def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate.Policy, "load", None)
+    run(monkeypatch, "score", predictions, "--legacy")
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["counting-id", "transformation-left"]
+
+
+def test_an_expert_is_evaluated_like_a_model(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "careful", "--sets", "counting-id", "--states", 400, "--out", tmp_path)
+    line = capsys.readouterr().out.splitlines()[1].split()
+    assert float(line[2]) == pytest.approx(68.1, abs=9)  # Table 1's, within four standard errors
+
+
+def test_a_question_that_an_expert_does_not_answer_is_asked_again(tmp_path):
+    class Sulking:
+        name, quiet = "sulking", True
+
+        def sample(self, states, n, seed):
+            return [[] if self.quiet and i % 2 else [Sample("<think> 3 </think> <answer> 3 </answer>")] * n for i, _ in enumerate(states)]
+
+    expert, states, file = Sulking(), [BlocksSet("counting-id", 5)[i] for i in range(5)], tmp_path / "counting-id.jsonl"
+    alone = World(0, 1, torch.device("cpu"))
+    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    assert len(lines_of(file)) == 3
+    expert.quiet = False
+    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    assert sorted(record["id"] for record in lines_of(file)) == [state.id for state in states]
+
+
+def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
+    for name, right in (("A-seed0", 2), ("A-seed1", 4), ("B", 6)):
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        said = lines_of(predictions / "counting-id.jsonl")
+        for i, record in enumerate(said):
+            record["text"] = f"<think> so </think> <answer> {record['answer'] if i < right else 'none'} </answer>"
+        (tmp_path / name / "predictions" / "counting-id.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
+    run(monkeypatch, "table", *(tmp_path / name for name in ("A-seed0", "A-seed1", "B")), "--out", tmp_path / "table")
+    text = (tmp_path / "table.md").read_text()
+    assert "| A | 50.0 ± 23.6 |" in text and "| B | 100.0 |" in text and "A,counting-id,0.50000,0.23570,2" in (tmp_path / "table.csv").read_text()
+    assert text.strip() == capsys.readouterr().out.strip()
+
+
+def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsys):
+    for name in ("ekipl-seed0", "grpo-seed0"):
+        (tmp_path / name).mkdir()
+        shutil.copy(ROOT / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl")
+    shutil.copytree(predictions, tmp_path / "ekipl-seed0" / "predictions")
+    run(monkeypatch, "figures", tmp_path / "ekipl-seed0", tmp_path / "grpo-seed0", "--out", tmp_path / "figures")
+    assert "counting-id: ekipl reaches the end of grpo" in capsys.readouterr().out
+    for number in (3, 4, 5):
+        assert (tmp_path / "figures" / f"figure{number}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_reason_rft_is_evaluated_by_the_same_command(random_model_dir, tmp_path, monkeypatch, capsys):
+    data = miniature.make(tmp_path / "data", size=5)
+    out = tmp_path / "predictions"
+    sets = ["counting-id", "transformation-left"]
+    run(monkeypatch, random_model_dir, "--data", data, "--sets", *sets, "--mode", "answer", "--max-new-tokens", 3, "--out", out, "--data-cache", tmp_path / "c")
+    said = capsys.readouterr()
+    assert [len(runs.read(out / f"{name}.jsonl")) for name in sets] == [5, 5] and "counting-id: 5 of 5 records" in said.err
+    truths = {p["kind"]: p["answer"] for name in sets for p in runs.read(out / f"{name}.jsonl")}
+    assert truths.keys() == {"discrete", "function"} and truths["function"].startswith("change_")
+    run(monkeypatch, random_model_dir, "--data", data, "--sets", *sets, "--states", 2, "--mode", "answer", "--max-new-tokens", 3, "--out", tmp_path / "two")
+    assert len(runs.read(tmp_path / "two" / "counting-id.jsonl")) == 2
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["{random}", "--sets", "counting-left"], "no set 'counting-left'"),
+    (["{empty}", "--sets", "counting-id"], "cannot load a vision-language model"),
+    (["{random}", "--pass-k", "1,zero"], "--pass-k"),
+    (["{random}", "--pass-k", "0"], "--pass-k"),
+    (["{random}", "--states", "0"], "--states"),
+    (["{random}", "--data", "{empty}", "--sets", "counting-id"], "has no test_jsons"),
+    (["nobody", "--sets", "counting-id"], "nobody"),
+    (["{random}", "--sets", "counting-id", "--max-new-tokens", "7", "--out", "{predictions}"], "another max_new_tokens (3, not 7)"),
+    (["score", "{empty}"], "no predictions in"),
+    (["table", "{empty}", "--out", "{empty}/t"], "no predictions in"),
+    (["figures", "{empty}", "--out", "{empty}/f"], "none of these"),
+    (["--nope"], "required"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_users_mistake_is_one_line_and_exit_code_2(random_model_dir, predictions, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = dict(random=random_model_dir, empty=tmp_path, predictions=predictions)
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, random_model_dir if model == "random" else tmp_path, "--sets", names)
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("[transformers]")]
+        run(monkeypatch, *(argument.format(**places) for argument in arguments))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("[transformers]", "Loading weights"))]
     assert stopped.value.code == 2 and line.startswith("evaluate.py: error: ") and message in line

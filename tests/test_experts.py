@@ -12,7 +12,7 @@ from conftest import agrees
 from data import State
 from experts import ScriptedExpert, make_experts
 from rewards import accuracy_reward, format_reward
-from sampling import Action, expert_action
+from sampling import Action, Sample, expert_action
 
 TABLE_1 = {  # accuracy in percent, as the paper prints it: the row of GPT-4o, then that of Gemini-1.5-Pro
     "careful": dict(zip((*SETS["counting"], *SETS["structure"], *SETS["transformation"]),
@@ -47,18 +47,18 @@ def test_the_right_answer_has_table_1s_probability(expert, name):
 @pytest.mark.parametrize("name", ["counting-train", "structure-ood", "transformation-left"])
 def test_samples_follow_the_density(expert, name):
     state = some(name, 1)[0]
-    (texts,) = expert.sample([state], 3000, seed=0)
-    assert agrees(Counter(texts), expert.density(state))
+    (samples,) = expert.sample([state], 3000, seed=0)
+    assert agrees(Counter(sample.text for sample in samples), expert.density(state))
 
 
 @each_expert
 @pytest.mark.parametrize("name", [*TRAIN_SETS, *TEST_SETS])
 def test_the_density_of_a_sampled_action_survives_its_tokens(expert, name, blocks_policy):
     for state in some(name, 4):
-        (texts,) = expert.sample([state], 6, seed=1)
-        for text in texts:
-            action = expert_action(blocks_policy, text, expert.name, 500)
-            assert expert.logp(state, action) == math.log(expert.density(state)[text])
+        (samples,) = expert.sample([state], 6, seed=1)
+        for sample in samples:
+            action = expert_action(blocks_policy, sample, expert.name, 500)
+            assert expert.logp(state, action) == math.log(expert.density(state)[sample.text]) == sample.logp == action.logp
             assert format_reward(action.text) == 1.0
 
 
@@ -67,7 +67,7 @@ def test_a_cut_action_has_the_density_of_all_texts_that_begin_with_it(expert, bl
     state = some("counting-id", 1)[0]
     density = expert.density(state)
     for text, limit in itertools.product(density, (1, 4, 12, 30)):
-        action = expert_action(blocks_policy, text, expert.name, limit)
+        action = expert_action(blocks_policy, Sample(text), expert.name, limit)
         if action.truncated:
             same = [p for other, p in density.items() if other.split()[:limit] == text.split()[:limit]]
             assert expert.logp(state, action) == pytest.approx(math.log(sum(same)))
@@ -80,7 +80,7 @@ def test_what_it_never_says_has_density_zero(expert, blocks_policy):
     state = some("counting-id", 1)[0]
     text = next(iter(expert.density(state)))
     for other in ("", "<think> </think> <answer> 3 </answer>", text + " 3"):
-        action = expert_action(blocks_policy, other, expert.name, 500)
+        action = expert_action(blocks_policy, Sample(other), expert.name, 500)
         assert expert.logp(state, action) == -math.inf
 
 
@@ -109,9 +109,9 @@ def test_two_experts_do_not_err_together():
     states = some("counting-train", 40)
     drawn = [expert.sample(states, 10, seed=0) for expert in EXPERTS]
     both = 0
-    for state, *texts in zip(states, *drawn, strict=True):
-        for pair in zip(*texts, strict=True):
-            both += all(accuracy_reward(text, state.answer, state.kind) == 1.0 for text in pair) / 400
+    for state, *samples in zip(states, *drawn, strict=True):
+        for pair in zip(*samples, strict=True):
+            both += all(accuracy_reward(sample.text, state.answer, state.kind) == 1.0 for sample in pair) / 400
     assert both == pytest.approx(0.6810 * 0.6180, abs=0.1)  # four standard deviations; together it would be near 0.62
 
 
@@ -132,7 +132,7 @@ def test_experts_are_made_in_the_order_named(names, expected):
 
 
 @pytest.mark.parametrize("names, message", [
-    ("gpt", "no expert 'gpt'; there are careful, quick, or none"), ("", "no expert ''"), ("careful,", "no expert ''"),
+    ("gpt", "no expert 'gpt'; there are careful, quick, openai:MODEL, gemini:MODEL, or none"), ("", "no expert ''"), ("careful,", "no expert ''"),
     ("careful,none", "no expert 'none'"), ("careful,careful", "twice"), ("quick, careful ,quick", "twice"),
 ])  # fmt: skip
 def test_unknown_and_repeated_experts_are_errors(names, message):

@@ -194,8 +194,8 @@ def test_an_action_cannot_see_another(policy):
     assert other != second
     with torch.no_grad():
         before, after = (policy(pack(prompts, [[first, a, third]])) for a in (second, other))
-    torch.testing.assert_close(before[0, 0], after[0, 0], rtol=0, atol=1e-6)
-    torch.testing.assert_close(before[0, 2], after[0, 2], rtol=0, atol=1e-6)
+    torch.testing.assert_close(before[0, 0], after[0, 0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(before[0, 2], after[0, 2], rtol=0, atol=1e-5)
     assert (before[0, 1] - after[0, 1]).abs().max() > 0.1  # and it does see itself
 
 
@@ -208,7 +208,7 @@ def test_padding_a_row_changes_nothing_and_is_never_nan(policy):
     assert mask.any(dim=-1).all(), "a token that sees nothing is NaN in some attention kernels"
     with torch.no_grad():
         assert policy._hidden(beside).isfinite().all()
-        torch.testing.assert_close(policy(beside)[0, 0, :2], policy(alone)[0, 0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(policy(beside)[0, 0, :2], policy(alone)[0, 0], rtol=0, atol=1e-5)
 
 
 def test_images_are_encoded_once_per_state(policy):
@@ -241,7 +241,7 @@ def test_chunks_of_logits_change_nothing(policy):
         results.append((policy(batch).detach(), gradients(policy)))
     policy.logit_chunk = 7
     for logp, grads in results[1:]:
-        torch.testing.assert_close(logp, results[0][0], rtol=0, atol=1e-6)
+        torch.testing.assert_close(logp, results[0][0], rtol=0, atol=1e-5)
         assert_same_gradients(grads, results[0][1])
 
 

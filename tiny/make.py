@@ -1,6 +1,6 @@
 """How tiny/ was made: a Qwen2-VL of 1.3 M parameters that sees the blocks world well and reasons about it poorly.
 
-    python tiny/make.py --out tiny          # seeded; writes the Hugging Face directory and losses.csv; a quarter of an hour on two CPU cores
+    python tiny/make.py --out tiny          # seeded; writes the Hugging Face directory and losses.csv; half an hour on one CPU core
 
 It stands for a pretrained model, so it gets what pretraining gives, in three phases:
 
