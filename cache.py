@@ -88,7 +88,7 @@ class Cache:
             if version == 0 and self._foreign():
                 raise UserError(f"{path} is a database of something else, not a cache of answers")
             if version == 0 and not read_only:
-                self.db.execute("PRAGMA journal_mode = WAL")
+                self._write_ahead()
                 with self.transaction():
                     if (version := self.db.execute("PRAGMA user_version").fetchone()[0]) == 0:  # nobody else was quicker
                         for statement in TABLES.strip().split(";\n"):
@@ -99,6 +99,18 @@ class Cache:
             raise UserError(f"{path} has schema {version}, this program knows {SCHEMA}: choose another --cache")
         if not read_only:
             threading.Thread(target=self._renew, daemon=True).start()
+
+    def _write_ahead(self) -> None:
+        """WAL: readers do not wait for the writer."""
+        deadline = time.monotonic() + BUSY
+        while True:
+            try:
+                self.db.execute("PRAGMA journal_mode = WAL")
+                return
+            except sqlite3.OperationalError as error:  # here SQLite itself does not wait for another process that makes the same file
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.02)
 
     def _foreign(self) -> bool:
         """Whether there are tables although there is no version: ours come in one transaction with it."""

@@ -143,6 +143,13 @@ for round in range(int(sys.argv[4])):
 """
 
 
+def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path):
+    other = sqlite3.connect(tmp_path / "c.sqlite", isolation_level=None, check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")  # as somebody has it who is about to make the tables
+    threading.Timer(0.5, lambda: other.execute("ROLLBACK")).start()
+    assert Cache(tmp_path / "c.sqlite").faults() == []
+
+
 def test_two_processes_that_fill_one_cache_at_once_pay_for_each_entry_once(tmp_path):
     server = Server([lambda body: 0.02])
     rounds, path = 10, tmp_path / "c.sqlite"

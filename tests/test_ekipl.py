@@ -249,7 +249,7 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
     dict(selection="random", beta=0.0),
     dict(updates_per_batch=4, lr=3e-2),
     dict(task="structure"),
-    dict(task="transformation", gradient_checkpointing=True),
+    dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
 ], ids=str)  # fmt: skip
 def test_every_method_runs(tmp_path, changes):
     path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
