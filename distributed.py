@@ -1,11 +1,13 @@
 """This process among all of a run's: which share of the work is its own, and how the shares come together (torchrun, DDP)."""
 
 import os
+import warnings
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from runs import UserError
 
@@ -29,6 +31,14 @@ class World:
         if size > 1:  # no process waits for ever for one that died
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+    def data_parallel(self, policy: torch.nn.Module) -> torch.nn.Module:
+        """The policy as this process trains it: its gradients are the mean over the processes."""
+        if self.size == 1:
+            return policy
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for broadcast_buffers, 2.11 does not know it
+            return DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)  # no second copy of the gradients
 
     def mine(self, items: list) -> list:
         """This process's share of a list; shares differ by one at most."""

@@ -32,7 +32,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -360,9 +359,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     start = restore(optimizer, resume, world) if resume else 0
-    learner = policy
-    if world.size > 1:
-        learner = DistributedDataParallel(policy, broadcast_buffers=False)
+    learner = world.data_parallel(policy)
 
     sampler = settings.sampler_of(config, policy, model)
     ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")

@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import curves
@@ -172,7 +171,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     done = ekipl.restore(optimizer, resume, world) if resume else 0
-    learner = DistributedDataParallel(policy, broadcast_buffers=False) if world.size > 1 else policy
+    learner = world.data_parallel(policy)
     sampler = settings.sampler_of(config, policy, str(start))
 
     bar = tqdm(total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)

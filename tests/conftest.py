@@ -1,12 +1,19 @@
 """A random Qwen2-VL of 0.2 M parameters, in Hugging Face layout, that tests load like any other checkpoint."""
 
+import multiprocessing
+import os
+import socket
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
 from pathlib import Path
 
-import pytest
-import torch
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-from transformers import (
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: tests run beside each other, and threads that wait for each other are slow
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # noqa: E402
+from transformers import (  # noqa: E402
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -18,6 +25,36 @@ from transformers import (
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import blocks  # noqa: E402
 from policy import Policy  # noqa: E402
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def in_two_processes(function, *arguments, timeout: float = 120) -> list:
+    """What function(*arguments) returns in two processes joined as by torchrun, in order of rank.
+
+    They are forked off a process that has imported everything: that takes longer than most tests.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ekipl", "sft", "evaluate"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{ROOT / 'tests'}")
+        forkserver.ensure_running()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        both = [pool.submit(as_rank, rank, port, function, arguments) for rank in range(2)]
+        return [future.result(timeout) for future in both]
+
+
+def as_rank(rank: int, port: int, function, arguments):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    try:
+        return function(*arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
 
 # The processor repeats an image token without spaces between: only a special token survives that as a token.
 SPECIAL = (

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +16,7 @@ import evaluate
 import miniature
 import runs
 from blocks import BlocksSet
+from conftest import in_two_processes
 from distributed import World
 from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
 from policy import Policy
@@ -135,6 +134,11 @@ def run(monkeypatch, *arguments) -> None:
     evaluate.main()
 
 
+def evaluate_here(*arguments) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *arguments)
+
+
 def lines_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
@@ -185,10 +189,7 @@ def test_an_evaluation_that_was_stopped_goes_on_to_the_same(predictions, random_
 
 
 def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "evaluate.py", random_model_dir, *COMMAND, "--out", tmp_path]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
+    in_two_processes(evaluate_here, random_model_dir, *COMMAND, "--out", tmp_path)
     for name in ("counting-id", "transformation-left"):
         assert lines_of(tmp_path / f"{name}.jsonl") == lines_of(predictions / f"{name}.jsonl")
 

@@ -13,9 +13,10 @@ from policy import Policy
 from sampling import TransformersSampler
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
+pytestmark = pytest.mark.xdist_group("tiny")  # its answers are made once
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def policy() -> Policy:
     return Policy.load(TINY)
 
@@ -43,7 +44,7 @@ def test_its_losses_are_on_record():
     assert see[-1] < 0.2 * see[0]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def greedy(policy) -> dict[str, dict[str, float]]:
     """Scores on every set."""
     sampler = TransformersSampler(policy, max_new_tokens=96)

@@ -27,9 +27,10 @@ import rollout_vllm  # noqa: E402
 from rollout_vllm import VLLMSampler  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.xdist_group("vllm")  # one engine
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def sampler(random_model_dir):
     """One engine for all tests, in float32, beside its policy, whose weights are not those of the engine's directory."""
     policy = Policy.load(random_model_dir).to(DEVICE)
