@@ -19,7 +19,6 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 
 
@@ -111,7 +110,7 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def save_checkpoint(path: Path, step: int, policy, optimizer: torch.optim.Optimizer, processes: int = 1) -> None:
+def save_checkpoint(path: Path, step: int, policy, optimizer, processes: int = 1) -> None:
     """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written."""
     with writing(path):
         _save_checkpoint(path, step, policy, {"step": step, "processes": processes, "optimizer": optimizer.state_dict()})
@@ -121,6 +120,8 @@ def _save_checkpoint(path: Path, step: int, policy, trainer: dict) -> None:
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
+    import torch  # seconds, which data.py, blocks.py and the cache of answers do without
+
     policy.save(aside)
     torch.save(trainer, aside / "trainer.pt")
     for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:  # before the name says that it is complete

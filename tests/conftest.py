@@ -43,12 +43,12 @@ def in_two_processes(function, *arguments, timeout: float = 120) -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        both = [pool.submit(as_rank, rank, port, function, arguments) for rank in range(2)]
+        both = [pool.submit(as_rank, rank, port, dict(os.environ), function, arguments) for rank in range(2)]
         return [future.result(timeout) for future in both]
 
 
-def as_rank(rank: int, port: int, function, arguments):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+def as_rank(rank: int, port: int, environment: dict, function, arguments):
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     try:
         return function(*arguments)
     finally:

@@ -24,6 +24,7 @@ import experts
 import runs
 from blocks import BlocksSet
 from cache import Cache
+from conftest import in_two_processes
 from experts import ApiExpert, make_experts
 from fake_api import KEY, Server, chat, content, error
 from runs import UserError
@@ -499,7 +500,7 @@ def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(s
     assert all(record["weight_q95"] <= 2 + 1e-6 for record in records)
 
 
-def test_no_key_is_written_anywhere(serve, tmp_path):
+def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog):
     calls = iter(range(1000))
 
     def echo(body):  # the first ones and every third are answered; the others throw the key back
@@ -507,23 +508,30 @@ def test_no_key_is_written_anywhere(serve, tmp_path):
         return "good" if number < 2 or number % 3 == 0 else error((500, 403)[number % 2], f"you sent {KEY}", **{"x-should-retry": "false"})
 
     server = serve(echo)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()]
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
-    for command in (["ekipl.py", *flags, "--experts", names], ["experts.py", "collect", *flags, "--experts", names]):
-        done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=300, env=environment)
-        assert "[key]" in done.stderr and KEY not in done.stderr + done.stdout, done.stderr
+    for main, command in ((ekipl.main, ["ekipl.py"]), (collect.main, ["experts.py", "collect"])):
+        monkeypatch.setattr(sys, "argv", [*command, *flags, "--experts", names])
+        try:
+            main()
+        except SystemExit as stop:
+            assert stop.code == 2
+        said = "".join(capfd.readouterr()) + caplog.text
+        assert "[key]" in said and KEY not in said, said
+        caplog.clear()
     assert any(KEY in str(headers) for headers in server.headers)  # it did travel
     files = [file for file in tmp_path.rglob("*") if file.is_file()]
     assert len(files) > 5 and not [file for file in files if KEY.encode() in file.read_bytes()]
 
 
-def test_a_missing_key_is_told_in_one_line_before_a_model_is_loaded(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if not k.endswith("_API_KEY")}
-    command = [sys.executable, "ekipl.py", "--experts", "openai:gpt-4o", "--model", "no/such", "--runs", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100, env=environment)
-    assert done.returncode == 2
-    assert done.stderr.strip() == "ekipl.py: error: openai experts need a key in the environment: export OPENAI_API_KEY"
+def test_a_missing_key_is_told_in_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setattr(ekipl.Policy, "load", None)
+    monkeypatch.setattr(sys, "argv", ["ekipl.py", "--experts", "openai:gpt-4o", "--runs", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        ekipl.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.strip() == "ekipl.py: error: openai experts need a key in the environment: export OPENAI_API_KEY"
 
 
 def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
@@ -531,10 +539,7 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
     calls = iter(range(1000))
     server = serve(lambda body: ("good", "hang")[next(calls) % 2])
     settings = {**SMALL, "states": 16, "runs": tmp_path, "cache": tmp_path / "c.sqlite", "experts": server.openai, "expert_deadline": 2}
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ekipl.py", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    in_two_processes(ekipl.run, [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()])
     records = runs.read(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 4 and sum(record["api/states_without"] for record in records) > 0
 

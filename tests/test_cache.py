@@ -1,6 +1,5 @@
 """The cache of API answers: whole after any end, one buyer for each request, and no file but its own."""
 
-import os
 import signal
 import sqlite3
 import subprocess
@@ -8,12 +7,18 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 import cache as cache_module
 import collect
 from cache import Answer, Cache, Reply, request_id
+from conftest import in_two_processes
+from data import State
+from distributed import World
+from experts import make_experts
 from fake_api import Server
 from runs import UserError
 
@@ -125,22 +130,16 @@ def test_threads_share_it(tmp_path):
 
 # ---------------------------------------------------------------------------------------------- two processes
 
-BUYER = """
-import sys; sys.path.insert(0, sys.argv[1])
-from types import SimpleNamespace
-from PIL import Image
-from data import State
-from experts import make_experts
-settings = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=64, expert_requests=4, expert_deadline=60, expert_failures=5, price="")
-print("ready", flush=True); sys.stdin.readline()
-for round in range(int(sys.argv[4])):
-    expert = make_experts(sys.argv[3], settings)[0] if round == 0 else expert
-    states = [State(f"{round}-{i}", (Image.new("RGB", (8, 8), (round, i, 0)),), "how many ?", "1", "discrete") for i in range(12)]
-    samples = expert.sample(states, 3)
-    assert all(len(texts) == 3 for texts in samples), samples
-    print(repr(samples), flush=True)
-    sys.stdin.readline()
-"""
+def buy(path: str, name: str, rounds: int) -> list:
+    """In one of two processes, which begin each round at the same moment, the first one making the file: what it has got."""
+    settings = SimpleNamespace(cache=path, offline=False, expert_tokens=64, expert_requests=4, expert_deadline=60, expert_failures=5, price="")
+    world, expert, got = World.join("cpu"), None, []
+    for round in range(rounds):
+        states = [State(f"{round}-{i}", (Image.new("RGB", (8, 8), (round, i, 0)),), "how many ?", "1", "discrete") for i in range(12)]
+        world.agree(None)
+        expert = expert or make_experts(name, settings)[0]
+        got.append(expert.sample(states, 3))
+    return got
 
 
 def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path):
@@ -150,35 +149,22 @@ def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path):
     assert Cache(tmp_path / "c.sqlite").faults() == []
 
 
-def test_two_processes_that_fill_one_cache_at_once_pay_for_each_entry_once(tmp_path):
+def test_two_processes_that_fill_one_cache_at_once_pay_for_each_entry_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "x")  # no key leaves this machine
     server = Server([lambda body: 0.02])
     rounds, path = 10, tmp_path / "c.sqlite"
-    command = [sys.executable, "-c", BUYER, str(ROOT), str(path), server.openai, str(rounds)]
-    environment = {**os.environ, "OPENAI_API_KEY": "x", "OMP_NUM_THREADS": "1"}
-    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)]
-    try:
-        for process in both:
-            assert process.stdout.readline() == "ready\n"
-        for round in range(rounds):  # both begin each round at the same moment, the first one making the file
-            for process in both:
-                process.stdin.write("\n")
-                process.stdin.flush()
-            left, right = (process.stdout.readline() for process in both)
-            assert left == right and left.count("Sample") == 36  # both have the same answers
-            assert len(server.bodies) == 12 * (round + 1)
-        for process in both:
-            process.communicate("\n", timeout=30)
-    finally:
-        for process in both:
-            process.kill()
-        server.close()
+    left, right = in_two_processes(buy, str(path), server.openai, rounds)
+    server.close()
+    assert left == right and all(len(texts) == 3 for samples in left for texts in samples)  # both have the same answers
+    assert len(server.bodies) == 12 * rounds
     cache = Cache(path, read_only=True)
     assert len(cache.calls()) == 12 * rounds and len(cache.entries()) == 36 * rounds and cache.faults() == []
 
 
 def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); sys.path.insert(0, sys.argv[1] + '/tests')\nfrom test_cache import *\ncache = Cache(sys.argv[2])\n"
-    code += "n = 0\nwhile True:\n    cache.put(content(n), reply('a' * 5000, 'b')); n += 1; print(n, flush=True)"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from cache import *\ncache = Cache(sys.argv[2])\n"
+    code += "n, two = 0, Reply([Answer('a' * 5000, 'stop'), Answer('b', 'stop')], 'm-1', 10, 20, 0.5)\n"
+    code += "while True:\n    cache.put({'expert': 'm', 'messages': [n]}, two); n += 1; print(n, flush=True)"
     process = subprocess.Popen([sys.executable, "-c", code, str(ROOT), str(tmp_path / "c.sqlite")], stdout=subprocess.PIPE, text=True)
     for _ in range(50):
         last = int(process.stdout.readline())

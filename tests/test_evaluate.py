@@ -274,7 +274,7 @@ def test_reason_rft_is_evaluated_by_the_same_command(random_model_dir, tmp_path,
     (["--nope"], "required"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
 def test_a_users_mistake_is_one_line_and_exit_code_2(random_model_dir, predictions, tmp_path, monkeypatch, capsys, arguments, message):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = dict(random=random_model_dir, empty=tmp_path, predictions=predictions)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *(argument.format(**places) for argument in arguments))

@@ -46,11 +46,12 @@ def test_its_losses_are_on_record():
 
 @pytest.fixture(scope="session")
 def greedy(policy) -> dict[str, dict[str, float]]:
-    """Scores on every set."""
+    """Scores on every set; fewer questions out of distribution, where the difference is large."""
     sampler = TransformersSampler(policy, max_new_tokens=96)
     result = {}
     for name in (name for names in SETS.values() for name in names):
-        states = [BlocksSet(name, 200)[i] for i in range(200)]
+        questions = BlocksSet(name, 200 if name.endswith("-id") else 100)
+        states = [questions[i] for i in range(len(questions))]
         result[name] = score(states, answer_greedily(sampler, states))
     return result
 
