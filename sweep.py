@@ -1,0 +1,250 @@
+"""The paper's experiments as one command: trains and evaluates a list of runs, several at a time, and skips what is done.
+
+    python sweep.py table1 --preset blocks-transformation --seeds 0,1,2   # every row of Table 1, then the table and Figures 3 to 5
+    python sweep.py ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
+    python sweep.py table1 --dry-run                                      # the commands alone
+    python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of every training run
+
+Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset and the row's own; predictions lie
+beside its model. Stopped at any moment, the same command goes on: finished commands are skipped, a run with a checkpoint is resumed. The table and
+the figures are made from whatever is finished.
+"""
+
+import argparse
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+import curves
+import ekipl
+import evaluate
+import runs
+from blocks import SETS
+from runs import UserError
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Row:
+    """A row of a table: its name, and what trains it. program: "" trains nothing, and `model` is evaluated as it is. after: the row whose
+    model it starts from."""
+
+    name: str
+    program: str = ""
+    flags: tuple[str, ...] = ()
+    model: str = ""
+    after: str = ""
+    listed: bool = True  # in the table
+
+
+def table1(config: ekipl.Config, stage1: int) -> list[Row]:
+    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest."""
+    rest = ("--skip", str(stage1))
+    return [
+        *(Row(expert.partition("@")[0], model=expert) for expert in config.experts.split(",")),
+        Row("Zero-shot", model=config.model),
+        Row("ANS-SFT", "sft.py", ("--method", "answer")),
+        Row("CoT-SFT", "sft.py"),
+        Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
+        Row("Reason-RFT-Zero", "ekipl.py", ("--experts", "none")),
+        Row("Reason-RFT", "ekipl.py", ("--experts", "none", *rest), after="Stage-1"),
+        Row("Vision-EKIPL", "ekipl.py"),
+        Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1"),
+    ]
+
+
+def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
+    """What the paper never varied: one setting of Vision-EKIPL at a time."""
+    changes = {
+        "Vision-EKIPL": (),
+        "estimator-is": ("--estimator", "is"),
+        "estimator-snis": ("--estimator", "snis"),
+        "advantage-selected": ("--advantage", "selected"),
+        "ties-random": ("--ties", "random"),
+        "selection-random": ("--selection", "random"),
+        "N-2": ("--num-samples", "2", "--group-size", "6"),
+        "N-4": ("--num-samples", "4"),
+        "N-16": ("--num-samples", "16"),
+        **{f"expert-{name.partition('@')[0]}": ("--experts", name) for name in config.experts.split(",")},
+        "GRPO": ("--experts", "none"),
+    }
+    return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
+
+
+LISTS = {"table1": table1, "ablation": ablation}
+
+
+# ---------------------------------------------------------------------------------------------- commands
+
+
+@dataclass
+class Task:
+    """The commands of one row and seed, in order, and where it leaves its marks."""
+
+    name: str
+    path: Path
+    commands: list[list[str]]
+    waits_for: str = ""
+    listed: bool = True
+
+
+def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
+    """One task for each row and seed; what trains nothing has one alone."""
+    made, root, config = [], Path(args.runs) / args.preset, args.config
+    asked = ["--states", str(args.test_states), "--pass-k", args.pass_k, "--max-new-tokens", str(config.max_new_tokens), "--data", config.data]
+    for edge in ("min_pixels", "max_pixels"):
+        asked += [f"--{edge.replace('_', '-')}", str(getattr(config, edge))] if getattr(config, edge) else []
+    for row in rows:
+        for seed in args.seeds if row.program else args.seeds[:1]:
+            name = f"{row.name}-seed{seed}" if row.program else row.name
+            path, commands = root / name, []
+            if row.program:
+                flags = ["--preset", args.preset, "--seed", str(seed), "--runs", str(root), "--name", name, *row.flags, *extra]
+                flags += ["--model", str(root / f"{row.after}-seed{seed}" / "model")] if row.after else []
+                commands.append([row.program, *flags])
+            model = str(path / "model") if row.program else str(HERE / "tiny") if row.model == "tiny" else row.model
+            mode = ["--mode", "answer"] if "answer" in row.flags else []
+            if row.listed:
+                commands.append(["evaluate.py", model, "--sets", *SETS[config.task], *asked, *mode, "--out", str(path / "predictions")])
+            made.append(Task(name, path, commands, f"{row.after}-seed{seed}" if row.after else "", row.listed))
+    return made
+
+
+def marks(task: Task) -> list[Path]:
+    """One file for each command, there when it is done; it holds the command."""
+    return [task.path.with_name(f"{task.name}.{i}.done") for i in range(len(task.commands))]
+
+
+def carry_out(task: Task, before: Future | None, threads: int) -> None:
+    """Runs the commands that are not done yet. UserError with the last line of the one that fails; its log lies beside the run."""
+    if before is not None:
+        before.result()
+    task.path.parent.mkdir(parents=True, exist_ok=True)
+    for i, command in enumerate(task.commands):
+        mark, *later = marks(task)[i:]
+        log = task.path.with_name(f"{task.name}.log")
+        said = shlex.join(command)
+        if mark.exists() and mark.read_text() != said:
+            raise UserError(f"{task.path} was made by another command ({mark.read_text()}): choose another --runs")
+        if mark.exists():
+            continue
+        if command[0] != "evaluate.py" and task.path.exists():  # it was stopped
+            if (task.path / "model").exists():
+                command = [command[0], "--resume", str(task.path)]
+            else:
+                shutil.rmtree(task.path)
+        for stale in later:
+            stale.unlink(missing_ok=True)
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        with open(log, "a") as file:
+            done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+        if done.returncode:
+            last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
+            raise UserError(f"{task.name}: {last[0] if last else 'no word'} (log: {log})")
+        mark.write_text(said)
+
+
+def carry_all_out(made: list[Task], jobs: int) -> list[str]:
+    """`jobs` tasks at a time, each after the one it starts from. Returns what went wrong."""
+    problems, futures, threads = [], {}, max(1, (os.cpu_count() or 1) // jobs)
+    with ThreadPoolExecutor(jobs) as pool:
+        for task in made:  # a task stands behind the one it waits for, so that one of them is always running
+            futures[task.name] = pool.submit(carry_out, task, futures.get(task.waits_for), threads)
+        bar = tqdm(as_completed(futures.values()), total=len(futures), desc="sweep")
+        for future in bar:
+            if error := future.exception():
+                if not isinstance(error, UserError):
+                    raise error
+                problems.append(str(error))
+                bar.write(str(error))
+    return list(dict.fromkeys(problems))
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+LAST = 10  # steps, over which the ablation's figures are averaged
+FIGURES = ("expert_share", "dead_groups", "kl", "ess_share", "weight_var", "weight_q95", "bias_bound")
+
+
+def ablation_table(finished: list[Task], out: Path) -> None:
+    """OUT.md: accuracy on the test sets, and the diagnostics' means over the last ten steps; mean over seeds."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for task in finished:
+        scores = {name: evaluate.score_predictions(ps)["accuracy"] for name, ps in evaluate.read_predictions(task.path / "predictions").items()}
+        records = [record for record in runs.read(task.path / "metrics.jsonl") if "loss" in record][-LAST:]
+        scores |= {name: statistics.fmean(r[name] for r in records) for name in FIGURES if all(r.get(name) is not None for r in records)}
+        for name, value in scores.items():
+            found.setdefault(curves.method_of(task.name), {}).setdefault(name, []).append(value)
+    columns = list(dict.fromkeys(name for row in found.values() for name in row))
+    lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
+    for name, row in found.items():
+        cells = [f"{statistics.fmean(row[c]) * (100 if '-' in c else 1):.{1 if '-' in c else 3}f}" if c in row else "-" for c in columns]
+        lines.append(f"| {name} | {max(map(len, row.values()))} | " + " | ".join(cells) + " |")
+    lines += ["", f"Accuracy on test sets in %; the other figures are means over the last {LAST} steps of training."]
+    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+
+
+def results(kind: str, finished: list[Task], out: Path) -> None:
+    """Tables and figures of what is finished, and the metrics that they are drawn from."""
+    out.mkdir(parents=True, exist_ok=True)
+    listed = [task for task in finished if task.listed]
+    for task in finished:
+        if (task.path / "metrics.jsonl").exists():
+            shutil.copy(task.path / "metrics.jsonl", out / f"{task.name}.jsonl")
+    if kind == "ablation":
+        ablation_table(listed, out / "ablation")
+        print((out / "ablation.md").read_text())
+        return
+    paths = [str(task.path) for task in listed]
+    evaluate.table_command([*paths, "--out", str(out / "table1")])
+    evaluate.figures_command([*paths, "--out", str(out)])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Other flags go to every training run.", allow_abbrev=False)
+    parser.add_argument("list", choices=LISTS, help="which rows")
+    parser.add_argument("--preset", choices=ekipl.PRESETS, default="blocks", help="task, data, model and settings (default blocks: counting)")
+    parser.add_argument("--seeds", default="0,1,2", metavar="SEED,SEED", help="default 0,1,2")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores (default 1)")
+    parser.add_argument("--stage1", type=int, default=1600, help="questions of SFT before RL (default 1600, Reason-RFT's)")
+    parser.add_argument("--test-states", type=int, default=300, help="questions of each test set (default 300)")
+    parser.add_argument("--pass-k", default="", metavar="K,K", help="also Pass@k, as in evaluate.py")
+    parser.add_argument("--runs", default="runs/sweep", help="where the runs are made (default runs/sweep)")
+    parser.add_argument("--out", type=Path, help="where tables, figures and metrics go (default RUNS/PRESET/results)")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
+    args, extra = parser.parse_known_args()
+    try:
+        if not re.fullmatch(r"\d+(,\d+)*", args.seeds) or min(args.jobs, args.stage1, args.test_states) < 1:
+            raise UserError("--seeds wants numbers such as 0,1,2; --jobs, --stage1 and --test-states must be at least 1")
+        args.seeds = [int(seed) for seed in args.seeds.split(",")]
+        args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
+        made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
+        if args.dry_run:
+            print(*(f"python {shlex.join(command)}" for task in made for command in task.commands), sep="\n")
+            return
+        problems = carry_all_out(made, args.jobs)
+        finished = [task for task in made if all(mark.exists() for mark in marks(task))]
+        if any(task.listed for task in finished):
+            results(args.list, finished, args.out or Path(args.runs) / args.preset / "results")
+        if problems:
+            raise UserError(f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}; the same command tries them again")
+    except UserError as error:
+        print(f"sweep.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

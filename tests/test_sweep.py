@@ -1,0 +1,103 @@
+"""sweep.py: every row of Table 1 by its command, nothing twice, and after an interruption only what is missing."""
+
+import json
+import shlex
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+import ekipl
+import evaluate
+import runs
+import sft
+import sweep
+
+MAINS = {"ekipl.py": ekipl.main, "sft.py": sft.main, "evaluate.py": evaluate.main}
+SHORT = "--states 8 --batch-size 4 --max-new-tokens 6 --eval-every 4 --eval-states 2 --save-every 1 --rollout transformers".split()
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Commands run in this process, where everything is imported already. What was run; an entry in `fails` fails once."""
+    said = SimpleNamespace(commands=[], fails=[])
+
+    def run(command, stdout, **_):
+        program, arguments = command[1].name, list(map(str, command[2:]))
+        said.commands.append(shlex.join([program, *arguments]))
+        if fail := next((part for part in said.fails if part in said.commands[-1]), None):
+            said.fails.remove(fail)
+            stdout.write("ekipl.py: error: the disk is full\n")
+            return SimpleNamespace(returncode=2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [program, *arguments])
+            MAINS[program]()
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    return said
+
+
+def call(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, arguments)])
+    try:
+        sweep.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_table_1_by_one_command_and_nothing_twice(here, tmp_path, monkeypatch, capsys):
+    arguments = ["table1", "--seeds", "0", "--stage1", 4, "--test-states", 4, "--pass-k", "1,2", "--runs", tmp_path, *SHORT]
+    here.fails.append("--name Reason-RFT-seed0")
+    assert call(monkeypatch, *arguments) == 2
+    assert "1 of 10 runs failed, the first one: Reason-RFT-seed0: ekipl.py: error: the disk is full" in capsys.readouterr().err
+    first = list(here.commands)
+    assert call(monkeypatch, *arguments) == 0
+    assert [command.split("--name ")[-1].split()[0] for command in here.commands[len(first) :] if "--name" in command] == ["Reason-RFT-seed0"]
+    assert len(here.commands) == len(first) + 2  # that one, and its evaluation
+    table = (tmp_path / "blocks" / "results" / "table1.md").read_text()
+    rows = ["careful", "quick", "Zero-shot", "ANS-SFT", "CoT-SFT", "Reason-RFT-Zero", "Reason-RFT", "Vision-EKIPL", "Vision-EKIPL-after-SFT"]
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:11]] == rows
+    for number in (3, 4, 5):
+        assert (tmp_path / "blocks" / "results" / f"figure{number}.png").exists()
+    config = {row: runs.read_config(tmp_path / "blocks" / f"{row}-seed0") for row in rows[3:]}
+    assert config["ANS-SFT"]["method"] == "answer" and config["CoT-SFT"]["method"] == "cot"
+    assert config["Reason-RFT-Zero"]["experts"] == config["Reason-RFT"]["experts"] == "none" != config["Vision-EKIPL"]["experts"]
+    for row in ("Reason-RFT", "Vision-EKIPL-after-SFT"):  # the second stage has the rest
+        assert config[row]["skip"] == 4 and config[row]["model"].endswith("Stage-1-seed0/model")
+    assert json.loads((tmp_path / "blocks" / "ANS-SFT-seed0" / "predictions" / "settings.json").read_text())["mode"] == "answer"
+
+
+def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkeypatch):
+    arguments = ["ablation", "--seeds", "0", "--test-states", 2, "--runs", tmp_path, *SHORT]
+    monkeypatch.setitem(sweep.LISTS, "ablation", lambda config, stage1: [sweep.Row("Vision-EKIPL", "ekipl.py"), sweep.Row("GRPO", "ekipl.py", ("--experts", "none"))])
+    assert call(monkeypatch, *arguments) == 0
+    table = (tmp_path / "blocks" / "results" / "ablation.md").read_text()
+    assert "| run | seeds | counting-id | counting-ood | expert_share" in table and "| GRPO | 1 |" in table
+    here.commands.clear()
+    (tmp_path / "blocks" / "Vision-EKIPL-seed0.0.done").unlink()
+    (tmp_path / "blocks" / "GRPO-seed0.0.done").unlink()
+    (tmp_path / "blocks" / "GRPO-seed0" / "model").unlink()  # killed before its first checkpoint
+    assert call(monkeypatch, *arguments) == 0
+    resumed, _, again, _ = here.commands  # each evaluated
+    assert "--resume" in resumed and "Vision-EKIPL-seed0" in resumed and "--experts none" in again
+    assert call(monkeypatch, *arguments, "--lr", "0.1") == 2  # other settings are other runs
+
+
+def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "table1", "--preset", "transformation-2b", "--seeds", "0,1", "--runs", tmp_path, "--dry-run") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert not here.commands and all(line.startswith("python ") for line in said)
+    assert sum("sft.py" in line for line in said) == 6 and sum("ekipl.py" in line for line in said) == 8
+    assert all("--data reason-rft" in line and "--max-pixels 480000" in line for line in said if "evaluate.py" in line)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["table2"], "table2"), (["table1", "--seeds", "one"], "--seeds"), (["table1", "--jobs", "0"], "--jobs"), (["table1", "--sates", "8"], "--sates"),
+])  # fmt: skip
+def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, says):
+    assert call(monkeypatch, *arguments, "--runs", tmp_path) == 2
+    assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
+
+
