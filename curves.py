@@ -71,7 +71,11 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0] and (len(methods) > 1 or key == "accuracy"):
-            axis.legend(fontsize=7, framealpha=0.5)  # dots may lie below it
+            axis.legend(fontsize=7)
+        if key == "accuracy":  # its legend is long: above the dots
+            entries = len(axis.get_legend_handles_labels()[0])
+            axis.set_ylim(-0.02, 1.05 + 0.075 * entries)
+            axis.legend(fontsize=7, loc="upper left")
     figure.savefig(out, dpi=90)
     plt.close(figure)
 

@@ -2,6 +2,7 @@
 
     python sweep.py table1 --preset blocks-transformation --seeds 0,1,2   # every row of Table 1, then the table and Figures 3 to 5
     python sweep.py ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
+    python sweep.py table1 --preset counting-2b --processes 8             # each run on eight GPUs
     python sweep.py table1 --dry-run                                      # the commands alone
     python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of every training run
 
@@ -125,7 +126,13 @@ def marks(task: Task) -> list[Path]:
     return [task.path.with_name(f"{task.name}.{i}.done") for i in range(len(task.commands))]
 
 
-def carry_out(task: Task, before: Future | None, threads: int) -> None:
+def program(name: str, processes: int) -> list[str]:
+    """What starts a program of this directory, under torchrun if it is to have several processes."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    return [sys.executable, *torchrun, str(HERE / name)]
+
+
+def carry_out(task: Task, before: Future | None, threads: int, processes: int) -> None:
     """Runs the commands that are not done yet. UserError with the last line of the one that fails; its log lies beside the run."""
     if before is not None:
         before.result()
@@ -147,19 +154,19 @@ def carry_out(task: Task, before: Future | None, threads: int) -> None:
             stale.unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "a") as file:
-            done = subprocess.run([sys.executable, HERE / command[0], *command[1:]], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+            done = subprocess.run([*program(command[0], processes), *command[1:]], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
         if done.returncode:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             raise UserError(f"{task.name}: {last[0] if last else 'no word'} (log: {log})")
         mark.write_text(said)
 
 
-def carry_all_out(made: list[Task], jobs: int) -> list[str]:
+def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
     """`jobs` tasks at a time, each after the one it starts from. Returns what went wrong."""
-    problems, futures, threads = [], {}, max(1, (os.cpu_count() or 1) // jobs)
+    problems, futures, threads = [], {}, max(1, (os.cpu_count() or 1) // (jobs * processes))
     with ThreadPoolExecutor(jobs) as pool:
         for task in made:  # a task stands behind the one it waits for, so that one of them is always running
-            futures[task.name] = pool.submit(carry_out, task, futures.get(task.waits_for), threads)
+            futures[task.name] = pool.submit(carry_out, task, futures.get(task.waits_for), threads, processes)
         bar = tqdm(as_completed(futures.values()), total=len(futures), desc="sweep")
         for future in bar:
             if error := future.exception():
@@ -216,6 +223,7 @@ def main() -> None:
     parser.add_argument("--preset", choices=ekipl.PRESETS, default="blocks", help="task, data, model and settings (default blocks: counting)")
     parser.add_argument("--seeds", default="0,1,2", metavar="SEED,SEED", help="default 0,1,2")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores (default 1)")
+    parser.add_argument("--processes", type=int, default=1, help="of each run: torchrun's --nproc_per_node, one for each GPU (default 1)")
     parser.add_argument("--stage1", type=int, default=1600, help="questions of SFT before RL (default 1600, Reason-RFT's)")
     parser.add_argument("--test-states", type=int, default=300, help="questions of each test set (default 300)")
     parser.add_argument("--pass-k", default="", metavar="K,K", help="also Pass@k, as in evaluate.py")
@@ -224,15 +232,16 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args, extra = parser.parse_known_args()
     try:
-        if not re.fullmatch(r"\d+(,\d+)*", args.seeds) or min(args.jobs, args.stage1, args.test_states) < 1:
-            raise UserError("--seeds wants numbers such as 0,1,2; --jobs, --stage1 and --test-states must be at least 1")
+        if not re.fullmatch(r"\d+(,\d+)*", args.seeds) or min(args.jobs, args.processes, args.stage1, args.test_states) < 1:
+            raise UserError("--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1")
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
         args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
         made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
         if args.dry_run:
-            print(*(f"python {shlex.join(command)}" for task in made for command in task.commands), sep="\n")
+            start = f"torchrun --standalone --nproc_per_node {args.processes}" if args.processes > 1 else "python"
+            print(*(f"{start} {shlex.join(command)}" for task in made for command in task.commands), sep="\n")
             return
-        problems = carry_all_out(made, args.jobs)
+        problems = carry_all_out(made, args.jobs, args.processes)
         finished = [task for task in made if all(mark.exists() for mark in marks(task))]
         if any(task.listed for task in finished):
             results(args.list, finished, args.out or Path(args.runs) / args.preset / "results")

@@ -3,6 +3,7 @@
 import json
 import shlex
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ def here(monkeypatch):
     said = SimpleNamespace(commands=[], fails=[])
 
     def run(command, stdout, **_):
-        program, arguments = command[1].name, list(map(str, command[2:]))
+        program, arguments = Path(command[1]).name, command[2:]
         said.commands.append(shlex.join([program, *arguments]))
         if fail := next((part for part in said.fails if part in said.commands[-1]), None):
             said.fails.remove(fail)
@@ -86,9 +87,10 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
 
 
 def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "table1", "--preset", "transformation-2b", "--seeds", "0,1", "--runs", tmp_path, "--dry-run") == 0
+    assert call(monkeypatch, "table1", "--preset", "transformation-2b", "--seeds", "0,1", "--runs", tmp_path, "--processes", 8, "--dry-run") == 0
     said = capsys.readouterr().out.splitlines()
-    assert not here.commands and all(line.startswith("python ") for line in said)
+    assert not here.commands and all(line.startswith("torchrun --standalone --nproc_per_node 8 ") for line in said)
+    assert sweep.program("sft.py", 8)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8", str(sweep.HERE / "sft.py")]
     assert sum("sft.py" in line for line in said) == 6 and sum("ekipl.py" in line for line in said) == 8
     assert all("--data reason-rft" in line and "--max-pixels 480000" in line for line in said if "evaluate.py" in line)
 
