@@ -13,7 +13,6 @@ from policy import Policy
 from sampling import TransformersSampler
 
 TINY = Path(__file__).resolve().parent.parent / "tiny"
-pytestmark = pytest.mark.xdist_group("tiny")  # its answers are made once
 
 
 @pytest.fixture(scope="session")

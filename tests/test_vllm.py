@@ -27,7 +27,6 @@ import rollout_vllm  # noqa: E402
 from rollout_vllm import VLLMSampler  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.xdist_group("vllm")  # one engine
 
 
 @pytest.fixture(scope="session")
@@ -100,7 +99,7 @@ def test_log_probabilities_are_the_policys_before_and_after_an_update(sampler, t
 
 def test_it_samples_a_ddp_wrapped_policy_without_a_copy_of_it(sampler):
     policy = sampler.policy
-    learner = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)  # the engine has joined a group of one
+    learner = torch.nn.parallel.DistributedDataParallel(policy)  # the engine has joined a group of one
     train_a_step(policy, learner)
     sampler.sync_weights()
     assert gap(sampler, sampled(sampler, STATES)) < 1e-4
@@ -142,7 +141,7 @@ def test_first_tokens_follow_the_distribution_that_the_policy_scores(sampler, te
     density = dict(zip(tokens, logp.exp().tolist(), strict=True))
     counts = Counter(action.tokens[0] for action in group.actions)
     assert agrees(counts, density)
-    assert not agrees(counts, dict(zip(tokens, (logp * 0.8).softmax(0).tolist(), strict=True)))  # it would tell another temperature
+    assert not agrees(counts, dict(zip(tokens, (logp * 0.6).softmax(0).tolist(), strict=True)))  # it would tell another temperature
 
 
 def test_what_a_response_cannot_hold_is_never_in_10000_samples(sampler):

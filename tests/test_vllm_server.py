@@ -22,7 +22,6 @@ from policy import Policy, pack
 from sampling import expert_action, why_no_engine
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.xdist_group("server")
 if reason := why_no_engine(torch.device("cuda" if torch.cuda.is_available() else "cpu")):
     pytest.skip(f"no engine can run here: {reason}", allow_module_level=True)
 
