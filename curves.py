@@ -65,17 +65,16 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
                     text = prefix + test.removeprefix("eval/") if first else None
                     axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4, label=text)
         axis.set(title=title, xlabel="states seen", ylabel=label)
-        if key in ("accuracy", "expert_share", "dead_groups", "ess_share"):
+        if key in ("expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
         if key == "kl":  # k3 jumps on expert actions while the policy's way of thinking changes
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0] and (len(methods) > 1 or key == "accuracy"):
-            axis.legend(fontsize=7)
+        entries = len(axis.get_legend_handles_labels()[0])
         if key == "accuracy":  # its legend is long: above the dots
-            entries = len(axis.get_legend_handles_labels()[0])
             axis.set_ylim(-0.02, 1.05 + 0.075 * entries)
-            axis.legend(fontsize=7, loc="upper left")
+        if entries and (len(methods) > 1 or key == "accuracy"):
+            axis.legend(fontsize=7, loc="upper left" if key == "accuracy" else "best")
     figure.savefig(out, dpi=90)
     plt.close(figure)
 

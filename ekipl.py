@@ -50,7 +50,6 @@ from sampling import Group, Sampler, add_expert_logps, autocast, select, total_g
 from scripted import ACCURACY
 from settings import Settings, option
 
-HERE = Path(__file__).resolve().parent
 AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
@@ -135,12 +134,7 @@ def paper(task: str, size: str) -> dict:
     )
 
 
-PRESETS = {
-    "blocks": {},
-    "blocks-structure": {"task": "structure", "max_new_tokens": 48},
-    "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
-    **{f"{task}-{size.lower()}": paper(task, size) for task in ("counting", "structure", "transformation") for size in ("2B", "7B")},
-}
+PRESETS = settings.presets(paper)
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
@@ -345,7 +339,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
     experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
     try_out(experts, lambda: asked(0)[0], config.num_samples)
-    model = str(HERE / "tiny") if config.model == "tiny" else config.model
+    model = config.start
     try:
         load = dict(temperature=config.temperature, **config.pixels)
         policy = Policy.load(

@@ -223,10 +223,10 @@ def questions_of(name: str, args) -> Part:
     return Part(whole, 0, min(len(whole), args.states or len(whole)))
 
 
-def settings_of(args, name: str) -> dict:
+def settings_of(args) -> dict:
     """What predictions depend on. Weights are known by their content, since a run's `model` is replaced as it goes on."""
     digest = hashlib.sha256()
-    for file in sorted(Path(name).glob("*.safetensors")):
+    for file in sorted(Path(args.model).glob("*.safetensors")):
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return {
@@ -306,7 +306,7 @@ def answer_command(argv: list[str]) -> None:
     problem = None
     if world.rank == 0:
         try:
-            claim(out, settings_of(args, args.model))
+            claim(out, settings_of(args))
         except UserError as error:
             problem = str(error)
     if problem := world.agree(problem):

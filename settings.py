@@ -68,9 +68,24 @@ class Settings:
         return self.states * self.epochs // self.batch_size
 
     @property
+    def start(self) -> str:
+        """The directory or hub id that `model` means."""
+        return str(Path(__file__).resolve().parent / "tiny") if self.model == "tiny" else self.model
+
+    @property
     def pixels(self) -> dict[str, int | None]:
         """For `Policy.load`."""
         return {"min_pixels": self.min_pixels or None, "max_pixels": self.max_pixels or None}
+
+
+def presets(paper) -> dict[str, dict]:
+    """By name: the blocks world's tasks, and paper(task, size), the paper's settings for Reason-RFT-CoT."""
+    return {
+        "blocks": {},
+        "blocks-structure": {"task": "structure", "max_new_tokens": 48},
+        "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
+        **{f"{task}-{size.lower()}": paper(task, size) for task in TASKS for size in ("2B", "7B")},
+    }
 
 
 def parse(kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]) -> tuple[Settings, Path | None]:

@@ -74,12 +74,7 @@ def paper(task: str, size: str) -> dict:
     )
 
 
-PRESETS = {
-    "blocks": {},
-    "blocks-structure": {"task": "structure", "max_new_tokens": 48},
-    "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
-    **{f"{task}-{size.lower()}": paper(task, size) for task in ("counting", "structure", "transformation") for size in ("2B", "7B")},
-}
+PRESETS = settings.presets(paper)
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
@@ -160,9 +155,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     mode = METHODS[config.method]
     questions, order = training_states(config, mode, thoughts=config.method == "cot")
     tests = test_sets(config, mode) if config.eval_every else {}
-    start = str(ekipl.HERE / "tiny") if config.model == "tiny" else config.model
     try:
-        start = runs.last_checkpoint(resume) if resume else start
+        start = runs.last_checkpoint(resume) if resume else config.start
         policy = Policy.load(start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels).to(world.device)
     except ValueError as error:
         raise UserError(str(error)) from None

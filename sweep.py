@@ -53,7 +53,7 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     rest = ("--skip", str(stage1))
     return [
         *(Row(expert.partition("@")[0], model=expert) for expert in config.experts.split(",")),
-        Row("Zero-shot", model=config.model),
+        Row("Zero-shot", model=config.start),
         Row("ANS-SFT", "sft.py", ("--method", "answer")),
         Row("CoT-SFT", "sft.py"),
         Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
@@ -113,7 +113,7 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
                 flags = ["--preset", args.preset, "--seed", str(seed), "--runs", str(root), "--name", name, *row.flags, *extra]
                 flags += ["--model", str(root / f"{row.after}-seed{seed}" / "model")] if row.after else []
                 commands.append([row.program, *flags])
-            model = str(path / "model") if row.program else str(HERE / "tiny") if row.model == "tiny" else row.model
+            model = str(path / "model") if row.program else row.model
             mode = ["--mode", "answer"] if "answer" in row.flags else []
             if row.listed:
                 commands.append(["evaluate.py", model, "--sets", *SETS[config.task], *asked, *mode, "--out", str(path / "predictions")])
