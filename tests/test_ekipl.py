@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,19 +197,25 @@ def test_a_run_leaves_what_it_says(finished):
     Policy.load(finished / "model")
 
 
-@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
-def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, monkeypatch, stop_after):
-    config, log = small(tmp_path), ekipl.log
+@contextmanager
+def stopped_in_the_step_after(step: int):
+    """A training run inside is interrupted in that step, when it is logged and not yet saved."""
+    log = ekipl.log
 
     def stop(path, records, *rest):
         log(path, records, *rest)
-        if records[0]["step"] == stop_after + 1:
+        if records[0]["step"] == step + 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ekipl, "log", stop)
-    with pytest.raises(KeyboardInterrupt):
-        ekipl.train(config, None, CPU)
-    monkeypatch.setattr(ekipl, "log", log)
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ekipl, "log", stop)
+        yield
+
+
+@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
+def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, stop_after):
+    with stopped_in_the_step_after(stop_after):
+        ekipl.train(small(tmp_path), None, CPU)
     torch.rand(7)  # the random state of the process that resumes is another one
     stored, path = ekipl.parse(["--resume", str(tmp_path / "run")])
     ekipl.train(stored, path, CPU)
