@@ -16,10 +16,12 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 SHARED_PREFIX = "shared_prefix"
+ROOM = 32  # tokens by which the keys and values of a generating row grow at a time
 
 
 @dataclass
@@ -79,6 +81,28 @@ def attend(module, query, key, value, attention_mask, dropout: float = 0.0, scal
         output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return output.reshape(rows, 1, heads, size), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+class RoomyLayer(DynamicLayer):
+    """One layer's keys and values while rows are generated, with room for the next tokens: transformers' own layer copies all of them for each
+    token. `keys` and `values`, (rows, heads, tokens, D), are views of larger tensors, until somebody replaces them."""
+
+    shown = None  # the keys as `update` left them
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+        before = self.get_seq_length()
+        after = before + key_states.shape[-2]
+        if self.shown is None or self.keys is not self.shown or after > self.rooms[0].shape[-2]:
+            old = (self.keys, self.values)
+            rows, heads, _, size = key_states.shape
+            self.rooms = [x.new_empty(rows, heads, after + ROOM, size) for x in (key_states, value_states)]
+            for room, x in zip(self.rooms, old) if before else ():
+                room[:, :, :before] = x
+        for room, x in zip(self.rooms, (key_states, value_states)):
+            room[:, :, before:after] = x
+        self.keys, self.values = (room[:, :, :after] for room in self.rooms)
+        self.shown, self.is_initialized = self.keys, True
+        return self.keys, self.values
 
 
 AttentionInterface.register(SHARED_PREFIX, attend)

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import grpo
+from attention import RoomyLayer
 from data import State
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
@@ -278,7 +279,8 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
         if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
             images[name] = torch.cat(parts).to(device)
     start = {name: value[..., :-1] for name, value in inputs.items()}
-    cache = policy.model.model(**start, **images, use_cache=True).past_key_values
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    policy.model.model(**start, **images, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(n)
     repeated = {name: value.repeat_interleave(n, dim=-2) for name, value in inputs.items()}
     return {**repeated, "past_key_values": cache}
