@@ -63,3 +63,4 @@ def test_figure_5_is_the_mean_over_questions_for_every_k_that_all_have(tmp_path,
     monkeypatch.setattr(report.plt.Axes, "plot", lambda self, x, y, *rest, **options: drawn.append((list(x), list(y))) or plot(self, x, y, *rest, **options))
     report.pass_at({"A": {"counting-id": [(4, 1), (5, 0)]}}, lambda n, c, k: c * k / n, tmp_path / "5.png")
     assert drawn == [([1, 2, 4], [pytest.approx(v) for v in (0.125, 0.25, 0.5)])]
+    assert (tmp_path / "5.csv").read_text().splitlines()[1:] == ["A,counting-id,1,0.1250,1", "A,counting-id,2,0.2500,1", "A,counting-id,4,0.5000,1"]
