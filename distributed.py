@@ -1,15 +1,30 @@
-"""This process among all of a run's: which share of the work is its own, and how the shares come together (torchrun, DDP)."""
+"""This process among all of a run's: which share of the work is its own, and how the shares come together (torchrun, DDP, FSDP2).
+
+    ddp     every process has the whole model, its gradients and its optimizer; gradients are averaged in the last backward pass of a batch
+    fsdp    every process has its share of each: a parameter is gathered where a layer computes with it, and given up again
+
+Both give the gradient of one process with the whole batch. With fsdp every forward and backward pass is one of all processes together:
+they have to make equally many. Weights, gradients and optimizer are float32 in both.
+"""
 
 import os
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from runs import UserError
+
+if TYPE_CHECKING:
+    from policy import Policy
 
 
 @dataclass
@@ -32,9 +47,28 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
-    def data_parallel(self, policy: torch.nn.Module) -> torch.nn.Module:
-        """The policy as this process trains it: its gradients are the mean over the processes."""
-        if self.size == 1:
+    def place(self, policy: "Policy", parallel: str = "ddp", bf16: bool = False) -> "Policy":
+        """The policy on this process's device: the whole of it, or with "fsdp" this process's share of every parameter (the same object).
+
+        What is gathered at a time: a layer of the language model, a block of the vision tower, or all the rest (embeddings, LM head), which
+        `Policy.forward` needs as a whole. bf16: on a GPU parameters are gathered in bfloat16, and gradients summed in float32. Inputs of layers
+        are left as they are: the vision tower's rotary angles must not be rounded. A single process has nothing to share.
+        """
+        if parallel == "ddp" or self.size == 1:
+            return policy.to(self.device)
+        mesh = init_device_mesh(self.device.type, (self.size,))
+        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 and self.device.type == "cuda" else {}
+        # Nothing stays gathered after a forward pass without gradients: the next optimizer step would make it stale.
+        how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False), reshard_after_forward=True)
+        for block in [*policy.model.model.language_model.layers, *policy.model.model.visual.blocks]:
+            fully_shard(block, **how)  # moves it to the device: there is never more than a block there in whole
+        fully_shard(policy, **how)
+        fully_shard.state(policy)._lazy_init()  # or the first layer that `generate` calls would take itself for the root
+        return policy
+
+    def data_parallel(self, policy: "Policy") -> torch.nn.Module:
+        """A placed policy as this process trains it: its gradients are the mean over the processes."""
+        if self.size == 1 or isinstance(policy, FSDPModule):
             return policy
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for broadcast_buffers, 2.11 does not know it
@@ -61,3 +95,69 @@ class World:
         if self.size > 1:
             dist.broadcast_object_list(values, src=0)
         return values[0]
+
+
+# ---------------------------------------------------------------------------------------------- what DDP and FSDP do differently
+
+
+def accumulating(learner: torch.nn.Module, last: bool):
+    """The context of a forward and backward pass, of which a batch has several.
+
+    DDP waits with averaging for the last. FSDP does not: what it would keep until then are whole gradients, all that it saves.
+    """
+    return learner.no_sync() if isinstance(learner, DistributedDataParallel) and not last else nullcontext()
+
+
+def clip_gradients(policy: torch.nn.Module, limit: float) -> float:
+    """Scales the gradient to this norm at most; returns the norm before, of the whole gradient."""
+    return float(whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)))
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor of which each process has a share, in all of them; any other as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process has of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def unshard(policy: torch.nn.Module) -> None:
+    """Gathers all parameters until `reshard`, so that each process may call the model as often as it likes. Does nothing without FSDP.
+
+    Meanwhile they are copies in the dtype of the computation, not those that the optimizer knows.
+    """
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(False, recurse=False)
+            module.unshard()
+
+
+def reshard(policy: torch.nn.Module) -> None:
+    """Back to this process's share of every parameter."""
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            module.set_reshard_after_forward(True, recurse=False)
+            module.reshard()
+
+
+def collected(state, rank: int):
+    """A state dict with whole tensors in the memory of the first process's machine, gathered one at a time; without FSDP as it is."""
+    if isinstance(state, dict):
+        return {name: collected(value, rank) for name, value in state.items()}
+    if not isinstance(state, DTensor):
+        return state
+    full = state.full_tensor()
+    return full.cpu() if rank == 0 else None
+
+
+def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """The state dict of an optimizer, with this process's share of what belongs to a parameter that is shared out."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for i, values in state["state"].items():
+        if isinstance(parameter := parameters[i], DTensor):
+            for name, value in values.items():
+                if value.shape == parameter.shape:  # a moment; Adam's step counter is not
+                    values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    return state

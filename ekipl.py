@@ -2,7 +2,7 @@
 
     python ekipl.py                                      # the blocks world on a laptop: minutes, no GPU, no key
     python ekipl.py --experts none                       # plain GRPO
-    torchrun --nproc_per_node 8 ekipl.py ...             # the same over 8 processes, one GPU each
+    torchrun --nproc_per_node 8 ekipl.py ...             # the same over 8 processes, one GPU each; --parallel fsdp shares a large model out
     python ekipl.py --resume runs/NAME                   # goes on exactly where the last checkpoint was
 
 One step:
@@ -25,7 +25,6 @@ import pickle
 import random
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -40,7 +39,7 @@ import grpo
 import runs
 import settings
 from data import reports, test_sets, training_states
-from distributed import World
+from distributed import World, accumulating, clip_gradients, collected, shared_out
 from evaluate import answer_greedily, score
 from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
 from metrics import step_metrics, summary, transcripts
@@ -190,7 +189,7 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
     """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
     try:  # to the CPU first: Adam's step counters have to stay there
         trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
-        optimizer.load_state_dict(trainer["optimizer"])
+        optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
         start, processes = trainer["step"], trainer["processes"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
         raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
@@ -250,7 +249,7 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
 def update(config: Config, policy, reference: Policy | None, optimizer, groups: list[Group], world: World, lr: float) -> dict:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: a Policy, or DistributedDataParallel around one. Returns per-group rows of what was measured in the last update, the
+    policy: as World.data_parallel returns it. Returns per-group rows of what was measured in the last update, the
     loss (of this process's groups, over the global number of groups) and the norm of the gradient before clipping.
     """
     device, total = world.device, config.batch_size
@@ -273,9 +272,7 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
                 for batch in batches:
                     batch.old_logp = policy(batch.packed)
         for i, batch in enumerate(batches):
-            # Gradients are averaged over the processes in the last backward pass only.
-            quiet = policy.no_sync() if world.size > 1 and i < len(batches) - 1 else nullcontext()
-            with quiet:
+            with accumulating(policy, last=i == len(batches) - 1):
                 with autocast(device, config.bf16):
                     logp = policy(batch.packed)  # (B, G, T)
                 if batch.old_logp is None:  # one update: pi_old is pi_theta, and the ratio is 1 with a gradient
@@ -288,10 +285,10 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
                     logp, batch.old_logp, batch.ref_logp, batch.packed.action_mask, batch.advantages,
                     estimator=config.estimator, log_weights=batch.log_weights, clip_eps=config.clip_eps, beta=config.beta,
                 )  # fmt: skip
-                (loss * world.size / total).backward()  # DDP takes the mean over processes; the loss is a sum over groups
+                (loss * world.size / total).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over groups
             loss_sum += loss.item() / total / config.updates_per_batch
             measure(rows, batch, stats)
-        norms.append(float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm)))
+        norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
             raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
@@ -342,10 +339,9 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     model = config.start
     try:
         load = dict(temperature=config.temperature, **config.pixels)
-        policy = Policy.load(
-            runs.last_checkpoint(resume) if resume else model, gradient_checkpointing=config.gradient_checkpointing, **load
-        ).to(world.device)
-        reference = Policy.load(model, **load).to(world.device).requires_grad_(False) if config.beta else None
+        policy = Policy.load(runs.last_checkpoint(resume) if resume else model, gradient_checkpointing=config.gradient_checkpointing, **load)
+        policy = world.place(policy, config.parallel, config.bf16)
+        reference = world.place(Policy.load(model, **load).requires_grad_(False), config.parallel, config.bf16) if config.beta else None
     except ValueError as error:
         raise UserError(str(error)) from None
     path = open_run(config, resume, world, [questions, *tests.values()])
@@ -397,7 +393,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             record["seconds/evaluation"] = time.perf_counter() - clock[3]
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
+            sampler.sleep()  # whole tensors need room, and of a sharded policy the rollouts may have bfloat16 copies
             save(path, step + 1, policy, optimizer, world)
+            if not last:
+                sampler.sync_weights()
     bar.close()
     sampler.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
@@ -406,9 +405,11 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
 
 def save(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> None:
-    """A checkpoint and the picture so far, in the first process; nobody runs ahead of it."""
+    """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
+    weights = collected({name: parameter.detach() for name, parameter in policy.model.named_parameters()}, world.rank)
+    state = collected(optimizer.state_dict(), world.rank)
     if world.rank == 0:
-        runs.save_checkpoint(path, step, policy, optimizer, world.size)
+        runs.save_checkpoint(path, step, policy, weights, state, world.size)
         curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
     world.agree(None)
 

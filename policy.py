@@ -222,9 +222,9 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model, processor, temperature=temperature, logit_chunk=logit_chunk).train()
 
-    def save(self, path: str | Path) -> None:
-        """Write model and processor in Hugging Face layout, for `load`, vLLM and evaluation."""
-        self.model.save_pretrained(path)
+    def save(self, path: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
+        """Write model and processor in Hugging Face layout, for `load`, vLLM and evaluation. weights: None are the model's own."""
+        self.model.save_pretrained(path, state_dict=weights)
         self.processor.save_pretrained(path)
 
     def prompt_text(self, state: State) -> str:

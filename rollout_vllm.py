@@ -23,10 +23,12 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMError
 from vllm.v1.sample.logits_processor import LogitsProcessor
 
+from distributed import own, whole
 from policy import Policy, Prompt, pack
 from runs import UserError
 from sampling import POLICY, Action, Group, Sampler, autocast
@@ -160,9 +162,13 @@ class VLLMSampler(Sampler):
         self._drop_caches()
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter once, tied ones too, by their names in the checkpoint; references, so that there is no second copy of the model."""
+        """Each parameter once, tied ones too, by their names in the checkpoint; references, so that there is no second copy of the model.
+
+        One that is sharded is gathered as it is handed over, in the engine's dtype: no process ever holds more than the engine itself asks for.
+        """
         for name, parameter in self.policy.model.named_parameters():
-            yield name, parameter.detach()
+            value = parameter.detach()
+            yield name, whole(value.to(self.dtype)) if isinstance(value, DTensor) else value
 
     def _recording(self, weights) -> set[str]:
         """vLLM's own `load_weights`, which tells what it loaded; vLLM itself would log what is missing and go on."""
@@ -254,13 +260,13 @@ def derived_max_model_len(policy: Policy, images: int, max_new_tokens: int) -> i
 def derived_gpu_memory_utilization(policy: Policy) -> float:
     """The share of the GPU that is left when the trainer has all that it keeps between updates, and a margin of 5 %.
 
-    Policy and reference are there already; gradients (4 bytes a parameter, float32) and AdamW's two moments (8) are to come.
+    Policy and reference are there already; gradients (4 bytes a parameter, float32) and AdamW's two moments (8) are to come, of its share if it is sharded.
     """
     device = policy.suppressed_ids.device
     if device.type != "cuda":
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
-    to_come = 12 * sum(parameter.numel() for parameter in policy.parameters() if parameter.requires_grad)
+    to_come = 12 * sum(own(parameter).numel() for parameter in policy.parameters() if parameter.requires_grad)
     share = (free - to_come) / total - 0.05
     if share < 0.05:
         raise UserError(

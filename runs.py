@@ -110,19 +110,23 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def save_checkpoint(path: Path, step: int, policy, optimizer, processes: int = 1) -> None:
-    """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written."""
+def save_checkpoint(path: Path, step: int, policy, weights: dict, optimizer: dict, processes: int = 1) -> None:
+    """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written.
+
+    weights, optimizer: whole tensors, by name and as a state dict; so another number of processes, or none of them, can read it.
+    """
     with writing(path):
-        _save_checkpoint(path, step, policy, {"step": step, "processes": processes, "optimizer": optimizer.state_dict()})
+        _save_checkpoint(path, policy, weights, {"step": step, "processes": processes, "optimizer": optimizer})
 
 
-def _save_checkpoint(path: Path, step: int, policy, trainer: dict) -> None:
+def _save_checkpoint(path: Path, policy, weights: dict, trainer: dict) -> None:
+    step = trainer["step"]
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     import torch  # seconds, which data.py, blocks.py and the cache of answers do without
 
-    policy.save(aside)
+    policy.save(aside, weights)
     torch.save(trainer, aside / "trainer.pt")
     for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:  # before the name says that it is complete
         sync(file)

@@ -25,6 +25,7 @@ from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCrit
 import grpo
 from attention import RoomyLayer
 from data import State
+from distributed import reshard, unshard
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
 from runs import UserError
@@ -159,11 +160,21 @@ def why_no_engine(device: torch.device) -> str:
 
 
 class TransformersSampler(Sampler):
-    """Rollouts with transformers' `generate`, on any device. rows: how many responses are generated at a time."""
+    """Rollouts with transformers' `generate`, on any device. rows: how many responses are generated at a time.
+
+    Of a sharded policy every process gathers all parameters until `sleep`, since responses differ in length from process to process.
+    """
 
     def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512, bf16: bool = False):
         super().__init__(policy, max_new_tokens, bf16)
         self.rows = rows
+        self.sync_weights()
+
+    def sleep(self) -> None:
+        reshard(self.policy)
+
+    def sync_weights(self) -> None:
+        unshard(self.policy)
 
     def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
         """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""

@@ -53,6 +53,7 @@ class Settings:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     # the machine
     device: str = option("auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda"))
+    parallel: str = option("ddp", "under torchrun each process has the whole model (ddp), or its share of model, gradients and optimizer (fsdp): for 7B", ("ddp", "fsdp"))
     rollout: str = option("auto", "what generates the policy's responses; auto: vLLM where it can run, else transformers", ROLLOUTS)
     gpu_memory_utilization: float = option(0.0, "share of the GPU that vLLM may take while it generates; 0: what training will leave")
     max_model_len: int = option(0, "vLLM's limit for prompt and response, in tokens; 0: from the pixel limits and --max-new-tokens")
@@ -140,6 +141,8 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         raise UserError(f"--eval-states must be at least 1 for each of {world} processes; --eval-every 0 evaluates never")
     if config.batch_size < world:
         raise UserError(f"--batch-size {config.batch_size} leaves some of {world} processes without a state")
+    if config.parallel == "fsdp" and config.batch_size % world:
+        raise UserError(f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {config.batch_size}")
     if config.data == "blocks" and config.steps < 1:
         raise UserError(f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}")
     if config.name and not resuming:

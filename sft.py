@@ -23,7 +23,6 @@ import dataclasses
 import math
 import os
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +34,7 @@ import ekipl
 import runs
 import settings
 from data import State, test_sets, training_states
-from distributed import World
+from distributed import World, accumulating, clip_gradients
 from policy import Policy, Prompt, pack
 from runs import UserError
 from sampling import autocast
@@ -118,7 +117,7 @@ def examples(policy: Policy, states: list[State], method: str, max_tokens: int) 
 def update(config: Config, policy, optimizer, batch: list[Example], world: World, lr: float) -> dict:
     """One step of AdamW on this process's share of a batch.
 
-    policy: a Policy, or DistributedDataParallel around one. Returns the batch's loss in nats per token, over all processes, how many
+    policy: as World.data_parallel returns it. Returns the batch's loss in nats per token, over all processes, how many
     tokens were learnt, and the norm of the gradient before clipping.
     """
     device = world.device
@@ -130,16 +129,14 @@ def update(config: Config, policy, optimizer, batch: list[Example], world: World
     optimizer.zero_grad(set_to_none=True)
     nats = 0.0
     for i, part in enumerate(micro):
-        # Gradients are averaged over the processes in the last backward pass only.
-        quiet = policy.no_sync() if world.size > 1 and i < len(micro) - 1 else nullcontext()
-        with quiet:
+        with accumulating(policy, last=i == len(micro) - 1):
             packed = pack([example.prompt for example in part], [[example.tokens] for example in part]).to(device)
             with autocast(device, config.bf16):
                 logp = policy(packed)  # (B, 1, T), 0 where there is no token
             loss = -logp.sum() / total
-            (loss * world.size).backward()  # DDP takes the mean over processes; the loss is a sum over tokens
+            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over tokens
         nats += loss.item()
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.max_grad_norm))
+    norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
         raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
@@ -157,7 +154,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     tests = test_sets(config, mode) if config.eval_every else {}
     try:
         start = runs.last_checkpoint(resume) if resume else config.start
-        policy = Policy.load(start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels).to(world.device)
+        policy = Policy.load(start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels)
+        policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])

@@ -140,9 +140,9 @@ class StubPolicy:
         self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path, weights: dict) -> None:
         path.mkdir()
-        torch.save(self.weight.data, path / "model.bin")
+        torch.save(weights["weight"], path / "model.bin")
         (path / "config.json").write_text("{}")
 
 
@@ -156,9 +156,13 @@ def assert_whole(path: Path, step: int) -> None:
     assert torch.load(path / "model.bin", weights_only=True).tolist() == pytest.approx([-0.1 * step] * 3, rel=0.05)
 
 
+def save(path: Path, policy: StubPolicy, step: int) -> None:
+    runs.save_checkpoint(path, step, policy, {"weight": policy.weight.data}, policy.optimizer.state_dict())
+
+
 def saved(path: Path, policy: StubPolicy, step: int) -> None:
     policy.step()
-    runs.save_checkpoint(path, step, policy, policy.optimizer)
+    save(path, policy, step)
 
 
 def test_the_newest_checkpoint_is_kept_and_linked(tmp_path):
@@ -200,7 +204,7 @@ def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(module, name, dies)
         try:
-            runs.save_checkpoint(tmp_path, 2, policy, policy.optimizer)
+            save(tmp_path, policy, 2)
         except KeyboardInterrupt:
             pass
         else:
@@ -211,7 +215,7 @@ def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatc
     assert_whole(linked, 1 if linked.name == "checkpoint-000001" else 2)
     # The resumed run saves again, and clears up what lies about.
     if last.name == "checkpoint-000001":
-        runs.save_checkpoint(tmp_path, 2, policy, policy.optimizer)
+        save(tmp_path, policy, 2)
     saved(tmp_path, policy, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000003", "model"]
     assert_whole(tmp_path / "model", 3)
