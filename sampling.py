@@ -313,23 +313,28 @@ def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: i
 
 
 def total_groups(
-    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int
+    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int, lap=lambda phase: None
 ) -> list[Group]:
     """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
 
     Where an expert gives fewer than n, or none, the group is that much smaller.
     seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
+    lap: is told each phase that has ended (metrics.Stopwatch).
     """
     policy = sampler.policy
     prompts = policy.encode(states)
+    lap("preprocessing")
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
+    lap("rollout")
     for expert in experts:  # Eq 5
         for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
             actions += [expert_action(policy, sample, expert.name, sampler.max_new_tokens) for sample in samples]  # Eq 6
+    lap("experts")
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
         group.format = [format_reward(action.text) for action in group.actions]
         group.accuracy = [accuracy_reward(action.text, group.state.answer, group.state.kind) for action in group.actions]
+    lap("rewards")
     return groups
 
 
