@@ -92,7 +92,9 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
     methods: dict[str, list[list[dict]]] = {}
     for run, history in histories.items():
         methods.setdefault(method_of(run), []).append(history)
-    alone = [name for name, found in methods.items() if not any(r.get("expert_share") for history in found for r in history)]
+    shares = {name: [r["expert_share"] for history in found for r in history if "expert_share" in r] for name, found in methods.items()}
+    alone = [name for name, found in shares.items() if found and not any(found)]  # GRPO; SFT has no groups
+    helped = [name for name, found in shares.items() if any(found)]
     figure, axes = plt.subplots(1, max(1, len(tests)), figsize=(5 * max(1, len(tests)), 4), layout="constrained", squeeze=False)
     said = []
     for axis, test in zip(axes[0], tests, strict=False):
@@ -110,7 +112,7 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
         for base in (method for method in alone if method in means):
             target = means[base][-1][1]
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
-            for method in (method for method in means if method not in alone):
+            for method in (method for method in means if method in helped):
                 share = share_to_reach(means[method], target)
                 reached = f"after {100 * share:.0f} % of its states" if share is not None else "never"
                 said.append(f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}")

@@ -41,6 +41,7 @@ def test_a_mean_curve_has_the_points_that_all_seeds_have():
 def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method_without_experts(tmp_path):
     histories = {
         "ekipl-seed0": history({0: 0.2, 40: 0.6, 80: 0.9}, 0.5), "ekipl-seed1": history({0: 0.2, 40: 0.8, 80: 0.7}, 0.5),
+        "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],  # no method of RL: nobody is compared with it
         "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0), "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
     }  # fmt: skip
     said = report.data_efficiency(histories, tmp_path / "3.png")
