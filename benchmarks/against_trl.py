@@ -142,11 +142,12 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="states in a forward pass")
     parser.add_argument("--group-size", type=int, help="G = N")
     parser.add_argument("--action-tokens", type=int, help="T")
+    parser.add_argument("--train-only", action="store_true", help="no rollout: the training step alone")
     parser.add_argument("--profile", action="store_true", help="one more step of each side: the seconds of its operators")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
     changes = {name: getattr(args, name) for name in ("states", "micro_batch", "group_size", "action_tokens")}
-    work = dataclasses.replace(WORKLOADS[args.model], **{name: value for name, value in changes.items() if value})
+    work = dataclasses.replace(WORKLOADS[args.model], **{name: value for name, value in changes.items() if value}, rollout=not args.train_only)
     sides, device = args.sides.split(","), "cuda" if torch.cuda.is_available() else "cpu"
     if unknown := set(sides) - set(SIDES):
         parser.error(f"no side {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")

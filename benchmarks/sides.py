@@ -104,7 +104,7 @@ def ours(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
         recorder = turns.begin(kind)
         with recorder.phase("rollout"):
             prompts = roller.encode(states)
-            sampled = sampler.sample(prompts, work.group_size, seed=number)
+            sampled = sampler.sample(prompts, work.group_size, seed=number) if work.rollout else []
         assert all(len(action.tokens) == work.action_tokens for group in sampled for action in group)
         groups = []
         for b, prompt in enumerate(prompts):
@@ -162,7 +162,8 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
         with recorder.phase("rollout"):
             model.eval()
             with torch.no_grad(), autocast(device, True):
-                model.generate(**inputs(states), generation_config=settings)
+                if work.rollout:
+                    model.generate(**inputs(states), generation_config=settings)
             model.train()
             parts = [inputs(states[b : b + work.micro_batch]) for b in range(0, work.states, work.micro_batch)]
         with recorder.phase("train"):
@@ -227,9 +228,9 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     generate, score, clip = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies, trainer._clip_grad_norm
 
     def fixed_actions(*arguments, **named):
-        sampled, nothing = generate(*arguments, **named)
+        sampled = generate(*arguments, **named)[0] if work.rollout else []
         assert all(len(ids) == T for ids in sampled)
-        return [list(ids) for group in tokens for ids in group], nothing
+        return [list(ids) for group in tokens for ids in group], None
 
     def keep_logps(model, input_ids, *arguments, **named):
         if torch.is_grad_enabled():  # the training pass, timed in compute_loss

@@ -25,9 +25,10 @@ from data import State
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
+LOGIT_CHUNK = 512  # Policy's default: on how many tokens at a time its LM head runs
 HEAD = dict(num_key_value_heads=2, rms_norm_eps=1e-6, bos_token_id=None, attention_dropout=0.0)
 
-# The made models: 32 million parameters, and Qwen2-VL-2B's own config (Qwen/Qwen2-VL-2B-Instruct, config.json).
+# The made models: 33 million parameters, and Qwen2-VL-2B's own config (Qwen/Qwen2-VL-2B-Instruct, config.json).
 MADE = {
     "mid": dict(
         text=dict(HEAD, hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=6, rope_theta=1e4, mrope_section=[8, 12, 12]),
@@ -56,6 +57,7 @@ class Workload:
     gradient_checkpointing: bool = False
     beta: float = 0.04  # with a reference pass
     lr: float = 1e-6
+    rollout: bool = True  # False: the training step alone
     seed: int = 0
 
 
@@ -141,7 +143,7 @@ class Cost:
     pairs: int
     patches: int
     flops: float  # multiply-add = 2; reference and policy forward, backward twice a forward; recomputing not counted
-    activation_bytes: float  # what a backward pass of one micro-batch keeps, float32, no checkpointing
+    bytes: float  # at the peak of a micro-batch's backward pass: what the layers keep (float32, no checkpointing), logits, gradients
 
 
 def step_cost(work: Workload, config: Qwen2VLConfig, prompt_tokens: int, repeated: bool) -> Cost:
@@ -166,7 +168,10 @@ def step_cost(work: Workload, config: Qwen2VLConfig, prompt_tokens: int, repeate
 
     kept = text.num_hidden_layers * tokens * (10 * H + 4 * kv + 4 * I)  # inputs of norms, projections, attention and MLP
     kept += vision.depth * patches * (10 + 2 * vision.mlp_ratio) * E
-    return Cost(B * tokens, B * pairs, B * patches, 4.0 * B * forward, 4.0 * work.micro_batch * kept)
+    logits = (work.micro_batch * scored if repeated else min(LOGIT_CHUNK, work.micro_batch * scored)) * V
+    weights = text.num_hidden_layers * layer + V * H + vision.depth * (4 + 2 * vision.mlp_ratio) * E * E + merged + embed
+    held = 4.0 * (work.micro_batch * kept + 3 * logits + weights)  # logits, their softmax, its gradient
+    return Cost(B * tokens, B * pairs, B * patches, 4.0 * B * forward, held)
 
 
 def matrix_rate(device: str) -> float:
