@@ -28,7 +28,9 @@ from workload import WORKLOADS, Workload  # noqa: E402
 PHASES = ("rollout", "train", "step")
 
 
-def take_turns(work: Workload, path: Path, sides: list[str], runs: int, threads: int, together: bool, profile: bool = False) -> dict[str, list[dict]]:
+def take_turns(
+    work: Workload, path: Path, sides: list[str], runs: int, threads: int, together: bool, profile: bool = False
+) -> dict[str, list[dict]]:
     """The records of each side, a side's first ("warm-up") among them. together: all processes live at once, else one at a time."""
     last = ["memory"] + ["profile"] * profile
     records = {side: [] for side in sides}
@@ -63,7 +65,8 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def agreement(records: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
-    """Do all sides compute the same? Largest difference of a token's log-prob in the first step, in nats; of the gradient's norm in any, as a share."""
+    """Do all sides compute the same? The largest difference from ours: of a token's log-prob in the first step, in nats; of the
+    gradient's norm in any step, as a share."""
     result = {}
     for side in [side for side in records if side != "ours"]:
         ours, theirs = records["ours"], records[side]
@@ -74,13 +77,13 @@ def agreement(records: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
 
 def summary(work: Workload, path: Path, records: dict[str, list[dict]], device: str) -> dict:
     """What the tables show: seconds, ratios against ours, memory, rates."""
-    config, tokens = workload.load_config(path), work.states * work.group_size * work.action_tokens
+    model, tokens = workload.empty_model(path), work.states * work.group_size * work.action_tokens
     prompt = records.pop("prompt")
     rate = workload.matrix_rate(device)
-    once, repeated = (workload.step_cost(work, config, prompt, times) for times in (False, True))
+    once, repeated = (workload.step_cost(work, model.config, prompt, times) for times in (False, True))
     timed = {side: [record["seconds"] for record in made if record["kind"] == "time"] for side, made in records.items()}
     result = {
-        "workload": dataclasses.asdict(work), "prompt_tokens": prompt, "parameters": parameters(path), "matrix_tflops": rate / 1e12,
+        "workload": dataclasses.asdict(work), "prompt_tokens": prompt, "parameters": sum(p.numel() for p in model.parameters()), "matrix_tflops": rate / 1e12,
         "agreement": agreement(records) if "ours" in records else {}, "sides": {}, "ratios": {},
     }  # fmt: skip
     for side, seconds in timed.items():
@@ -97,24 +100,21 @@ def summary(work: Workload, path: Path, records: dict[str, list[dict]], device: 
     return result
 
 
-def parameters(path: Path) -> int:
-    with torch.device("meta"):
-        return sum(p.numel() for p in workload.Qwen2VLForConditionalGeneration(workload.load_config(path)).parameters())
-
-
 def table(result: dict) -> str:
     """Markdown, as in README.md."""
 
     def three(values, form):
         return " / ".join(format(values[name], form) for name in ("min", "median", "max"))
 
-    lines = ["| | rollout, s | train, s | step, s | train: peak, GB | rollout: peak, GB | train: action tokens/s | MFU | own MFU |", "|---" * 9 + "|"]
+    lines = ["| | rollout, s | train, s | step, s | train: peak, GB | rollout: peak, GB | train: action tokens/s | MFU | own MFU |"]
+    lines += ["|---" * 9 + "|"]
     for side, row in result["sides"].items():
         peak, rate = row["peak_gb"], row["action_tokens_per_second"]["train"]
         cells = [*(three(row[phase], ".2f") for phase in PHASES), f"{peak['train']:.2f}", f"{peak['rollout']:.2f}", f"{rate:,.0f}"]
         lines.append(f"| {side} | {' | '.join(cells)} | {row['mfu']:.2f} | {row['own_mfu']:.2f} |")
     if result["ratios"]:
-        lines += ["", "| times ours | rollout | train | step | largest difference of a log-prob, nats | of the gradient's norm |", "|---" * 6 + "|"]
+        lines += ["", "| times ours | rollout | train | step | largest difference of a log-prob, nats | of the gradient's norm |"]
+        lines += ["|---" * 6 + "|"]
     for side, row in result["ratios"].items():
         same = result["agreement"][side]
         lines.append(f"| {side} | {' | '.join(three(row[phase], '.2f') for phase in PHASES)} | {same['logp']:.1e} | {same['grad_norm']:.1e} |")
@@ -164,8 +164,8 @@ def main() -> None:
     if "trl" in sides:
         result["trl"] = version("trl")
     print(f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}, trl {result.get('trl')}")
-    print(f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens ({work.image_tokens} of them")
-    print(f"image), {work.group_size} actions of {work.action_tokens} tokens; matrix products: {result['matrix_tflops']:.2f} TFLOP/s\n")
+    print(f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens, {work.image_tokens} of them")
+    print(f"image, {work.group_size} actions of {work.action_tokens} tokens; matrix products: {result['matrix_tflops']:.2f} TFLOP/s\n")
     print(table(result))
     if args.profile:
         print(profile_table(records))

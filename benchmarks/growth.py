@@ -42,7 +42,7 @@ def measure(work: Workload, sides: list[str], runs: int, threads: int) -> list[d
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         workload.save_model(work, path)
-        config, processor = workload.load_config(path), workload.AutoProcessor.from_pretrained(path)
+        config, processor = workload.empty_model(path).config, workload.AutoProcessor.from_pretrained(path)
         prompt = prompt_tokens(workload.make_states(work, processor)[0], processor)
         points = []
         for side in sides:
@@ -52,7 +52,8 @@ def measure(work: Workload, sides: list[str], runs: int, threads: int) -> list[d
             worker.close()
             cost = workload.step_cost(work, config, prompt, repeated=side != "ours")
             seconds = statistics.median(record["seconds"]["train"] for record in records[1:-1])
-            points.append({"side": side, "seconds": seconds, "bytes": records[-1]["bytes"]["train"], "flops": cost.flops, "law_bytes": cost.bytes, "tokens": cost.tokens})
+            point = {"side": side, "seconds": seconds, "bytes": records[-1]["bytes"]["train"]}
+            points.append(point | {"flops": cost.flops, "law_bytes": cost.bytes, "tokens": cost.tokens})
     return points
 
 
@@ -109,14 +110,17 @@ def main() -> None:
                 measured[work] = measure(work, sides, args.runs, args.threads)
             points = [{"value": value, **point} for point in measured[work]]
             axes.setdefault(name, []).extend(points)
-            print(f"{name} {value}: " + "; ".join(f"{point['side']} {point['seconds']:.2f} s, {point['bytes'] / 1e9:.2f} GB" for point in points), flush=True)
+            found = [f"{point['side']} {point['seconds']:.2f} s, {point['bytes'] / 1e9:.2f} GB" for point in points]
+            print(f"{name} {value}: " + "; ".join(found), flush=True)
     fitted = {side: fit([point for points in measured.values() for point in points if point["side"] == side]) for side in sides}
     result = workload.machine() | {"base": dataclasses.asdict(base), "runs": args.runs, "law": fitted, "axes": axes}
     for side, constants in fitted.items():
-        print(f"{side}: seconds = {constants['constant']:.2f} + FLOPs / {constants['rate'] / 1e9:.0f} G; memory = {constants['factor']:.2f} * bytes of the law; largest deviation:")
+        print(f"{side}: seconds = {constants['constant']:.2f} + FLOPs / {constants['rate'] / 1e9:.0f} G; memory = {constants['factor']:.2f} * bytes")
         for name, points in axes.items():
-            ratios = [[measured / expected for measured, expected in zip((p["seconds"], p["bytes"]), law(p, constants))] for p in points if p["side"] == side]
-            print(f"  {name}: " + ", ".join(f"{what} {min(column):.2f} to {max(column):.2f} of the law" for what, column in zip(("seconds", "memory"), zip(*ratios))))
+            points = [point for point in points if point["side"] == side]
+            for row, key in enumerate(("seconds", "bytes")):
+                shares = [point[key] / law(point, constants)[row] for point in points]
+                print(f"  {name}: {key} {min(shares):.2f} to {max(shares):.2f} of the law")
     workload.write(args.out, result)
     draw(result, args.out.with_suffix(".png"))
 

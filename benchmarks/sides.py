@@ -1,18 +1,17 @@
 """The sides of the comparison, each in a process of its own: ours, TRL's GRPOTrainer, plain PyTorch with repeated prompts.
 
-A side builds its trainer once and then makes one step for each word it is sent ("warm-up", "time", "memory" or "profile"), so that the sides can take turns.
-Every step has two measured phases:
+A side builds its trainer once and then makes a step whenever it is told to, so that the sides can take turns. A step is of one kind: "warm-up",
+"time", "memory" or "profile" (workload.Recorder). It has two measured phases:
 
     rollout   from states to actions: pictures and text prepared, `generate` with exactly T tokens an action
     train     log-probs under the reference, forward, backward, clipping of the gradient, AdamW
 
-and "step" is all of it by the wall clock. The actions of a rollout are thrown away; every side trains on the workload's fixed ones. In the first step,
+and "step" is all of it by the wall clock. The actions of a rollout are thrown away; every side trains on the workload's fixed ones. In the first,
 where all have the same weights, a side tells the policy's log-probs of those actions, in every step the norm of the gradient.
 """
 
 from __future__ import annotations
 
-import sys
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,14 +20,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 from transformers.utils import logging
 
 import workload
-from ekipl import Config, padded, update
+from ekipl import Config, update
 from distributed import World
 from grpo import ekipl_loss, group_advantages
 from policy import Policy, pack
 from sampling import Action, Group, TransformersSampler, autocast, select
 from workload import Recorder, Workload
-
-STEPS = ("warm-up", "time", "memory", "profile")
 
 
 class Worker:
@@ -55,7 +52,9 @@ def serve(side: str, work: Workload, path: Path, steps: list[str], threads: int,
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
     torch.manual_seed(work.seed)
-    SIDES[side](work, path, steps, Turns(connection))
+    turns = Turns(connection)
+    SIDES[side](work, path, steps, turns)
+    turns.tell()
 
 
 class Turns:
@@ -63,17 +62,20 @@ class Turns:
 
     def __init__(self, connection):
         self.connection, self.device = connection, "cuda" if torch.cuda.is_available() else "cpu"
+        self.news: str | dict = "ready"
 
-    def ready(self) -> None:
-        self.connection.send("ready")
+    def tell(self) -> None:
+        self.connection.send(self.news)
 
     def begin(self, kind: str) -> Recorder:
+        """Waits for its turn. Tells of the step before only now: what a side does between two steps must not disturb another side's."""
+        self.tell()
         self.connection.recv()
         return Recorder(self.device, kind)
 
     def end(self, recorder: Recorder, logp: torch.Tensor | None, grad_norm: float) -> None:
         """logp: (B, G, T)."""
-        self.connection.send(recorder.record(logp=None if logp is None else logp.float().cpu().numpy(), grad_norm=grad_norm))
+        self.news = recorder.record(logp=None if logp is None else logp.float().cpu().numpy(), grad_norm=grad_norm)
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -95,7 +97,6 @@ def ours(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     sampler = TransformersSampler(roller, work.action_tokens, bf16=config.bf16)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
     states, tokens, rewards = workload.make_states(work, policy.processor), workload.make_actions(work, policy.tokenizer), workload.make_rewards(work)
-    turns.ready()
     for number, kind in enumerate(steps):
         logp = None
         if number == 0:
@@ -128,10 +129,9 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     model.generation_config = GenerationConfig()
     if work.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    suppressed = Policy(model, processor).suppressed_ids.tolist()
     G, T = work.group_size, work.action_tokens
     settings = GenerationConfig(
-        do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G, min_new_tokens=T, max_new_tokens=T, suppress_tokens=suppressed,
+        do_sample=True, top_k=0, top_p=1.0, num_return_sequences=G, min_new_tokens=T, max_new_tokens=T, suppress_tokens=workload.suppressed_ids(path),
         eos_token_id=processor.tokenizer.eos_token_id, pad_token_id=processor.tokenizer.pad_token_id,
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.lr, weight_decay=0.0)
@@ -155,7 +155,6 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
             logits = network(**batch, logits_to_keep=T + 1, use_cache=False).logits[:, :-1]  # (b G, T, V)
         return logits.float().log_softmax(-1).gather(-1, rows[..., None]).view(ids.shape)
 
-    turns.ready()
     for number, kind in enumerate(steps):
         first = None
         recorder = turns.begin(kind)
@@ -199,12 +198,11 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
 
     processor = AutoProcessor.from_pretrained(path)
     states, tokens, rewards = workload.make_states(work, processor), workload.make_actions(work, processor.tokenizer), workload.make_rewards(work)
-    suppressed = Policy.load(path).suppressed_ids.tolist()
     G, T = work.group_size, work.action_tokens
     settings = GRPOConfig(
         output_dir=str(path / "trl"), max_steps=len(steps), use_cpu=turns.device == "cpu", bf16=turns.device == "cuda",
         per_device_train_batch_size=work.micro_batch * G, gradient_accumulation_steps=work.states // work.micro_batch,
-        num_generations=G, max_completion_length=T, generation_kwargs={"min_new_tokens": T, "suppress_tokens": suppressed},
+        num_generations=G, max_completion_length=T, generation_kwargs={"min_new_tokens": T, "suppress_tokens": workload.suppressed_ids(path)},
         beta=work.beta, loss_type="grpo", use_bias_correction_kl=False, gradient_checkpointing=work.gradient_checkpointing,
         learning_rate=work.lr, lr_scheduler_type="constant", weight_decay=0.0, max_grad_norm=1.0, shuffle_dataset=False,
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, seed=work.seed,
@@ -267,7 +265,6 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
             turns.end(now["recorder"], logp if state.global_step == 1 else None, float(now["norm"]))
 
     trainer.add_callback(Turn())
-    turns.ready()
     trainer.train()
 
 

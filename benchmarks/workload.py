@@ -1,7 +1,7 @@
 """What the benchmarks compute: models by size, states, fixed actions; what a step costs by arithmetic; clocks and memory.
 
-A workload is one training step: B states with one square picture each, G actions of exactly T tokens a state. Every side of a comparison gets the same
-weights (one directory in Hugging Face layout), pictures, prompts, actions and rewards. Actions are random words that end with EOS:
+A workload is one training step: B states with one square picture each, G actions of exactly T tokens a state. Every side of a comparison gets the
+same weights (one directory in Hugging Face layout), pictures, prompts, actions and rewards. Actions are random words that end with EOS:
 what a step costs does not depend on which words they are.
 """
 
@@ -22,21 +22,27 @@ from transformers import AutoConfig, AutoProcessor, Qwen2VLConfig, Qwen2VLForCon
 
 from blocks import BlocksSet
 from data import State
+from policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = ROOT / "tiny"
 LOGIT_CHUNK = 512  # Policy's default: on how many tokens at a time its LM head runs
-HEAD = dict(num_key_value_heads=2, rms_norm_eps=1e-6, bos_token_id=None, attention_dropout=0.0)
+IDS = {
+    "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>", "vision_end_token_id": "<|vision_end|>",
+}  # fmt: skip
 
 # The made models: 33 million parameters, and Qwen2-VL-2B's own config (Qwen/Qwen2-VL-2B-Instruct, config.json).
 MADE = {
     "mid": dict(
-        text=dict(HEAD, hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=6, rope_theta=1e4, mrope_section=[8, 12, 12]),
+        text=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=6),
+        rope=dict(rope_theta=1e4, mrope_section=[8, 12, 12]),
         vision=dict(depth=8, embed_dim=256, num_heads=4),
         initializer_range=0.05,  # log-probabilities that differ by nats from token to token, so that an error shows in them
     ),
     "2b": dict(
-        text=dict(HEAD, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, rope_theta=1e6, mrope_section=[16, 24, 24]),
+        text=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+        rope=dict(rope_theta=1e6, mrope_section=[16, 24, 24]),
         vision=dict(depth=32, embed_dim=1280, num_heads=16),
         initializer_range=0.02,
     ),
@@ -81,7 +87,7 @@ def save_model(work: Workload, path: Path) -> None:
             model.resize_token_embeddings(work.vocabulary)
     else:
         processor.image_processor.patch_size = 14
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # two billion random numbers
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # up to two billion random numbers
             model = Qwen2VLForConditionalGeneration(made_config(work, processor.tokenizer))
         if work.model == "2b":
             model = model.to(torch.bfloat16)  # half the disk; every side loads the same float32 from it
@@ -89,17 +95,33 @@ def save_model(work: Workload, path: Path) -> None:
     processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    del model
+    torch.cuda.empty_cache()  # the sides, in processes of their own, need the room
+
+
+def empty_model(path: Path) -> Qwen2VLForConditionalGeneration:
+    """The saved model without its weights."""
+    with torch.device("meta"):
+        return Qwen2VLForConditionalGeneration(AutoConfig.from_pretrained(path))
+
+
+def suppressed_ids(path: Path) -> list[int]:
+    """The tokens that our policy never samples. No side does, here."""
+    return Policy(empty_model(path), AutoProcessor.from_pretrained(path)).suppressed_ids.tolist()
 
 
 def made_config(work: Workload, tokenizer) -> Qwen2VLConfig:
     made = MADE[work.model]
-    names = dict(image_token_id="<|image_pad|>", video_token_id="<|video_pad|>", vision_start_token_id="<|vision_start|>", vision_end_token_id="<|vision_end|>")
-    text = dict(made["text"], vocab_size=work.vocabulary, initializer_range=made["initializer_range"], max_position_embeddings=32768)
-    text["rope_parameters"] = dict(rope_type="default", rope_theta=text.pop("rope_theta"), mrope_section=text.pop("mrope_section"))
-    text |= dict(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    vision = dict(made["vision"], hidden_size=text["hidden_size"], mlp_ratio=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-    vision["initializer_range"] = made["initializer_range"]
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in IDS.items()}
+    text = dict(
+        made["text"], rope_parameters=dict(made["rope"], rope_type="default"), num_key_value_heads=2, rms_norm_eps=1e-6, vocab_size=work.vocabulary,
+        initializer_range=made["initializer_range"], max_position_embeddings=32768, attention_dropout=0.0, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vision = dict(
+        made["vision"], hidden_size=text["hidden_size"], initializer_range=made["initializer_range"], mlp_ratio=4, patch_size=14,
+        spatial_merge_size=2, temporal_patch_size=2,
+    )  # fmt: skip
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
 
 
@@ -197,7 +219,8 @@ def clock(device: str) -> float:
 
 
 class Memory:
-    """The peak of memory in use since `reset`, above what was in use at `base`, in bytes: of the GPU's allocator, else this process's resident set (Linux)."""
+    """The peak of memory in use since `reset`, above what was in use at `base`, in bytes: of the GPU's allocator, else this process's
+    resident set (Linux)."""
 
     def __init__(self, device: str):
         self.device = device
@@ -227,7 +250,8 @@ def resident(name: str) -> int:
 
 
 class Recorder:
-    """Measures the phases of one step. kind: "memory" looks at memory alone, "profile" at the seconds of operators in "train" as well, else seconds alone."""
+    """Measures the phases of one step: seconds, which count if its kind is "time", for "memory" the peaks too, for "profile" the
+    seconds of each operator in "train"."""
 
     def __init__(self, device: str, kind: str):
         self.device, self.kind, self.seconds, self.bytes, self.operators = device, kind, {}, {}, {}
@@ -262,13 +286,11 @@ def machine() -> dict:
         lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
         name += f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    return {"machine": name, "date": time.strftime("%Y-%m-%d"), "python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    return {"machine": name, "date": time.strftime("%Y-%m-%d")} | versions
 
 
 def write(path: Path | None, result: dict) -> None:
     if path:
         path.write_text(json.dumps(result, indent=1) + "\n")
 
-
-def load_config(path: Path) -> Qwen2VLConfig:
-    return AutoConfig.from_pretrained(path)

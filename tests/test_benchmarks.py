@@ -68,8 +68,8 @@ def test_sides_that_do_not_compute_the_same_are_told(small_model):
 def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "BASE", dataclasses.replace(SMALL, states=1, rollout=False))
     out = tmp_path / "growth.json"
-    flags = ["--model", "tiny", "--runs", "1", "--threads", "1", "--group-size", "1", "3", "--vocabulary", "--action-tokens", "--image-tokens", "--out", str(out)]
-    monkeypatch.setattr(sys, "argv", ["growth.py", *flags])
+    flags = "--model tiny --runs 1 --threads 1 --group-size 1 3 --vocabulary --action-tokens --image-tokens --out".split()
+    monkeypatch.setattr(sys, "argv", ["growth.py", *flags, str(out)])
     growth.main()
     points = json.loads(out.read_text())["axes"]["group_size"]
     assert [(point["value"], point["side"]) for point in points] == [(1, "ours"), (1, "plain"), (3, "ours"), (3, "plain")]
@@ -79,11 +79,12 @@ def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, 
 
 
 def test_a_group_passes_prompt_and_picture_once_or_g_times():
-    config, work = workload.load_config(workload.TINY), dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2)
+    config, work = workload.empty_model(workload.TINY).config, dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2)
     once, repeated = (workload.step_cost(work, config, 3, times) for times in (False, True))
     assert (once.tokens, once.pairs, once.patches) == (3 + 4, 6 + 2 * (4 + 5), 64)  # prompt 1 + 2 + 3; an action's tokens see 4 and 5
     assert (repeated.tokens, repeated.pairs, repeated.patches) == (10, 2 * 15, 128)  # 1 + ... + 5
-    assert workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, False) == workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, True)
+    once, repeated = (workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, times) for times in (False, True))
+    assert once == repeated
 
 
 def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
@@ -106,7 +107,8 @@ def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
 
 
 def test_the_fit_finds_the_constants_of_points_that_follow_the_law():
-    points = [{"seconds": 0.5 + flops / 2e9, "bytes": 3 * held, "flops": flops, "law_bytes": held} for flops, held in ((1e9, 100), (4e9, 300), (9e9, 500))]
+    made = ((1e9, 100), (4e9, 300), (9e9, 500))
+    points = [{"seconds": 0.5 + flops / 2e9, "bytes": 3 * held, "flops": flops, "law_bytes": held} for flops, held in made]
     fitted = growth.fit(points)
     assert fitted == pytest.approx({"constant": 0.5, "rate": 2e9, "factor": 3.0})
     assert growth.law(points[1], fitted) == pytest.approx((2.5, 900))
