@@ -287,6 +287,8 @@ def answer_command(argv: list[str]) -> None:
     args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
     if min(value for value in (args.states, args.min_pixels, args.max_pixels, args.max_new_tokens) if value is not None) < 1 or not 0 <= args.temperature < math.inf:
         raise UserError("--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0")
+    if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
+        raise UserError(f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}")
     from ekipl import Config  # which imports this file
 
     world = World.join("auto")
