@@ -74,6 +74,13 @@ def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]
     return [(x, statistics.fmean(dict(curve)[x] for curve in curves)) for x in sorted(shared)]
 
 
+def legend(figure) -> None:
+    """One for all panels, beside them, where it hides nothing."""
+    entries = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if entries:
+        figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
+
+
 def share_to_reach(curve: list[tuple[int, float]], target: float) -> float | None:
     """The share of its states after which a curve first is at `target`, straight lines between points; None if it never is."""
     end = curve[-1][0]
@@ -118,7 +125,7 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
                 said.append(f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}")
         axis.set(title=name, xlabel="states seen", ylabel="greedy accuracy")
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    legend(figure)
     figure.savefig(out, dpi=90)
     plt.close(figure)
     return "\n".join(said)
@@ -142,7 +149,7 @@ def sources(histories: dict[str, list[dict]], out: Path) -> None:
         labels = ["policy", *(name.removeprefix("share/") for name in names)]
         axis.stackplot([found[0][i]["step"] for i in steps], own, *shares.values(), labels=labels, alpha=0.85)
         axis.set(title=f"sources of the kept actions: {method}", xlabel="step", ylabel="share", ylim=(0, 1))
-        axis.legend(fontsize=8, loc="lower right")
+    legend(figure)
     figure.savefig(out, dpi=90)
     plt.close(figure)
 
@@ -171,7 +178,7 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
         axis.set(title=test, xlabel="k", ylabel="Pass@k")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=8)
+    legend(figure)
     figure.savefig(out, dpi=90)
     plt.close(figure)
     with open(out.with_suffix(".csv"), "w", newline="") as file:

@@ -52,7 +52,6 @@ def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method
 def test_figure_4_stacks_the_sources_to_one(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(report.plt.Axes, "stackplot", lambda self, x, *ys, **options: drawn.append((list(x), ys, options["labels"])), raising=False)
-    monkeypatch.setattr(report.plt.Axes, "legend", lambda *_, **__: None)
     report.sources({"ekipl": history({0: 0.2, 40: 0.3, 80: 0.4}, 0.25), "grpo": history({0: 0.2, 40: 0.3}, 0.0)}, tmp_path / "4.png")
     ((x, ys, labels),) = drawn  # none for the method without experts
     assert x == [1, 2] and labels == ["policy", "careful"] and [list(y) for y in ys] == [[0.75, 0.75], [0.25, 0.25]]
