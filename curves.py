@@ -1,6 +1,6 @@
 """Pictures of runs, from their metrics.jsonl: what to look at while a policy learns.
 
-    python curves.py runs/A                              # redraws runs/A/curves.png
+    python curves.py runs/A                              # redraws runs/A/curves.png and runs/A/time.png, where a step's time goes
     python curves.py runs/A runs/B --out compare.png     # several runs in one picture; also metrics files themselves
 
 Runs whose names differ in "-seedN" only share a colour.
@@ -79,6 +79,32 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
     plt.close(figure)
 
 
+def draw_time(history: list[dict], out: Path) -> None:
+    """Where the time of each step went (metrics.Stopwatch), evaluations left out, and the share of each phase in the whole, saved as PNG."""
+    records = [record for record in history if "loss" in record]
+    phases = list(dict.fromkeys(key for record in records for key in record if key.startswith("seconds/") and key != "seconds/evaluation"))
+    totals = {phase: sum(record.get(phase, 0.0) for record in records) for phase in phases}
+    figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
+    below = [0.0] * len(records)
+    for i, phase in enumerate(sorted(phases, key=totals.get, reverse=True)):
+        heights = [record.get(phase, 0.0) for record in records]
+        share = 100 * totals[phase] / max(sum(totals.values()), 1e-9)
+        axis.bar([record["step"] for record in records], heights, 1.0, below, label=f"{phase.removeprefix('seconds/')} {share:.1f} %", color=plt.cm.tab20(i % 20))
+        below = [low + height for low, height in zip(below, heights, strict=True)]
+    axis.set(title="where a step's time goes, in the first process", xlabel="step", ylabel="seconds")
+    if phases:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(out, dpi=90)
+    plt.close(figure)
+
+
+def draw_run(metrics: Path, name: str) -> None:
+    """A run's own pictures, beside its metrics so far."""
+    history = runs.read(metrics)
+    draw({name: history}, metrics.with_name("curves.png"))
+    draw_time(history, metrics.with_name("time.png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the curves of runs.")
     parser.add_argument("runs", nargs="+", help="run directories, or metrics.jsonl files")
@@ -92,9 +118,11 @@ def main() -> None:
         parser.error("several runs in one picture need --out")
     names = [file.parent.name if file.name == "metrics.jsonl" else file.stem for file in files]
     names = [str(file.parent) if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
-    out = Path(args.out) if args.out else files[0].with_name("curves.png")
-    draw({name: runs.read(file) for name, file in zip(names, files, strict=True)}, out)
-    print(out)
+    if args.out:
+        draw({name: runs.read(file) for name, file in zip(names, files, strict=True)}, Path(args.out))
+    else:
+        draw_run(files[0], names[0])
+    print(args.out or files[0].with_name("curves.png"))
 
 
 if __name__ == "__main__":

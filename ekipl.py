@@ -42,7 +42,7 @@ from data import reports, test_sets, training_states
 from distributed import World, accumulating, clip_gradients, collected, shared_out
 from evaluate import answer_greedily, score
 from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
-from metrics import step_metrics, summary, transcripts
+from metrics import Stopwatch, step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
 from sampling import Group, Sampler, add_expert_logps, autocast, select, total_groups
@@ -246,11 +246,12 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
     return result.to(old_logp.device)
 
 
-def update(config: Config, policy, reference: Policy | None, optimizer, groups: list[Group], world: World, lr: float) -> dict:
+def update(config: Config, policy, reference: Policy | None, optimizer, groups: list[Group], world: World, lr: float, lap=lambda phase: None) -> dict:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
     policy: as World.data_parallel returns it. Returns per-group rows of what was measured in the last update, the
     loss (of this process's groups, over the global number of groups) and the norm of the gradient before clipping.
+    lap: is told each phase that has ended (metrics.Stopwatch).
     """
     device, total = world.device, config.batch_size
     order = sorted(range(len(groups)), key=lambda i: sum(len(action.tokens) for action in groups[i].kept_actions))
@@ -258,8 +259,10 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
     for start in range(0, len(order), config.micro_batch):  # similar lengths together: less padding
         chosen = [groups[i] for i in order[start : start + config.micro_batch]]
         packed = pack([group.prompt for group in chosen], [[a.tokens for a in group.kept_actions] for group in chosen]).to(device)
+        lap("packing")
         with torch.no_grad(), autocast(device, config.bf16):
             ref_logp = reference(packed) if reference is not None else None
+        lap("reference")
         batches.append(MicroBatch(chosen, packed, padded([group.advantages for group in chosen], 0.0).to(device), ref_logp))
 
     rows, loss_sum, norms = {}, 0.0, []
@@ -271,6 +274,8 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
             with torch.no_grad(), autocast(device, config.bf16):
                 for batch in batches:
                     batch.old_logp = policy(batch.packed)
+            lap("forward")
+        measured = []
         for i, batch in enumerate(batches):
             with accumulating(policy, last=i == len(batches) - 1):
                 with autocast(device, config.bf16):
@@ -285,13 +290,18 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
                     logp, batch.old_logp, batch.ref_logp, batch.packed.action_mask, batch.advantages,
                     estimator=config.estimator, log_weights=batch.log_weights, clip_eps=config.clip_eps, beta=config.beta,
                 )  # fmt: skip
+                lap("forward")
                 (loss * world.size / total).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over groups
+                lap("backward")
+            measured.append((batch, loss.detach(), stats))
+        for batch, loss, stats in measured:
             loss_sum += loss.item() / total / config.updates_per_batch
             measure(rows, batch, stats)
         norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
             raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
+        lap("optimizer")
     return {"rows": [rows[id(group)] for group in groups], "loss": loss_sum, "grad_norm": sum(norms) / len(norms)}
 
 
@@ -358,8 +368,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if start == 0 and config.eval_every:
         record = {"step": 0, "states": 0, **evaluate(sampler, tests, world)}
         log(path, [record], [], bar, world)
+    watch = Stopwatch(world.device)
     for step in range(start, config.steps):
-        clock = [time.perf_counter()]
         # ---- states
         states = asked(step)
         for ahead in range(step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)):
@@ -367,40 +377,41 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- actions and their rewards (Eq 4-7)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
-        groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed)
+        groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed, watch.lap)
         sampler.sleep()
         parity = sampler.check_parity(groups) if config.parity_every and (step == start or step % config.parity_every == 0) else {}
         # ---- the top G, and their advantages (Eq 1)
         select(groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed))
         add_expert_logps(groups, experts)
-        clock.append(time.perf_counter())
+        watch.lap("selection")
         # ---- the update (Eq 2, 3)
         lr = learning_rate(config, step)
-        updated = update(config, learner, reference, optimizer, groups, world, lr)
-        clock.append(time.perf_counter())
+        updated = update(config, learner, reference, optimizer, groups, world, lr, watch.lap)
         sampler.sync_weights()
-        clock.append(time.perf_counter())
+        watch.lap("sync")
         # ---- evaluate, log, save
         last = step + 1 == config.steps
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= step_metrics(world.gather(summary(groups, updated)))
         record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
         record |= api_metrics(world.gather([api_counts(experts)]))
-        record |= {"seconds/rollout": clock[1] - clock[0], "seconds/update": clock[2] - clock[1], "seconds/sync": clock[3] - clock[2]}
         record |= parity
+        watch.lap("logging")
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             record |= evaluate(sampler, tests, world)
-            record["seconds/evaluation"] = time.perf_counter() - clock[3]
+            watch.lap("evaluation")
+        record |= watch.read()  # logging and saving: those of the step before
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
             sampler.sleep()  # whole tensors need room, and of a sharded policy the rollouts may have bfloat16 copies
             save(path, step + 1, policy, optimizer, world)
             if not last:
                 sampler.sync_weights()
+        watch.lap("logging")
     bar.close()
     sampler.close()
     if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
-        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
+        curves.draw_run(path / "metrics.jsonl", path.name)
     return path
 
 
@@ -410,7 +421,7 @@ def save(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer
     state = collected(optimizer.state_dict(), world.rank)
     if world.rank == 0:
         runs.save_checkpoint(path, step, policy, weights, state, world.size)
-        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
+        curves.draw_run(path / "metrics.jsonl", path.name)
     world.agree(None)
 
 
@@ -459,7 +470,7 @@ def run(argv: list[str]) -> str:
     config, resume = parse(argv)
     check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
     path = train(config, resume, World.join(config.device))
-    return f"done: {path}/curves.png shows the run, {path}/samples.jsonl its groups, {path}/model is the model"
+    return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"
 
 
 def main() -> None:

@@ -355,7 +355,7 @@ def table_command(argv: list[str]) -> None:
 
 
 def figures_command(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py figures", description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k).")
+    parser = Parser(prog="evaluate.py figures", description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k), and their numbers.")
     parser.add_argument("runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method")
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     args = parser.parse_args(argv)
@@ -371,7 +371,9 @@ def figures_command(argv: list[str]) -> None:
     if not histories and not any(samples.values()):
         raise UserError("none of these is a run with metrics, or holds predictions with samples (--pass-k)")
     if histories:
-        print(report.data_efficiency(histories, args.out / "figure3.png"))
+        efficiency = report.data_efficiency(histories, args.out / "figure3.png")
+        (args.out / "figure3.txt").write_text(efficiency + "\n")
+        print(efficiency)
         report.sources(histories, args.out / "figure4.png")
     if any(samples.values()):
         report.pass_at(samples, pass_at_k, args.out / "figure5.png")

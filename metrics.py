@@ -4,10 +4,32 @@ Each process makes a `summary` of its groups, small enough to be gathered from a
 README.md says which figures to look at, and what a healthy run shows.
 """
 
+import time
+
 import torch
 
 import grpo
 from sampling import POLICY, Group
+
+
+class Stopwatch:
+    """Where the time goes, phase by phase. On a GPU a phase ends when what it has started is done, or the next one would pay for it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.seconds, self.last = device, {}, time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last call belongs to this phase."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self.last
+        self.last = now
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last reading, for metrics.jsonl."""
+        seconds, self.seconds = self.seconds, {}
+        return {f"seconds/{phase}": value for phase, value in seconds.items()}
 
 
 def summary(groups: list[Group], row: dict) -> list[dict]:

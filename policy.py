@@ -6,17 +6,15 @@ temperature) over the tokens that a response may hold. Special tokens (a sampled
 forward pass) and the padding of the vocabulary (ids that no tokenizer can decode) have probability 0.
 
 Departure from the paper, in speed only. Other trainers repeat prompt and image for each of the G actions of a state.
-Here a state and its actions are one row, and the numbers are the same (tests/test_policy.py holds them equal):
+Here the states of a micro-batch and their actions are one row without padding, and the numbers are the same
+(tests/test_policy.py holds them equal):
 
-    [ prompt with image(s) | a_1 | a_2 | ... | a_G | padding ]
+    [ prompt with image(s) | a_1 | a_2 | ... | a_G | the next state's prompt | its actions | ... ]
 
-- every action's positions continue from the end of the prompt, as if it stood there alone;
-- the attention mask lets an action see the prompt and itself, never another action;
-- the images of a state are encoded once, and the LM head runs on the positions that predict an action's token only, in
-  chunks, so that (tokens x 152k words) logits never exist at once.
-
-It saves G - 1 passes over prompt and images, for attention over (P + G T)^2 pairs of tokens in place of G (P + T)^2:
-a gain while prompts (images!) are long against actions, a loss for short prompts and very long actions.
+- every action's positions continue from the end of its prompt, as if it stood there alone;
+- an action attends to its prompt and to itself, never to another action (attention.py);
+- the images of a state are encoded once, an action that was said twice is scored once, and the LM head runs on the
+  positions that predict an action's token only, in chunks, so that (tokens x 152k words) logits never exist at once.
 
     policy = Policy.load("Qwen/Qwen2-VL-2B-Instruct")
     prompts = policy.encode(states)                    # once per state
@@ -37,10 +35,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+from attention import SHARED_PREFIX, SharedPrefix
 from data import State
 
 SUPPORTED = ("qwen2_vl", "qwen2_5_vl")  # model families whose positions and image features work as used below
-PADDING = -1  # the segment of padding; 0 is the prompt, 1..G are the actions
 
 
 @dataclass
@@ -61,31 +59,26 @@ class Prompt:
 
 @dataclass
 class PackedBatch:
-    """B states with up to G actions of up to T tokens each, in B rows of L tokens."""
+    """B states with up to G actions of up to T tokens each, in one row of N tokens; M of these are to be predicted."""
 
-    input_ids: torch.Tensor  # (B, L)
-    position_ids: torch.Tensor  # (3, B, L)
-    segments: torch.Tensor  # (B, L), whose token it is: 0 the prompt's, g the g-th action's, -1 padding
-    pixel_values: torch.Tensor | None  # (patches of all images, dim), row by row
-    image_grid_thw: torch.Tensor | None  # (images of all rows, 3)
-    action_ids: torch.Tensor  # (B, G, T)
-    action_mask: torch.Tensor  # (B, G, T) bool, False where a row has fewer actions or an action fewer tokens
-    predict_at: torch.Tensor  # (B, G, T), the place in the row whose output predicts this token
+    input_ids: torch.Tensor  # (N,)
+    position_ids: torch.Tensor  # (3, N)
+    in_prompt: torch.Tensor  # (N,) bool
+    pixel_values: torch.Tensor | None  # (patches of all images, dim), state by state
+    image_grid_thw: torch.Tensor | None  # (images of all states, 3)
+    layout: SharedPrefix  # which tokens see which
+    predict_at: torch.Tensor  # (M,), the place in the row whose output predicts a token
+    predicted: torch.Tensor  # (M,), that token
+    token_at: torch.Tensor  # (B, G, T), which of the M it is; equal actions of a state share theirs
+    action_mask: torch.Tensor  # (B, G, T) bool, False where a state has fewer actions or an action fewer tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return PackedBatch(**{name: v if v is None else v.to(device) for name, v in values.items()})
 
-    def attention_mask(self) -> torch.Tensor:
-        """(B, 1, L, L) bool: may the token in this row of the matrix look at the one in that column?"""
-        looking, seen = self.segments[:, :, None], self.segments[:, None, :]
-        causal = torch.ones(looking.shape[1], looking.shape[1], dtype=torch.bool, device=looking.device).tril()
-        # Padding looks at the prompt and at padding before it: useless, but a row that sees nothing would be NaN.
-        return (causal & ((seen == 0) | (seen == looking)))[:, None]
-
 
 def pack(prompts: list[Prompt], actions: list[list[list[int]]]) -> PackedBatch:
-    """Lay out each state's prompt and actions as one row.
+    """Lay out all states, each with its prompt and its actions, as one row.
 
     actions[b][g] is a list of at least one token id, ended by EOS unless truncated. Numbers of actions and lengths may
     differ. Raises ValueError if the lists do not match or an action is empty.
@@ -97,44 +90,65 @@ def pack(prompts: list[Prompt], actions: list[list[list[int]]]) -> PackedBatch:
 
     B, G = len(prompts), max(len(group) for group in actions)
     T = max(len(action) for group in actions for action in group)
-    action_ids = torch.zeros(B, G, T, dtype=torch.long)
+    token_at = torch.zeros(B, G, T, dtype=torch.long)
     action_mask = torch.zeros(B, G, T, dtype=torch.bool)
-    predict_at = torch.zeros(B, G, T, dtype=torch.long)
-    rows, positions, segments = [], [], []
+    ids, positions, predict_at, predicted = [], [], [], []
+    prompt_at, action_at, prompt_of = [], [], []
+    end = count = 0  # tokens in the row, tokens to predict
     for b, (prompt, group) in enumerate(zip(prompts, actions)):
-        P = end = len(prompt.input_ids)
-        # An image's positions span a grid, so the largest one is not P - 1.
-        start = int(prompt.position_ids.max()) + 1
-        row, position = [prompt.input_ids], [prompt.position_ids]
-        segment = [torch.zeros(P, dtype=torch.long)]
-        for g, action in enumerate(group):
+        P = len(prompt.input_ids)
+        ids.append(prompt.input_ids)
+        positions.append(prompt.position_ids)
+        prompt_at.append(torch.arange(end, end + P))
+        end += P
+        last = end - 1  # the prompt's last token predicts every action's first
+        start = int(prompt.position_ids.max()) + 1  # an image's positions span a grid, so the largest one is not P - 1
+        scored = {}  # the first one of equal actions: where its tokens are among those to predict
+        for g, action in enumerate(map(tuple, group)):
             n = len(action)
-            ids = torch.as_tensor(action, dtype=torch.long)
-            row.append(ids)
-            position.append(torch.arange(start, start + n).expand(3, n))
-            segment.append(torch.full((n,), g + 1))
-            action_ids[b, g, :n] = ids
+            if action not in scored:
+                scored[action] = count
+                ids.append(torch.tensor(action))
+                positions.append(torch.arange(start, start + n).expand(3, n))
+                action_at.append(torch.arange(end, end + n))
+                prompt_of.append(b)
+                predict_at += [last, *range(end, end + n - 1)]
+                predicted += action
+                end, count = end + n, count + n
+            token_at[b, g, :n] = torch.arange(scored[action], scored[action] + n)
             action_mask[b, g, :n] = True
-            predict_at[b, g, 0] = P - 1  # the prompt's last token predicts every action's first
-            predict_at[b, g, 1:n] = torch.arange(end, end + n - 1)
-            end += n
-        rows.append(torch.cat(row))
-        positions.append(torch.cat(position, dim=1).T)
-        segments.append(torch.cat(segment))
 
-    def join(tensors):  # images of all rows, one after the other
+    # Where the row's tokens are among those of the two tables below, read one after the other.
+    P, A = max(map(len, prompt_at)), max(map(len, action_at))
+    output_at = torch.zeros(end, dtype=torch.long)
+    for b, at in enumerate(prompt_at):
+        output_at[at] = torch.arange(b * P, b * P + len(at))
+    for a, at in enumerate(action_at):
+        output_at[at] = torch.arange(B * P + a * A, B * P + a * A + len(at))
+
+    def join(tensors):  # images of all states, one after the other
         present = [t for t in tensors if t is not None]
         return torch.cat(present) if present else None
 
+    in_prompt = torch.zeros(end, dtype=torch.bool)
+    in_prompt[torch.cat(prompt_at)] = True
     return PackedBatch(
-        input_ids=pad_sequence(rows, batch_first=True),
-        position_ids=pad_sequence(positions, batch_first=True).permute(2, 0, 1),
-        segments=pad_sequence(segments, batch_first=True, padding_value=PADDING),
+        input_ids=torch.cat(ids),
+        position_ids=torch.cat(positions, dim=1),
+        in_prompt=in_prompt,
         pixel_values=join(p.pixel_values for p in prompts),
         image_grid_thw=join(p.image_grid_thw for p in prompts),
-        action_ids=action_ids,
+        layout=SharedPrefix(
+            prompt_at=pad_sequence(prompt_at, batch_first=True),
+            action_at=pad_sequence(action_at, batch_first=True),
+            prompt_of=torch.tensor(prompt_of),
+            prompt_length=torch.tensor([len(at) for at in prompt_at]),
+            output_at=output_at,
+        ),
+        predict_at=torch.tensor(predict_at),
+        predicted=torch.tensor(predicted),
+        token_at=token_at,
         action_mask=action_mask,
-        predict_at=predict_at,
     )
 
 
@@ -166,7 +180,6 @@ class Policy(nn.Module):
         gradient_checkpointing: bool = False,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
-        attn_implementation: str = "sdpa",
         logit_chunk: int = 512,
     ) -> Policy:
         """Load a directory in Hugging Face layout, or a model of the hub.
@@ -177,8 +190,6 @@ class Policy(nn.Module):
         numbers. Do switch to eval mode around `model.generate`: with checkpointing on, train mode drops its KV cache,
         and it writes wrong tokens. Raises ValueError, in one line, if this is no model that we can train.
         """
-        if attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attention must be sdpa or eager, which take our mask, not {attn_implementation!r}")
         try:
             config = AutoConfig.from_pretrained(path)
             if config.model_type not in SUPPORTED:
@@ -186,13 +197,13 @@ class Policy(nn.Module):
             text = config.text_config
             text.attention_dropout = 0.0  # the ratio of Eq 2 compares two passes: they must not differ by chance
             if any(layer != "full_attention" for layer in text.layer_types):
-                raise ValueError("it has sliding-window attention, which our attention mask does not know")
+                raise ValueError("it has sliding-window attention, which attention.py does not know")
             processor = AutoProcessor.from_pretrained(path)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
-                attn_implementation=attn_implementation,
+                attn_implementation={"": SHARED_PREFIX, "text_config": SHARED_PREFIX, "vision_config": "sdpa"},
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
@@ -248,33 +259,31 @@ class Policy(nn.Module):
 
         A suppressed token has log-probability -inf; keep such actions out of a loss.
         """
-        hidden = self._hidden(batch)  # (B, L, H)
-        row = torch.arange(hidden.shape[0], device=hidden.device)[:, None, None]  # (B, 1, 1)
-        present = batch.action_mask
-        hidden = hidden[row.expand_as(present)[present], batch.predict_at[present]]  # (N, H), N action tokens
-        chunks = zip(hidden.split(self.logit_chunk), batch.action_ids[present].split(self.logit_chunk))
+        hidden = self._hidden(batch).index_select(0, batch.predict_at)  # (M, H)
+        chunks = zip(hidden.split(self.logit_chunk), batch.predicted.split(self.logit_chunk))
         if torch.is_grad_enabled():  # compute a chunk's logits again in backward rather than keep them
             logp = [checkpoint(self._token_logp, h, ids, use_reentrant=False) for h, ids in chunks]
         else:
             logp = [self._token_logp(h, ids) for h, ids in chunks]
-        return torch.zeros(present.shape, device=hidden.device).masked_scatter(present, torch.cat(logp))
+        logp = torch.cat(logp).index_select(0, batch.token_at.flatten()).view(batch.token_at.shape)  # (B, G, T)
+        return logp.masked_fill(~batch.action_mask, 0.0)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
-        """The last hidden states of all rows, (B, L, H)."""
-        embeds = self.model.get_input_embeddings()(batch.input_ids)  # (B, L, H)
+        """The last hidden states of the row, (N, H)."""
+        embeds = self.model.get_input_embeddings()(batch.input_ids)  # (N, H)
         if batch.pixel_values is not None:
             features = self.model.model.get_image_features(batch.pixel_values, batch.image_grid_thw).pooler_output
             features = torch.cat(tuple(features)).to(embeds.dtype)  # (image tokens, H)
-            # Of the prompt only: an action that holds an image token must not shift the features of the next row.
-            is_image = (batch.input_ids == self.model.config.image_token_id) & (batch.segments == 0)
-            embeds = embeds.masked_scatter(is_image[:, :, None], features)
-        mask = batch.attention_mask()
-        if self.model.config._attn_implementation == "eager":  # eager attention adds its mask
-            mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-        # A 4-D mask is taken as it is. use_cache=False: a KV cache is memory for nothing, and stops checkpointing.
+            # Of the prompt only: an action that holds an image token must not shift the features of the next state.
+            is_image = (batch.input_ids == self.model.config.image_token_id) & batch.in_prompt
+            embeds = embeds.masked_scatter(is_image[:, None], features)
+        # A mapping is taken as it is. use_cache=False: a KV cache is memory for nothing, and stops checkpointing.
         return self.model.model(
-            inputs_embeds=embeds, position_ids=batch.position_ids, attention_mask=mask, use_cache=False
-        ).last_hidden_state
+            inputs_embeds=embeds[None],
+            position_ids=batch.position_ids[:, None],
+            attention_mask={"full_attention": batch.layout},
+            use_cache=False,
+        ).last_hidden_state[0]
 
     def _token_logp(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """log softmax(logits / temperature) over the allowed tokens, at ids: (n, H), (n,) -> (n,) float32."""

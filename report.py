@@ -92,7 +92,9 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
     methods: dict[str, list[list[dict]]] = {}
     for run, history in histories.items():
         methods.setdefault(method_of(run), []).append(history)
-    alone = [name for name, found in methods.items() if not any(r.get("expert_share") for history in found for r in history)]
+    shares = {name: [r["expert_share"] for history in found for r in history if "expert_share" in r] for name, found in methods.items()}
+    alone = [name for name, found in shares.items() if found and not any(found)]  # GRPO; SFT has no groups
+    helped = [name for name, found in shares.items() if any(found)]
     figure, axes = plt.subplots(1, max(1, len(tests)), figsize=(5 * max(1, len(tests)), 4), layout="constrained", squeeze=False)
     said = []
     for axis, test in zip(axes[0], tests, strict=False):
@@ -110,7 +112,7 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
         for base in (method for method in alone if method in means):
             target = means[base][-1][1]
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
-            for method in (method for method in means if method not in alone):
+            for method in (method for method in means if method in helped):
                 share = share_to_reach(means[method], target)
                 reached = f"after {100 * share:.0f} % of its states" if share is not None else "never"
                 said.append(f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}")
@@ -146,12 +148,13 @@ def sources(histories: dict[str, list[dict]], out: Path) -> None:
 
 
 def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out: Path) -> None:
-    """Figure 5: Pass@k of each method on each set, for k = 1, 2, 4, ... samples.
+    """Figure 5: Pass@k of each method on each set, for k = 1, 2, 4, ... samples; the means over seeds also as CSV beside it.
 
     samples: by run and set, for each question (samples, right ones). estimate: evaluate.pass_at_k.
     """
     tests = list(dict.fromkeys(name for sets in samples.values() for name in sets))
     figure, axes = plt.subplots(1, len(tests), figsize=(5 * len(tests), 4), layout="constrained", squeeze=False)
+    rows = [["method", "set", "k", "pass_at_k", "seeds"]]
     for axis, test in zip(axes[0], tests, strict=True):
         methods: dict[str, list[list[tuple[int, float]]]] = {}
         for run, sets in samples.items():
@@ -160,7 +163,9 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
                 curve = [(k, statistics.fmean(estimate(n, c, k) for n, c in questions)) for k in ks]
                 methods.setdefault(method_of(run), []).append(curve)
         for method, found in methods.items():
-            (line,) = axis.plot(*zip(*mean_curve(found), strict=True), "o-", label=method)
+            means = mean_curve(found)
+            rows += [[method, test, k, f"{value:.4f}", len(found)] for k, value in means]
+            (line,) = axis.plot(*zip(*means, strict=True), "o-", label=method)
             for curve in found if len(found) > 1 else []:
                 axis.plot(*zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1)
         axis.set(title=test, xlabel="k", ylabel="Pass@k")
@@ -169,3 +174,5 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
         axis.legend(fontsize=8)
     figure.savefig(out, dpi=90)
     plt.close(figure)
+    with open(out.with_suffix(".csv"), "w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)

@@ -4,7 +4,7 @@
               metrics.jsonl        one line a step
               samples.jsonl        a few whole groups a step: question, every action, its source, reward, advantage, kept or not
               left_out.jsonl       the records of Reason-RFT-CoT that could not be used, and why (data.py)
-              curves.png           drawn from metrics.jsonl (curves.py)
+              curves.png, time.png drawn from metrics.jsonl (curves.py)
               checkpoint-000060/   the model in Hugging Face layout and trainer.pt (the optimizer's state, the step, how many processes)
               model                a link to the newest complete checkpoint
 

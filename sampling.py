@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import grpo
+from attention import RoomyLayer
 from data import State
 from distributed import reshard, unshard
 from policy import Policy, Prompt
@@ -290,7 +291,8 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
         if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
             images[name] = torch.cat(parts).to(device)
     start = {name: value[..., :-1] for name, value in inputs.items()}
-    cache = policy.model.model(**start, **images, use_cache=True).past_key_values
+    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    policy.model.model(**start, **images, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(n)
     repeated = {name: value.repeat_interleave(n, dim=-2) for name, value in inputs.items()}
     return {**repeated, "past_key_values": cache}
@@ -312,23 +314,28 @@ def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: i
 
 
 def total_groups(
-    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int
+    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int, lap=lambda phase: None
 ) -> list[Group]:
     """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
 
     Where an expert gives fewer than n, or none, the group is that much smaller.
     seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
+    lap: is told each phase that has ended (metrics.Stopwatch).
     """
     policy = sampler.policy
     prompts = policy.encode(states)
+    lap("preprocessing")
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
+    lap("rollout")
     for expert in experts:  # Eq 5
         for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
             actions += [expert_action(policy, sample, expert.name, sampler.max_new_tokens) for sample in samples]  # Eq 6
+    lap("experts")
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
         group.format = [format_reward(action.text) for action in group.actions]
         group.accuracy = [accuracy_reward(action.text, group.state.answer, group.state.kind) for action in group.actions]
+    lap("rewards")
     return groups
 
 

@@ -192,7 +192,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     bar.close()
     sampler.close()
     if world.rank == 0 and done == config.steps:  # killed after the last checkpoint, perhaps before the picture
-        curves.draw({path.name: runs.read(path / "metrics.jsonl")}, path / "curves.png")
+        curves.draw_run(path / "metrics.jsonl", path.name)
     return path
 
 

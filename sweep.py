@@ -12,6 +12,7 @@ the figures are made from whatever is finished.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -201,13 +202,19 @@ def ablation_table(finished: list[Task], out: Path) -> None:
     out.with_suffix(".md").write_text("\n".join(lines) + "\n")
 
 
+def slim(record: dict) -> dict:
+    """What tables and pictures are made of, in five digits: small enough to be kept with the code."""
+    kept = [key for key in record if key in (*curves.PANELS, "step", "states", "loss") or key.startswith(("share/", "eval/", "seconds/"))]
+    return {key: float(f"{record[key]:.5g}") if isinstance(record[key], float) else record[key] for key in kept}
+
+
 def results(kind: str, finished: list[Task], out: Path) -> None:
     """Tables and figures of what is finished, and the metrics that they are drawn from."""
     out.mkdir(parents=True, exist_ok=True)
     listed = [task for task in finished if task.listed]
     for task in finished:
         if (task.path / "metrics.jsonl").exists():
-            shutil.copy(task.path / "metrics.jsonl", out / f"{task.name}.jsonl")
+            (out / f"{task.name}.jsonl").write_text("".join(json.dumps(slim(record)) + "\n" for record in runs.read(task.path / "metrics.jsonl")))
     if kind == "ablation":
         ablation_table(listed, out / "ablation")
         print((out / "ablation.md").read_text())

@@ -189,10 +189,14 @@ def test_a_run_leaves_what_it_says(finished):
     names = "reward accuracy format expert_share dead_groups reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
     assert all(name in record for record in records[1:] for name in names)
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
+    phases = "preprocessing rollout experts rewards selection packing reference forward backward optimizer sync logging".split()
+    for record in records[1:]:
+        timed = [key.removeprefix("seconds/") for key in record if key.startswith("seconds/")]
+        assert sorted(timed) == sorted(phases + ["evaluation"] * (record["step"] in (3, 6))) and all(record[f"seconds/{phase}"] >= 0 for phase in phases)
     group = runs.read(finished / "samples.jsonl")[0]
     assert len(group["actions"]) == 6 and sum(action["kept"] for action in group["actions"]) == 3
     assert {action["source"] for action in group["actions"]} == {"policy", "careful", "quick"}
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "time.png"))
     assert not list(finished.glob("*.tmp")) and len(runs.checkpoints(finished)) == 1
     Policy.load(finished / "model")
 

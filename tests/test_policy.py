@@ -56,7 +56,10 @@ def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
+    text_config, ours = model.config.text_config, model.config.text_config._attn_implementation
+    text_config._attn_implementation = "eager"
     logits = model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()  # (T, V)
+    text_config._attn_implementation = ours
     tokenizer = policy.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
     allowed = [token for token in range(len(tokenizer)) if token not in special]
@@ -112,10 +115,9 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("case", CASES)
-def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case, attention):
-    policy = Policy.load(random_model_dir, temperature=1.3, attn_implementation=attention, logit_chunk=7)
+def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case):
+    policy = Policy.load(random_model_dir, temperature=1.3, logit_chunk=7)
     states, lengths = CASES[case]
     actions = random_actions(policy, lengths)
     batch = pack(policy.encode(states), actions)
@@ -179,7 +181,7 @@ def test_truncated_actions_are_scored_without_eos(policy):
 def test_eos_is_scored_and_trained(policy):
     batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[3, 1]]))
     for g, last in ((0, 2), (1, 0)):
-        assert batch.action_ids[0, g, last] == policy.eos_id and batch.action_mask[0, g, last]
+        assert batch.predicted[batch.token_at[0, g, last]] == policy.eos_id and batch.action_mask[0, g, last]
         logp = policy(batch)[0, g, last]
         assert -50 < logp.item() < 0
         logp.backward()
@@ -199,16 +201,37 @@ def test_an_action_cannot_see_another(policy):
     assert (before[0, 1] - after[0, 1]).abs().max() > 0.1  # and it does see itself
 
 
-def test_padding_a_row_changes_nothing_and_is_never_nan(policy):
+def test_what_stands_beside_a_state_changes_nothing_and_is_never_nan(policy):
+    """Longer prompts and actions of other states pad its tables."""
     prompts = policy.encode([WIDE_IMAGE, TWO_IMAGES])
     actions = random_actions(policy, [[2], [9, 9, 9]])
     alone, beside = pack(prompts[:1], actions[:1]), pack(prompts, actions)
-    assert (beside.segments[0] == -1).sum() > 20
-    mask = beside.attention_mask()
-    assert mask.any(dim=-1).all(), "a token that sees nothing is NaN in some attention kernels"
+    assert beside.layout.prompt_at.shape[1] > alone.layout.prompt_at.shape[1] and beside.layout.action_at.shape == (4, 9)
     with torch.no_grad():
         assert policy._hidden(beside).isfinite().all()
         torch.testing.assert_close(policy(beside)[0, 0, :2], policy(alone)[0, 0], rtol=0, atol=1e-5)
+
+
+def test_no_place_of_the_row_is_padding(policy):
+    prompts, lengths = policy.encode([ONE_IMAGE, TWO_IMAGES]), [[5, 1, 9], [4]]
+    batch = pack(prompts, random_actions(policy, lengths))
+    assert len(batch.input_ids) == sum(len(prompt.input_ids) for prompt in prompts) + 19
+    assert len(batch.predicted) == 19
+
+
+def test_equal_actions_of_a_state_are_computed_once_and_each_has_its_gradient(policy):
+    prompts = policy.encode([ONE_IMAGE, TWO_IMAGES])
+    (a, b), (c,) = random_actions(policy, [[5, 3], [4]])
+    thrice, once = pack(prompts, [[a, b, a, a], [a, c]]), pack(prompts, [[a, b], [a, c]])
+    assert torch.equal(thrice.input_ids, once.input_ids)  # another state's equal action is another computation
+    weights = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    logp = policy(thrice)
+    torch.testing.assert_close(logp[0, 2], logp[0, 0], rtol=0, atol=0)
+    packed_loss(policy, thrice, weights).backward()
+    found = gradients(policy)
+    for state, action, weight in ((0, a, weights[0, [0, 2, 3]].sum(0)), (0, b, weights[0, 1]), (1, a, weights[1, 0]), (1, c, weights[1, 1])):
+        (plain_logp(policy, [ONE_IMAGE, TWO_IMAGES][state], action) * weight[: len(action)]).sum().backward()
+    assert_same_gradients(found, gradients(policy))
 
 
 def test_images_are_encoded_once_per_state(policy):
@@ -412,7 +435,8 @@ def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_
 
 def test_a_batch_moves_to_a_device_whole(policy):
     batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to("meta")
-    assert {value.device.type for value in vars(batch).values()} == {"meta"}
+    tensors = [*vars(batch).values(), *vars(batch.layout).values()]
+    assert {value.device.type for value in tensors if isinstance(value, torch.Tensor)} == {"meta"}
     assert pack(policy.encode([NO_IMAGE]), [[[5]]]).to("meta").pixel_values is None
 
 
@@ -469,8 +493,3 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(random_model_dir, tmp_path
         Policy.load(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and len(message) < 400
-
-
-def test_an_unknown_attention_is_refused(random_model_dir):
-    with pytest.raises(ValueError, match="sdpa"):
-        Policy.load(random_model_dir, attn_implementation="flash_attention_2")

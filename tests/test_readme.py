@@ -34,7 +34,7 @@ def test_an_equation_stands_at_its_line(row):
 
 def test_every_file_it_names_exists_and_every_module_is_named():
     for name in re.findall(r"`([\w/.-]+\.(?:py|txt|png|csv|jsonl))`", README):
-        made = name.split("/")[-1] in {"metrics.jsonl", "samples.jsonl", "curves.png", "sheet.png", "compare.png", "config.json", "left_out.jsonl"}
+        made = name.split("/")[-1] in {"metrics.jsonl", "samples.jsonl", "curves.png", "time.png", "sheet.png", "compare.png", "config.json", "left_out.jsonl"}
         assert made or (ROOT / name).exists(), name
     for module in ROOT.glob("*.py"):
         assert f"`{module.name}`" in README

@@ -41,6 +41,7 @@ def test_a_mean_curve_has_the_points_that_all_seeds_have():
 def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method_without_experts(tmp_path):
     histories = {
         "ekipl-seed0": history({0: 0.2, 40: 0.6, 80: 0.9}, 0.5), "ekipl-seed1": history({0: 0.2, 40: 0.8, 80: 0.7}, 0.5),
+        "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],  # no method of RL: nobody is compared with it
         "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0), "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
     }  # fmt: skip
     said = report.data_efficiency(histories, tmp_path / "3.png")
@@ -63,3 +64,4 @@ def test_figure_5_is_the_mean_over_questions_for_every_k_that_all_have(tmp_path,
     monkeypatch.setattr(report.plt.Axes, "plot", lambda self, x, y, *rest, **options: drawn.append((list(x), list(y))) or plot(self, x, y, *rest, **options))
     report.pass_at({"A": {"counting-id": [(4, 1), (5, 0)]}}, lambda n, c, k: c * k / n, tmp_path / "5.png")
     assert drawn == [([1, 2, 4], [pytest.approx(v) for v in (0.125, 0.25, 0.5)])]
+    assert (tmp_path / "5.csv").read_text().splitlines()[1:] == ["A,counting-id,1,0.1250,1", "A,counting-id,2,0.2500,1", "A,counting-id,4,0.5000,1"]

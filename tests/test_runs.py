@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import curves
+import metrics
 import runs
 from runs import UserError
 
@@ -285,6 +286,27 @@ def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypat
     curves.plt.close(figure)
 
 
+def test_the_picture_of_time_stacks_the_phases_of_each_step(tmp_path, monkeypatch):
+    steps = [{"step": s, "loss": 0.0, "seconds/rollout": 3.0, "seconds/forward": s, "seconds/evaluation": 9.0} for s in (1, 2)]
+    figures = []
+    monkeypatch.setattr(curves.plt, "close", figures.append)
+    curves.draw_time([{"step": 0, "eval/counting-id": 0.5}, *steps], tmp_path / "time.png")
+    ((axis,),) = (figure.axes for figure in figures)
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["rollout 66.7 %", "forward 33.3 %"]
+    assert [(bar.get_y(), bar.get_height()) for bar in axis.patches] == [(0, 3), (0, 3), (3, 1), (3, 2)]
+
+
+def test_a_stopwatch_gives_all_time_to_a_phase(monkeypatch):
+    now = iter([0.0, 1.0, 3.0, 7.0, 8.0])
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    watch = metrics.Stopwatch(torch.device("cpu"))
+    for phase in ("rollout", "forward", "rollout"):
+        watch.lap(phase)
+    assert watch.read() == {"seconds/rollout": 5.0, "seconds/forward": 2.0}
+    watch.lap("forward")
+    assert watch.read() == {"seconds/forward": 1.0}
+
+
 def test_smoothing_is_the_mean_of_the_last_values():
     assert curves.smooth([1, 2, 3, 4, 5, 6, 7], 3) == [1, 1.5, 2, 3, 4, 5, 6]
     assert curves.smooth([]) == []
@@ -300,6 +322,7 @@ def test_the_command_draws_runs_and_files(tmp_path, monkeypatch):
         runs.append(runs.create(str(tmp_path), name, {}) / "metrics.jsonl", history(3, "reward"))
     run(monkeypatch, tmp_path / "a")
     picture(tmp_path / "a" / "curves.png")
+    picture(tmp_path / "a" / "time.png")
     run(monkeypatch, tmp_path / "a", tmp_path / "b" / "metrics.jsonl", "--out", tmp_path / "both.png")
     assert picture(tmp_path / "both.png") != picture(tmp_path / "a" / "curves.png")
 

@@ -62,6 +62,8 @@ def test_table_1_by_one_command_and_nothing_twice(here, tmp_path, monkeypatch, c
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:11]] == rows
     for number in (3, 4, 5):
         assert (tmp_path / "blocks" / "results" / f"figure{number}.png").exists()
+    whole, kept = (runs.read(tmp_path / "blocks" / path) for path in ("Vision-EKIPL-seed0/metrics.jsonl", "results/Vision-EKIPL-seed0.jsonl"))
+    assert len(kept) == len(whole) and kept[-1]["reward"] == pytest.approx(whole[-1]["reward"], rel=1e-4) and {"eval/counting-id", "share/quick"} <= set(kept[-1])
     config = {row: runs.read_config(tmp_path / "blocks" / f"{row}-seed0") for row in rows[3:]}
     assert config["ANS-SFT"]["method"] == "answer" and config["CoT-SFT"]["method"] == "cot"
     assert config["Reason-RFT-Zero"]["experts"] == config["Reason-RFT"]["experts"] == "none" != config["Vision-EKIPL"]["experts"]
