@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 import curves
 import grpo
+import plan
 import runs
 import settings
 from data import reports, test_sets, training_states
@@ -468,6 +469,8 @@ def command(program: str, run) -> None:
 
 def run(argv: list[str]) -> str:
     config, resume = parse(argv)
+    if config.plan:
+        return plan.report(config)
     check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
     path = train(config, resume, World.join(config.device))
     return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"
