@@ -134,7 +134,7 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     measured = peak(lambda: ekipl.update(config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4))
     planned = sum(rows.values()) - sum(steady.values()) + steady["gradients, float32"]
     print(f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
-    assert 0.7 * planned < measured < 1.05 * planned
+    assert 0.6 * planned < measured < 1.05 * planned
 
 
 def wide(directory) -> Policy:
@@ -169,7 +169,7 @@ def test_the_measured_peak_of_a_process_with_its_share_is_the_planned_one_or_lit
     config = ekipl.Config(batch_size=2, micro_batch=1, group_size=G, max_new_tokens=T, gradient_checkpointing=True, beta=0.0, parallel="fsdp")
     for measured, planned in in_two_processes(sharded_peak, random_model_dir, config):
         print(f"fsdp: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
-        assert 0.7 * planned < measured < 1.05 * planned
+        assert 0.6 * planned < measured < 1.05 * planned
 
 
 def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
