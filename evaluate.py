@@ -287,6 +287,8 @@ def answer_command(argv: list[str]) -> None:
     args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
     if min(value for value in (args.states, args.min_pixels, args.max_pixels, args.max_new_tokens) if value is not None) < 1 or not 0 <= args.temperature < math.inf:
         raise UserError("--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0")
+    if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
+        raise UserError(f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}")
     from ekipl import Config  # which imports this file
 
     world = World.join("auto")
@@ -342,14 +344,15 @@ def score_command(argv: list[str]) -> None:
 
 def table_command(argv: list[str]) -> None:
     parser = Parser(prog="evaluate.py table", description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.")
-    parser.add_argument("runs", nargs="+", type=Path, help="runs, or directories of predictions; names that differ in -seedN only are one method")
+    parser.add_argument("runs", nargs="+", type=Path, help="runs, or directories of predictions; names that differ in -seedN only are one method, and equal names (of other tasks) one row")
     parser.add_argument("--out", type=Path, required=True, help="where to write, without an ending")
     parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
     args = parser.parse_args(argv)
     results = {}
     for run in args.runs:
         directory = run / "predictions" if (run / "predictions").is_dir() else run
-        results[run.name] = {name: score_predictions(ps, legacy=args.legacy)["accuracy"] for name, ps in read_predictions(directory).items()}
+        scores = {name: score_predictions(ps, legacy=args.legacy)["accuracy"] for name, ps in read_predictions(directory).items()}
+        results.setdefault(run.name, {}).update(scores)
     text = report.table(results, args.out)
     print(text)
 

@@ -197,7 +197,10 @@ def total_variation(weights) -> Tensor:
 
 
 def bias_bound(f_max, tv):
-    """Eq 10: |E_q f - E_{pi_old} f| <= 2 max|f| TV(q, pi_old), what (A) can be wrong by. Numbers or tensors (...)."""
+    """Eq 10: |E_q f - E_{pi_old} f| <= 2 max|f| TV(q, pi_old), what (A) can be wrong by. Numbers or tensors (...).
+
+    With a TV that `total_variation` estimates after selection it is too small to bound anything (estimators.py measures it).
+    """
     return 2 * f_max * tv
 
 

@@ -4,14 +4,15 @@
     python sweep.py ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
     python sweep.py table1 --preset counting-2b --processes 8             # each run on eight GPUs
     python sweep.py table1 --dry-run                                      # the commands alone
-    python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of every training run
+    python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of the training runs
 
-Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset and the row's own; predictions lie
-beside its model. Stopped at any moment, the same command goes on: finished commands are skipped, a run with a checkpoint is resumed. The table and
-the figures are made from whatever is finished.
+Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset, the flags left over (sft.py gets those that it
+knows) and, above these, the row's own; predictions lie beside its model. Stopped at any moment, the same command goes on: finished commands are
+skipped, a run with a checkpoint is resumed. The table and the figures are made from whatever is finished.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -30,7 +31,9 @@ import curves
 import ekipl
 import evaluate
 import runs
+import sft
 from blocks import SETS
+from experts import expert_specs
 from runs import UserError
 
 HERE = Path(__file__).resolve().parent
@@ -52,21 +55,24 @@ class Row:
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest."""
     rest = ("--skip", str(stage1))
+    experts = expert_specs(config.experts, offline=True)
+    ours = [Row("Vision-EKIPL", "ekipl.py"), Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1")]
     return [
-        *(Row(expert.partition("@")[0], model=expert) for expert in config.experts.split(",")),
+        *(Row(expert.partition("@")[0], model=expert) for expert in experts),
         Row("Zero-shot", model=config.start),
         Row("ANS-SFT", "sft.py", ("--method", "answer")),
         Row("CoT-SFT", "sft.py"),
         Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
         Row("Reason-RFT-Zero", "ekipl.py", ("--experts", "none")),
         Row("Reason-RFT", "ekipl.py", ("--experts", "none", *rest), after="Stage-1"),
-        Row("Vision-EKIPL", "ekipl.py"),
-        Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1"),
+        *(ours if experts else ()),
     ]
 
 
 def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
     """What the paper never varied: one setting of Vision-EKIPL at a time."""
+    if not (experts := expert_specs(config.experts, offline=True)):
+        raise UserError("the ablation varies Vision-EKIPL, which needs --experts")
     changes = {
         "Vision-EKIPL": (),
         "estimator-is": ("--estimator", "is"),
@@ -77,7 +83,7 @@ def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
         "N-2": ("--num-samples", "2", "--group-size", "6"),
         "N-4": ("--num-samples", "4"),
         "N-16": ("--num-samples", "16"),
-        **{f"expert-{name.partition('@')[0]}": ("--experts", name) for name in config.experts.split(",")},
+        **{f"expert-{name.partition('@')[0]}": ("--experts", name) for name in experts},
         "GRPO": ("--experts", "none"),
     }
     return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
@@ -100,18 +106,30 @@ class Task:
     listed: bool = True
 
 
+def known(program: str, flags: list[str]) -> list[str]:
+    """Of ekipl.py's flags, with their values, those that the program has: sft.py knows nothing of experts."""
+    names = {setting.name for setting in dataclasses.fields(sft.Config if program == "sft.py" else ekipl.Config)}
+    kept, keep = [], True
+    for word in flags:
+        if word.startswith("--"):
+            keep = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") in names
+        kept += [word] if keep else []
+    return kept
+
+
 def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
     """One task for each row and seed; what trains nothing has one alone."""
     made, root, config = [], Path(args.runs) / args.preset, args.config
-    asked = ["--states", str(args.test_states), "--pass-k", args.pass_k, "--max-new-tokens", str(config.max_new_tokens), "--data", config.data]
-    for edge in ("min_pixels", "max_pixels"):
-        asked += [f"--{edge.replace('_', '-')}", str(getattr(config, edge))] if getattr(config, edge) else []
+    asked = ["--states", str(args.test_states), "--pass-k", args.pass_k]
+    for setting in ("max_new_tokens", "data", "data_cache", "rollout", "min_pixels", "max_pixels", "cache"):
+        asked += [f"--{setting.replace('_', '-')}", str(getattr(config, setting))] if getattr(config, setting) else []
+    asked += ["--offline"] if config.offline else []
     for row in rows:
         for seed in args.seeds if row.program else args.seeds[:1]:
             name = f"{row.name}-seed{seed}" if row.program else row.name
             path, commands = root / name, []
             if row.program:
-                flags = ["--preset", args.preset, "--seed", str(seed), "--runs", str(root), "--name", name, *row.flags, *extra]
+                flags = ["--preset", args.preset, "--seed", str(seed), "--runs", str(root), "--name", name, *known(row.program, extra), *row.flags]
                 flags += ["--model", str(root / f"{row.after}-seed{seed}" / "model")] if row.after else []
                 commands.append([row.program, *flags])
             model = str(path / "model") if row.program else row.model
@@ -225,7 +243,7 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Other flags go to every training run.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Other flags are those of ekipl.py and go to the training runs.", allow_abbrev=False)
     parser.add_argument("list", choices=LISTS, help="which rows")
     parser.add_argument("--preset", choices=ekipl.PRESETS, default="blocks", help="task, data, model and settings (default blocks: counting)")
     parser.add_argument("--seeds", default="0,1,2", metavar="SEED,SEED", help="default 0,1,2")
@@ -242,7 +260,11 @@ def main() -> None:
         if not re.fullmatch(r"\d+(,\d+)*", args.seeds) or min(args.jobs, args.processes, args.stage1, args.test_states) < 1:
             raise UserError("--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1")
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
+        if own := {"--seed", "--name", "--resume"} & {word.partition("=")[0] for word in extra}:
+            raise UserError(f"{min(own)} is sweep.py's to choose, run by run")
         args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
+        keyless = args.dry_run or args.config.offline
+        ekipl.check(dataclasses.replace(args.config, offline=keyless), args.processes, resuming=False)
         made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
         if args.dry_run:
             start = f"torchrun --standalone --nproc_per_node {args.processes}" if args.processes > 1 else "python"

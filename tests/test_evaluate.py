@@ -233,6 +233,11 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
     text = (tmp_path / "table.md").read_text()
     assert "| A | 50.0 ± 23.6 |" in text and "| B | 100.0 |" in text and "A,counting-id,0.50000,0.23570,2" in (tmp_path / "table.csv").read_text()
     assert text.strip() == capsys.readouterr().out.strip()
+    other = tmp_path / "other" / "B" / "predictions"  # the same method on another set
+    other.mkdir(parents=True)
+    shutil.copy(tmp_path / "A-seed0" / "predictions" / "counting-id.jsonl", other / "counting-ood.jsonl")
+    run(monkeypatch, "table", tmp_path / "B", tmp_path / "other" / "B", "--out", tmp_path / "table")
+    assert "| B | 100.0 | 33.3 | 66.7 |" in (tmp_path / "table.md").read_text()
 
 
 def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsys):
@@ -267,6 +272,7 @@ def test_reason_rft_is_evaluated_by_the_same_command(random_model_dir, tmp_path,
     (["{random}", "--states", "0"], "--states"),
     (["{random}", "--data", "{empty}", "--sets", "counting-id"], "has no test_jsons"),
     (["nobody", "--sets", "counting-id"], "nobody"),
+    (["careful", "--sets", "counting-id", "--data", "{empty}"], "knows the blocks world only"),
     (["{random}", "--sets", "counting-id", "--max-new-tokens", "7", "--out", "{predictions}"], "another max_new_tokens (3, not 7)"),
     (["score", "{empty}"], "no predictions in"),
     (["table", "{empty}", "--out", "{empty}/t"], "no predictions in"),

@@ -10,11 +10,15 @@ import pytest
 
 import ekipl
 import evaluate
+import fake_api
+import miniature
 import runs
 import sft
 import sweep
+from blocks import SETS
 
 MAINS = {"ekipl.py": ekipl.main, "sft.py": sft.main, "evaluate.py": evaluate.main}
+REAL = "--limit 2 --batch-size 2 --num-samples 1 --group-size 1 --max-new-tokens 3 --eval-every 1 --eval-states 1 --rollout transformers".split()
 SHORT = "--states 8 --batch-size 4 --max-new-tokens 6 --eval-every 4 --eval-states 2 --save-every 1 --rollout transformers".split()
 
 
@@ -72,6 +76,41 @@ def test_table_1_by_one_command_and_nothing_twice(here, tmp_path, monkeypatch, c
     assert json.loads((tmp_path / "blocks" / "ANS-SFT-seed0" / "predictions" / "settings.json").read_text())["mode"] == "answer"
 
 
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return miniature.make(tmp_path_factory.mktemp("reason-rft"), size=4)
+
+
+@pytest.mark.parametrize("preset, images", [("counting-2b", 1), ("transformation-2b", 2)])
+def test_table_1_on_real_data_with_experts_behind_apis(here, directory, tmp_path, monkeypatch, capsys, one_thread, preset, images):
+    monkeypatch.chdir(tmp_path)
+    server = fake_api.Server(answer="<think> the API says {i} </think> <answer> 3 </answer>")
+    arguments = [
+        "table1", "--preset", preset, "--data", directory, "--data-cache", tmp_path / "cache", "--model", "tiny",
+        "--experts", f"{server.openai},{server.gemini}", "--cache", tmp_path / "answers.sqlite", "--seeds", "0", "--stage1", 2, "--test-states", 2, "--pass-k", "1", "--runs", "runs", *REAL,
+    ]  # fmt: skip
+    assert call(monkeypatch, *arguments) == 0, capsys.readouterr().err
+    path, task = tmp_path / "runs" / preset, preset.split("-")[0]
+    trained = ["ANS-SFT", "CoT-SFT", "Reason-RFT-Zero", "Reason-RFT", "Vision-EKIPL", "Vision-EKIPL-after-SFT"]
+    header, _, *rows = (path / "results" / "table1.md").read_text().splitlines()
+    assert [cell.strip() for cell in header.split("|")[2:-1]] == [*SETS[task], f"{task} AVG"]
+    assert [row.split("|")[1].strip() for row in rows[:9]] == ["openai:tiny", "gemini:tiny", "Zero-shot", *trained]
+    assert all((path / "results" / f"figure{number}.png").exists() for number in (3, 4, 5))
+    for row in ["openai:tiny", "gemini:tiny", "Zero-shot", *(f"{name}-seed0" for name in trained)]:
+        found = evaluate.read_predictions(path / row / "predictions")
+        assert list(found) == list(SETS[task]) and all(len(predictions) == 2 for predictions in found.values()), row
+    # Who learnt from whom: the experts' actions are in Vision-EKIPL's groups alone.
+    sources = {name: {a["source"] for r in runs.read(path / f"{name}-seed0" / "samples.jsonl") for a in r["actions"]} for name in trained[2:]}
+    for name, said in sources.items():
+        assert said == ({"policy", "openai:tiny", "gemini:tiny"} if name.startswith("Vision") else {"policy"})
+    assert all((path / f"{name}-seed0" / "left_out.jsonl").exists() == (task == "counting") for name in trained)  # there the miniature has broken records
+    # Every request showed the pictures of its state, and no answer was asked for twice or kept elsewhere.
+    asked = [body for body in server.bodies if "messages" in body]
+    assert {sum(part["type"] == "image_url" for message in body["messages"] for part in message["content"]) for body in asked} == {images}
+    assert len(asked) == len({json.dumps(body, sort_keys=True) for body in asked}) and not (tmp_path / "experts.sqlite").exists()
+    server.close()
+
+
 def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkeypatch):
     arguments = ["ablation", "--seeds", "0", "--test-states", 2, "--runs", tmp_path, *SHORT]
     monkeypatch.setitem(sweep.LISTS, "ablation", lambda config, stage1: [sweep.Row("Vision-EKIPL", "ekipl.py"), sweep.Row("GRPO", "ekipl.py", ("--experts", "none"))])
@@ -98,9 +137,13 @@ def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("arguments, says", [
+    (["table1", "--preset", "counting-2b"], "OPENAI_API_KEY"),
+    (["table1", "--preset", "counting-2b", "--experts", "careful"], "knows the blocks world only"),
+    (["table1", "--experts", "nobody", "--dry-run"], "nobody"), (["table1", "--seed", "3"], "--seed"), (["ablation", "--experts", "none"], "--experts"),
     (["table2"], "table2"), (["table1", "--seeds", "one"], "--seeds"), (["table1", "--jobs", "0"], "--jobs"), (["table1", "--sates", "8"], "--sates"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, says):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     assert call(monkeypatch, *arguments, "--runs", tmp_path) == 2
     assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
 

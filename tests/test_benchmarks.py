@@ -1,0 +1,147 @@
+"""The benchmarks' own logic, at the smallest size; TRL is not needed here (benchmarks/against_trl.py itself compares the sides' numbers)."""
+
+import dataclasses
+import json
+import sys
+import threading
+from multiprocessing import Pipe
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import against_trl  # noqa: E402
+import growth  # noqa: E402
+import sides  # noqa: E402
+import workload  # noqa: E402
+
+SMALL = dataclasses.replace(workload.WORKLOADS["tiny"], states=2, micro_batch=1, group_size=3, action_tokens=4)
+
+
+class Threaded(sides.Worker):
+    """A side in a thread: a process takes seconds to import what is here already."""
+
+    def __init__(self, side, work, path, steps, threads):
+        self.connection, theirs = Pipe()
+        self.process = threading.Thread(target=sides.serve, args=(side, work, path, steps, threads, theirs))
+        self.process.start()
+        self.connection.recv()
+
+
+@pytest.fixture
+def in_threads(monkeypatch, one_thread):
+    for module in (against_trl, growth):
+        monkeypatch.setattr(module, "Worker", Threaded)
+
+
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("benchmark") / "model"
+    workload.save_model(SMALL, path)
+    return path
+
+
+def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_threads, small_model):
+    records = against_trl.take_turns(SMALL, small_model, ["ours", "plain"], 2, 1, together=True, profile=True)
+    kinds = ["warm-up", "time", "time", "memory", "profile"]
+    assert {side: [record["kind"] for record in made] for side, made in records.items()} == {"ours": kinds, "plain": kinds}
+    assert records["ours"][0]["logp"].shape == (2, 3, 4)
+    same = against_trl.agreement(records)["plain"]
+    assert same["logp"] < 1e-4 and same["grad_norm"] < 1e-4
+    profile = against_trl.profile_table(records)
+    assert "aten::addmm" in profile or "aten::mm" in profile
+    result = workload.machine() | against_trl.summary(SMALL, small_model, records | {"prompt": 50}, "cpu")
+    low, middle, high = (result["ratios"]["plain"]["train"][name] for name in ("min", "median", "max"))
+    assert 0 < low <= middle <= high
+    assert "| plain | " in against_trl.table(result)
+
+
+def test_sides_that_do_not_compute_the_same_are_told(small_model):
+    record = {"grad_norm": 1.0, "logp": torch.zeros(2, 3, 4).numpy()}
+    other = {"grad_norm": 1.1, "logp": record["logp"] - 0.5}
+    assert against_trl.agreement({"ours": [record], "plain": [other]})["plain"] == pytest.approx({"logp": 0.5, "grad_norm": 0.1})
+
+
+def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "BASE", dataclasses.replace(SMALL, states=1, rollout=False))
+    out = tmp_path / "growth.json"
+    flags = "--model tiny --runs 1 --threads 1 --group-size 1 3 --vocabulary --action-tokens --image-tokens --out".split()
+    monkeypatch.setattr(sys, "argv", ["growth.py", *flags, str(out)])
+    growth.main()
+    points = json.loads(out.read_text())["axes"]["group_size"]
+    assert [(point["value"], point["side"]) for point in points] == [(1, "ours"), (1, "plain"), (3, "ours"), (3, "plain")]
+    assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in points)
+    assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
+    assert "of the law" in capsys.readouterr().out
+
+
+def test_a_group_passes_prompt_and_picture_once_or_g_times():
+    config, work = workload.empty_model(workload.TINY).config, dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2)
+    once, repeated = (workload.step_cost(work, config, 3, times) for times in (False, True))
+    assert (once.tokens, once.pairs, once.patches) == (3 + 4, 6 + 2 * (4 + 5), 64)  # prompt 1 + 2 + 3; an action's tokens see 4 and 5
+    assert (repeated.tokens, repeated.pairs, repeated.patches) == (10, 2 * 15, 128)  # 1 + ... + 5
+    once, repeated = (workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, times) for times in (False, True))
+    assert once == repeated
+
+
+def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
+    work = dataclasses.replace(SMALL, states=1, micro_batch=1, group_size=1)
+    model = workload.Qwen2VLForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32, attn_implementation="eager")
+    processor = workload.AutoProcessor.from_pretrained(small_model)
+    state, actions = workload.make_states(work, processor)[0], torch.tensor(workload.make_actions(work, processor.tokenizer)[0])
+    text = processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+    inputs = processor(text=[text], images=list(state.images), return_tensors="pt")
+    P, T = inputs["input_ids"].shape[1], work.action_tokens
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], actions], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, T))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs, logits_to_keep=T)
+    text_config, cost = model.config.text_config, workload.step_cost(work, model.config, P, repeated=False)
+    above_diagonal = (P + T) ** 2 - cost.pairs  # eager attention computes them, and throws them away
+    expected = cost.flops / 4 + text_config.num_hidden_layers * 4 * text_config.hidden_size * above_diagonal
+    assert counter.get_total_flops() == pytest.approx(expected, rel=0.01)  # angles of rotary embeddings are not in the law
+
+
+def test_the_fit_finds_the_constants_of_points_that_follow_the_law():
+    made = ((1e9, 100), (4e9, 300), (9e9, 500))
+    points = [{"seconds": 0.5 + flops / 2e9, "bytes": 3 * held, "flops": flops, "law_bytes": held} for flops, held in made]
+    fitted = growth.fit(points)
+    assert fitted == pytest.approx({"constant": 0.5, "rate": 2e9, "factor": 3.0})
+    assert growth.law(points[1], fitted) == pytest.approx((2.5, 900))
+
+
+def test_every_action_has_its_tokens_and_ends_with_eos_and_no_group_is_dead():
+    tokenizer = workload.AutoProcessor.from_pretrained(workload.TINY).tokenizer
+    actions = workload.make_actions(SMALL, tokenizer)
+    assert [[len(action) for action in group] for group in actions] == [[4] * 3] * 2
+    for action in (action for group in actions for action in group):
+        assert action[-1] == tokenizer.eos_token_id
+        assert not set(action[:-1]) & set(tokenizer.all_special_ids)
+    assert all(len(set(group)) > 1 for group in workload.make_rewards(SMALL))
+
+
+@pytest.mark.parametrize("name", ["mid", "2b"])
+def test_the_made_models_have_the_sizes_that_are_told(name):
+    config = workload.made_config(workload.WORKLOADS[name], workload.AutoProcessor.from_pretrained(workload.TINY).tokenizer)
+    with torch.device("meta"):
+        model = workload.Qwen2VLForConditionalGeneration(config)
+    millions = sum(p.numel() for p in model.parameters()) / 1e6
+    assert millions == pytest.approx({"mid": 32.85, "2b": 2209}[name], rel=0.001)  # Qwen2-VL-2B: 2.21 billion
+
+
+def test_pictures_that_cannot_be_square_are_refused():
+    with pytest.raises(ValueError, match="square"):
+        workload.save_model(dataclasses.replace(SMALL, image_tokens=15), Path("nowhere"))
+
+
+def test_the_tables_of_its_readme_are_those_of_the_committed_figures():
+    readme = (ROOT / "benchmarks" / "README.md").read_text()
+    for file in (ROOT / "benchmarks").glob("*.json"):
+        result = json.loads(file.read_text())
+        if "sides" in result:
+            for line in against_trl.table(result).splitlines():
+                assert line in readme, file.name
