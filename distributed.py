@@ -142,6 +142,14 @@ def reshard(policy: torch.nn.Module) -> None:
             module.reshard()
 
 
+def weights_of(policy: "Policy", rank: int) -> dict[str, torch.Tensor]:
+    """The model's parameters by name, tied ones once, `collected`. RuntimeError while they are gathered: those are copies, on a GPU rounded ones."""
+    parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
+    if isinstance(policy, FSDPModule) and not all(isinstance(parameter, DTensor) for parameter in parameters.values()):
+        raise RuntimeError("the policy is gathered for rollouts: reshard it first")
+    return collected(parameters, rank)
+
+
 def collected(state, rank: int):
     """A state dict with whole tensors in the memory of the first process's machine, gathered one at a time; without FSDP as it is."""
     if isinstance(state, dict):

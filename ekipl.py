@@ -36,10 +36,11 @@ from transformers.utils import logging as transformers_logging
 
 import curves
 import grpo
+import plan
 import runs
 import settings
 from data import reports, test_sets, training_states
-from distributed import World, accumulating, clip_gradients, collected, shared_out
+from distributed import World, accumulating, clip_gradients, collected, shared_out, weights_of
 from evaluate import answer_greedily, score
 from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
 from metrics import Stopwatch, step_metrics, summary, transcripts
@@ -417,8 +418,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
 def save(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> None:
     """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
-    weights = collected({name: parameter.detach() for name, parameter in policy.model.named_parameters()}, world.rank)
-    state = collected(optimizer.state_dict(), world.rank)
+    weights, state = weights_of(policy, world.rank), collected(optimizer.state_dict(), world.rank)
     if world.rank == 0:
         runs.save_checkpoint(path, step, policy, weights, state, world.size)
         curves.draw_run(path / "metrics.jsonl", path.name)
@@ -468,6 +468,8 @@ def command(program: str, run) -> None:
 
 def run(argv: list[str]) -> str:
     config, resume = parse(argv)
+    if config.plan:
+        return plan.report(config)
     check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
     path = train(config, resume, World.join(config.device))
     return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"

@@ -213,7 +213,8 @@ class TransformersSampler(Sampler):
             width = inputs["input_ids"].shape[1]
             settings.max_new_tokens = left
             half = StoppingCriteriaList([HalfFinished(width, settings.eos_token_id)])
-            ids = self.policy.model.generate(**inputs, generation_config=settings, stopping_criteria=half)  # (rows, width + t)
+            # synced_gpus: the parameters of a sharded policy are all here, and other processes need not keep step.
+            ids = self.policy.model.generate(**inputs, generation_config=settings, stopping_criteria=half, synced_gpus=False)  # (rows, width + t)
             written = ids[:, width:]
             for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
                 responses[row] += tokens

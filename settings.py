@@ -30,6 +30,7 @@ class Settings:
     preset: str = option("blocks", "settings to start from; other flags change them")
     name: str = option("", "the run's directory under --runs (default: the preset, date and time)")
     runs: str = option("runs", "where run directories are made")
+    plan: str = option("", "starts nothing: prints what memory a GPU needs, and whether it fits; GB of a GPU, or GBxGPUS, such as 80x8")
     seed: int = option(0, "of everything random: questions, order, sampling")
     # what is trained, on what
     model: str = option("tiny", "what to start from: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code")

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 import curves
 import ekipl
+import plan
 import runs
 import settings
 from data import State, test_sets, training_states
@@ -198,6 +199,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
 def run(argv: list[str]) -> str:
     config, resume = parse(argv)
+    if config.plan:
+        return plan.report(config)
     settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
     path = train(config, resume, World.join(config.device))
     return f"done: {path}/model is the model; python ekipl.py --model {path}/model goes on with RL"

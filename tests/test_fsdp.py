@@ -1,7 +1,6 @@
 """--parallel fsdp: each process has its share of the model, and everything comes out as with the whole model in one process."""
 
 import dataclasses
-import random
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,13 @@ import ekipl
 import runs
 import sft
 from conftest import in_two_processes
-from distributed import World, own, reshard, unshard, whole
+from distributed import World, own, whole
 from policy import Policy
 from runs import UserError
 from sampling import TransformersSampler
-from test_ekipl import CPU, SMALL, assert_same_gradient, fixed_groups, states_of_two_sizes, stopped_in_the_step_after, timeless, update_config, weights
+from test_ekipl import CPU, ROOT, SMALL, assert_same_gradient, fixed_groups, states_of_two_sizes, stopped_in_the_step_after, timeless, update_config, weights
 
-SHARED = dict(SMALL, states=16, batch_size=4, parallel="fsdp")
+SHARED = dict(SMALL, states=8, batch_size=4, save_every=1, eval_every=2, parallel="fsdp")
 
 
 def updated(model_dir, world: World, config, checkpointing: bool = False):
@@ -64,3 +63,103 @@ def test_two_processes_take_the_step_of_one_with_the_whole_batch(random_model_di
         assert own_norm == pytest.approx(norm, rel=1e-4)
         for name in after:
             torch.testing.assert_close(torch.as_tensor(own_after[name]), after[name], atol=2e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def shares(model_dir) -> dict:
+    """Bytes of this process before and after it has learnt, and what it generates while parameters are gathered."""
+    world = World.join("cpu")
+    policy = world.place(Policy.load(model_dir), "fsdp")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    sampler = TransformersSampler(policy, 12)
+    prompts = policy.encode(states_of_two_sizes(3))[: 3 - world.rank]  # the second process has fewer: they take other numbers of steps
+    found = {"said": [[action.tokens for action in actions] for actions in sampler.sample(prompts, 4, seed=1)]}
+    found["greedy"] = [action.tokens for start in range(len(prompts)) for action in sampler.greedy(prompts[start : start + 1])]
+    assert not any(isinstance(parameter, DTensor) for parameter in policy.parameters())
+    sampler.sleep()
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
+    ekipl.update(update_config(batch_size=4, beta=0.0), policy, None, optimizer, world.mine(fixed_groups(policy, 4)), world, lr=1e-3)
+    held = {
+        "weights": list(policy.parameters()),
+        "gradients": [parameter.grad for parameter in policy.parameters()],
+        "optimizer": [value for state in optimizer.state.values() for value in state.values() if value.dim()],
+    }
+    for name, tensors in held.items():  # several may lie in one piece of memory
+        storages = [own(tensor).untyped_storage() for tensor in tensors]
+        found[name] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    sampler.sync_weights()
+    found["after"] = [[action.tokens for action in actions] for actions in sampler.sample(prompts, 4, seed=1)]
+    return found
+
+
+def test_a_process_holds_half_of_everything_and_generates_what_the_whole_model_does(random_model_dir):
+    policy = Policy.load(random_model_dir)
+    prompts = policy.encode(states_of_two_sizes(3))
+    size = sum(parameter.numel() * 4 for parameter in policy.parameters())
+    for rank, found in enumerate(in_two_processes(shares, random_model_dir)):
+        own_prompts = prompts[: 3 - rank]
+        sampler = TransformersSampler(policy, 12)
+        assert found["said"] == [[action.tokens for action in actions] for actions in sampler.sample(own_prompts, 4, seed=1)]
+        assert found["greedy"] == [sampler.greedy([prompt])[0].tokens for prompt in own_prompts]
+        assert found["after"] != found["said"]  # the update's weights, not those gathered before
+        assert found["weights"] == pytest.approx(size / 2, rel=0.02)
+        assert found["gradients"] == pytest.approx(size / 2, rel=0.02)
+        assert found["optimizer"] == pytest.approx(size, rel=0.02)
+
+
+# ---------------------------------------------------------------------------------------------- whole runs
+
+
+def config_of(root: Path, **changes):
+    return ekipl.Config(**{**SHARED, "runs": str(root), **changes})
+
+
+def run_stop_and_resume(root: Path) -> None:
+    """A run; the same, stopped between two checkpoints and resumed; and one that goes on with the whole model in each process."""
+    world = World.join("cpu")
+    ekipl.train(config_of(root / "whole"), None, world)
+    with stopped_in_the_step_after(1):
+        ekipl.train(config_of(root / "stopped"), None, world)
+    ekipl.train(*ekipl.parse(["--resume", str(root / "stopped" / "run")]), world)
+    with stopped_in_the_step_after(1):
+        ekipl.train(config_of(root / "ddp"), None, world)
+    ekipl.train(config_of(root / "ddp", parallel="ddp"), root / "ddp" / "run", world)
+
+
+def test_a_run_resumes_to_the_bit_and_leaves_a_checkpoint_for_any_number_of_processes(tmp_path):
+    for name in ("whole", "stopped", "ddp"):
+        (tmp_path / name).mkdir()
+    in_two_processes(run_stop_and_resume, tmp_path)
+    finished, stopped, other = (tmp_path / name / "run" for name in ("whole", "stopped", "ddp"))
+    assert [record["step"] for record in timeless(finished)] == [0, 1, 2]
+    assert timeless(stopped) == timeless(finished)
+    left, right, without = weights(stopped), weights(finished), weights(other)
+    assert all(torch.equal(left[name], right[name]) for name in right)
+    assert all(torch.allclose(without[name], right[name], atol=1e-5) for name in right)
+    trainer = torch.load(runs.last_checkpoint(finished) / "trainer.pt", weights_only=True)
+    assert trainer["processes"] == 2 and trainer["step"] == 2
+    policy = Policy.load(finished / "model")
+    optimizer = torch.optim.AdamW(policy.parameters())
+    assert ekipl.restore(optimizer, finished, CPU) == 2  # by one process, in whole
+    assert all(state["exp_avg"].shape == parameter.shape for parameter, state in optimizer.state.items())
+    assert any(not torch.equal(weight, start) for weight, start in zip(right.values(), Policy.load(ROOT / "tiny").state_dict().values(), strict=True))
+
+
+def fine_tuned(root: Path) -> None:
+    config = {name: SHARED[name] for name in ("states", "batch_size", "micro_batch", "max_new_tokens", "eval_every", "eval_states", "save_every", "name", "rollout")}
+    sft.train(sft.Config(**config, runs=str(root), parallel=root.name), None, World.join("cpu"))
+
+
+def test_fine_tuning_comes_to_the_same_weights_as_with_ddp(tmp_path):
+    found = {}
+    for parallel in ("ddp", "fsdp"):
+        (tmp_path / parallel).mkdir()
+        in_two_processes(fine_tuned, tmp_path / parallel)
+        found[parallel] = weights(tmp_path / parallel / "run")
+    assert all(torch.allclose(found["fsdp"][name], value, atol=1e-5) for name, value in found["ddp"].items())
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_refused():
+    config = ekipl.Config(batch_size=5, parallel="fsdp")
+    with pytest.raises(UserError, match="--parallel fsdp needs a --batch-size that 2 processes share evenly, not 5"):
+        ekipl.check(config, 2, False)
+    ekipl.check(dataclasses.replace(config, parallel="ddp"), 2, False)

@@ -327,7 +327,10 @@ def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
     return runs.read(tmp_path / "run" / "metrics.jsonl")
 
 
-@pytest.mark.parametrize("command", [["ekipl.py"], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ekipl.py"]], ids=["one", "two"])
+TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ekipl.py"]
+
+
+@pytest.mark.parametrize("command", [["ekipl.py"], TWO, [*TWO, "--parallel", "fsdp"]], ids=["one", "two", "shards"])
 def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
     records = run(tmp_path, *command)
     assert [record["step"] for record in records] == [0, 1, 2]
