@@ -56,7 +56,9 @@ class SharedPrefix:
 
     def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
         """(1, H, N, D), and keys and values of as many or fewer heads -> (1, N, H, D)."""
-        heads = query.shape[1]
+        heads, kind = query.shape[1], query.device.type
+        if torch.is_autocast_enabled(kind):  # as SDPA would, but before they are gathered
+            query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
         query, key, value = (x[0].transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=1) for x in (query, key, value))  # (N, H, D)
 
         def take(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

@@ -113,9 +113,8 @@ def kept_by_layer(config, batch: MicroBatch, half: bool, sharded: bool) -> tuple
         norms = 2 * 4 + 5 * 2  # inputs of norms are taken to float32
     else:
         norms = 4 * 4 + 6 * 2  # inputs and normalised; the inputs of q, k, v, o, gate, up
-    mask = 2 * A * T * (P + T) if half and not sharded else 0  # autocast takes it to bfloat16 in every layer
     hidden = 2 if half and sharded else 4
-    return mask + (2 if half else 4) * (attention + mlp) + norms * text.hidden_size * batch.N, hidden * text.hidden_size * batch.N
+    return (2 if half else 4) * (attention + mlp) + norms * text.hidden_size * batch.N, hidden * text.hidden_size * batch.N
 
 
 def kept_by_block(config, batch: MicroBatch, half: bool) -> tuple[float, float]:
