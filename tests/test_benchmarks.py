@@ -53,7 +53,7 @@ def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_thread
     assert same["logp"] < 1e-4 and same["grad_norm"] < 1e-4
     profile = against_trl.profile_table(records)
     assert "aten::addmm" in profile or "aten::mm" in profile
-    result = workload.machine() | against_trl.summary(SMALL, small_model, records | {"prompt": 50}, "cpu")
+    result = workload.machine() | against_trl.summary(SMALL, small_model, records, 50, "cpu")
     low, middle, high = (result["ratios"]["plain"]["train"][name] for name in ("min", "median", "max"))
     assert 0 < low <= middle <= high
     assert "| plain | " in against_trl.table(result)
