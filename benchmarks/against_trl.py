@@ -75,16 +75,15 @@ def agreement(records: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     return result
 
 
-def summary(work: Workload, path: Path, records: dict[str, list[dict]], device: str) -> dict:
-    """What the tables show: seconds, ratios against ours, memory, rates."""
+def summary(work: Workload, path: Path, records: dict[str, list[dict]], prompt: int, device: str) -> dict:
+    """What the tables show: seconds, ratios against ours, memory, rates. prompt: tokens of one, on average."""
     model, tokens = workload.empty_model(path), work.states * work.group_size * work.action_tokens
-    prompt = records.pop("prompt")
     rate = workload.matrix_rate(device)
     once, repeated = (workload.step_cost(work, model.config, prompt, times) for times in (False, True))
     timed = {side: [record["seconds"] for record in made if record["kind"] == "time"] for side, made in records.items()}
     result = {
-        "workload": dataclasses.asdict(work), "prompt_tokens": prompt, "parameters": sum(p.numel() for p in model.parameters()), "matrix_tflops": rate / 1e12,
-        "agreement": agreement(records) if "ours" in records else {}, "sides": {}, "ratios": {},
+        "workload": dataclasses.asdict(work), "prompt_tokens": prompt, "parameters": sum(p.numel() for p in model.parameters()),
+        "matrix_tflops": rate / 1e12, "agreement": agreement(records) if "ours" in records else {}, "sides": {}, "ratios": {},
     }  # fmt: skip
     for side, seconds in timed.items():
         train = statistics.median(step["train"] for step in seconds)
@@ -160,12 +159,13 @@ def main() -> None:
         processor = workload.AutoProcessor.from_pretrained(path)
         prompts = [prompt_tokens(state, processor) for state in workload.make_states(work, processor)]
         records = take_turns(work, path, sides, args.runs, args.threads, together=work.model != "2b", profile=args.profile)
-        result = workload.machine() | summary(work, path, records | {"prompt": round(statistics.mean(prompts))}, device)
+        result = workload.machine() | summary(work, path, records, round(statistics.mean(prompts)), device)
     if "trl" in sides:
         result["trl"] = version("trl")
     print(f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}, trl {result.get('trl')}")
-    print(f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens, {work.image_tokens} of them")
-    print(f"image, {work.group_size} actions of {work.action_tokens} tokens; matrix products: {result['matrix_tflops']:.2f} TFLOP/s\n")
+    print(f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens,")
+    print(f"{work.image_tokens} of them image, {work.group_size} actions of {work.action_tokens} tokens")
+    print(f"matrix products: {result['matrix_tflops']:.2f} TFLOP/s\n")
     print(table(result))
     if args.profile:
         print(profile_table(records))
