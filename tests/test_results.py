@@ -1,5 +1,6 @@
 """The committed results: what README says of the six default runs is what their metrics say."""
 
+import csv
 from pathlib import Path
 
 import pytest
@@ -53,3 +54,33 @@ def test_readme_says_what_the_metrics_say():
     readme = (ROOT / "README.md").read_text()
     for row in table():
         assert row in readme, row
+
+
+# ---------------------------------------------------------------------------------------------- results/README.md
+
+CLAIMS = (ROOT / "results" / "README.md").read_text()
+
+
+def test_table_1_of_the_results_is_the_one_that_was_made():
+    for line in (ROOT / "results" / "table1.md").read_text().split("\n\n")[0].splitlines():
+        assert line in CLAIMS, line
+
+
+def test_data_efficiency_is_told_as_it_was_measured():
+    for line in (ROOT / "results" / "transformation" / "figure3.txt").read_text().strip().splitlines():
+        assert line in CLAIMS, line
+
+
+def test_pass_at_k_is_told_as_it_was_measured():
+    found = {}
+    for row in csv.DictReader((ROOT / "results" / "transformation" / "figure5.csv").open()):
+        found.setdefault((row["set"], row["method"]), {})[int(row["k"])] = 100 * float(row["pass_at_k"])
+    for (test, method), values in found.items():
+        if method in ("Zero-shot", "Reason-RFT-Zero", "Vision-EKIPL", "Reason-RFT", "CoT-SFT"):
+            assert f"| {test} | {method} | " + " | ".join(f"{values[k]:.1f}" for k in (1, 4, 16, 64)) + " |" in CLAIMS, (test, method)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_experts_share_is_told_as_it_was_measured(seed):
+    share = [record["expert_share"] for record in runs.read(ROOT / "results" / "transformation" / f"Vision-EKIPL-seed{seed}.jsonl")[1:]]
+    assert f"{100 * mean(share[:10]):.1f} to {100 * mean(share[-10:]):.1f} (seed {seed})" in CLAIMS
