@@ -43,6 +43,11 @@ class SharedPrefix:
     def to(self, device: torch.device | str) -> "SharedPrefix":
         return SharedPrefix(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
 
+    @property
+    def in_prompt(self) -> torch.Tensor:
+        """(N,) bool, which tokens of the row are a prompt's."""
+        return self.output_at < self.prompt_at.numel()
+
     def action_mask(self, dtype: torch.dtype) -> torch.Tensor:
         """What each token of an action sees of its prompt and of its action."""
         if self.mask is None or self.mask.dtype != dtype:

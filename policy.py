@@ -63,7 +63,6 @@ class PackedBatch:
 
     input_ids: torch.Tensor  # (N,)
     position_ids: torch.Tensor  # (3, N)
-    in_prompt: torch.Tensor  # (N,) bool
     pixel_values: torch.Tensor | None  # (patches of all images, dim), state by state
     image_grid_thw: torch.Tensor | None  # (images of all states, 3)
     layout: SharedPrefix  # which tokens see which
@@ -130,12 +129,9 @@ def pack(prompts: list[Prompt], actions: list[list[list[int]]]) -> PackedBatch:
         present = [t for t in tensors if t is not None]
         return torch.cat(present) if present else None
 
-    in_prompt = torch.zeros(end, dtype=torch.bool)
-    in_prompt[torch.cat(prompt_at)] = True
     return PackedBatch(
         input_ids=torch.cat(ids),
         position_ids=torch.cat(positions, dim=1),
-        in_prompt=in_prompt,
         pixel_values=join(p.pixel_values for p in prompts),
         image_grid_thw=join(p.image_grid_thw for p in prompts),
         layout=SharedPrefix(
@@ -275,7 +271,7 @@ class Policy(nn.Module):
             features = self.model.model.get_image_features(batch.pixel_values, batch.image_grid_thw).pooler_output
             features = torch.cat(tuple(features)).to(embeds.dtype)  # (image tokens, H)
             # Of the prompt only: an action that holds an image token must not shift the features of the next state.
-            is_image = (batch.input_ids == self.model.config.image_token_id) & batch.in_prompt
+            is_image = (batch.input_ids == self.model.config.image_token_id) & batch.layout.in_prompt
             embeds = embeds.masked_scatter(is_image[:, None], features)
         # A mapping is taken as it is. use_cache=False: a KV cache is memory for nothing, and stops checkpointing.
         return self.model.model(

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
+from attention import attend
 from conftest import SPECIAL
 from data import State
 from policy import Policy, pack
@@ -493,3 +496,13 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(random_model_dir, tmp_path
         Policy.load(path)
     message = str(caught.value)
     assert str(path) in message and "\n" not in message and len(message) < 400
+
+
+def test_a_generated_token_attends_with_the_keys_of_its_own_heads():
+    """Six query heads share two key heads, three each; transformers' function repeats the keys."""
+    query, key, value = (torch.randn(3, heads, tokens, 8, generator=torch.Generator().manual_seed(heads + tokens)) for heads, tokens in ((6, 1), (2, 5), (2, 7)))
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5, [0, 0, 0, 1, 1]], dtype=torch.bool)[:, None, None]
+    module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    arguments = (module, query, key, value[:, :, :5], mask)
+    expected, _ = sdpa_attention_forward(*arguments, scaling=0.3)
+    torch.testing.assert_close(attend(*arguments, scaling=0.3)[0], expected, rtol=0, atol=1e-6)
