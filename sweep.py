@@ -2,6 +2,7 @@
 
     python sweep.py table1 --preset blocks-transformation --seeds 0,1,2   # every row of Table 1, then the table and Figures 3 to 5
     python sweep.py ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
+    python sweep.py stages --preset blocks-transformation --seeds 0       # how much SFT before RL, and which experts after it
     python sweep.py table1 --preset counting-2b --processes 8             # each run on eight GPUs
     python sweep.py table1 --dry-run                                      # the commands alone
     python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of the training runs
@@ -85,11 +86,26 @@ def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
         "N-16": ("--num-samples", "16"),
         **{f"expert-{name.partition('@')[0]}": ("--experts", name) for name in experts},
         "GRPO": ("--experts", "none"),
+        # as many candidates as with the experts, all the policy's: what selection alone is worth
+        "GRPO-best": ("--experts", "none", "--num-samples", str(config.num_samples * (len(experts) + 1))),
     }
     return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
 
 
-LISTS = {"table1": table1, "ablation": ablation}
+def stages(config: ekipl.Config, stage1: int) -> list[Row]:
+    """SFT before RL: first stages from two fifths of `stage1` to twice it, so that SFT-then-GRPO is seen at its best; and Vision-EKIPL after the usual one,
+    with each expert alone."""
+    rows = []
+    for size in (stage1 * 2 // 5, stage1, stage1 * 8 // 5, stage1 * 2):
+        rows.append(Row(f"Stage-1-{size}", "sft.py", ("--limit", str(size)), listed=False))
+        rows.append(Row(f"Reason-RFT-{size}", "ekipl.py", ("--experts", "none", "--skip", str(size)), after=f"Stage-1-{size}"))
+    for expert in expert_specs(config.experts, offline=True):
+        flags = ("--experts", expert, "--skip", str(stage1))
+        rows.append(Row(f"Vision-EKIPL-{stage1}-{expert.partition('@')[0]}", "ekipl.py", flags, after=f"Stage-1-{stage1}"))
+    return rows
+
+
+LISTS = {"table1": table1, "ablation": ablation, "stages": stages}
 
 
 # ---------------------------------------------------------------------------------------------- commands
@@ -202,8 +218,8 @@ LAST = 10  # steps, over which the ablation's figures are averaged
 FIGURES = ("expert_share", "dead_groups", "kl", "ess_share", "weight_var", "weight_q95", "bias_bound")
 
 
-def ablation_table(finished: list[Task], out: Path) -> None:
-    """OUT.md: accuracy on the test sets, and the diagnostics' means over the last ten steps; mean over seeds."""
+def comparison(finished: list[Task], out: Path) -> None:
+    """A Markdown table: accuracy on the test sets, and the diagnostics' means over the last ten steps; mean over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for task in finished:
         scores = {name: evaluate.score_predictions(ps)["accuracy"] for name, ps in evaluate.read_predictions(task.path / "predictions").items()}
@@ -217,7 +233,7 @@ def ablation_table(finished: list[Task], out: Path) -> None:
         cells = [f"{statistics.fmean(row[c]) * (100 if '-' in c else 1):.{1 if '-' in c else 3}f}" if c in row else "-" for c in columns]
         lines.append(f"| {name} | {max(map(len, row.values()))} | " + " | ".join(cells) + " |")
     lines += ["", f"Accuracy on test sets in %; the other figures are means over the last {LAST} steps of training."]
-    out.with_suffix(".md").write_text("\n".join(lines) + "\n")
+    out.write_text("\n".join(lines) + "\n")
 
 
 def slim(record: dict) -> dict:
@@ -233,9 +249,9 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
     for task in finished:
         if (task.path / "metrics.jsonl").exists():
             (out / f"{task.name}.jsonl").write_text("".join(json.dumps(slim(record)) + "\n" for record in runs.read(task.path / "metrics.jsonl")))
-    if kind == "ablation":
-        ablation_table(listed, out / "ablation")
-        print((out / "ablation.md").read_text())
+    if kind != "table1":
+        comparison(listed, out / f"{kind}.md")
+        print((out / f"{kind}.md").read_text())
         return
     paths = [str(task.path) for task in listed]
     evaluate.table_command([*paths, "--out", str(out / "table1")])

@@ -148,3 +148,15 @@ def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, s
     assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
 
 
+
+
+def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second(here, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, "stages", "--preset", "blocks-transformation", "--seeds", "0", "--runs", tmp_path, "--dry-run") == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" not in line]
+    sizes = [int(line.split("--limit ")[1].split()[0]) for line in said if "sft.py" in line]
+    assert sizes == [640, 1600, 2560, 3200]  # Reason-RFT's own is the second
+    second = [line for line in said if "sft.py" not in line]
+    for line in second:  # what one stage learnt from, the other does not see again
+        size = line.split("--skip ")[1].split()[0]
+        assert f"Stage-1-{size}-seed0/model" in line
+    assert [line.split("--experts ")[1].split()[0] for line in second] == ["none"] * 4 + ["careful", "quick"]
