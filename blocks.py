@@ -21,6 +21,7 @@ import hashlib
 import itertools
 import random
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image
@@ -523,11 +524,13 @@ class BlocksSet:
         )
 
 
-def mistakes(problem: Counting | Structure | Transformation) -> list:
+@lru_cache(maxsize=1024)  # each expert asks for them
+def mistakes(problem: Counting | Structure | Transformation) -> tuple:
     """The problem as somebody sees it who gets it wrong, in every plausible way, each once."""
+    right = problem.answer()
     # By the reward's own judgement, which forgives 5 % of a length or an area.
-    wrong = [seen for seen in problem.misperceived() if judge_answer(seen.answer(), problem.answer(), problem.kind) < 1]
-    return list(dict.fromkeys(wrong))
+    wrong = [seen for seen in problem.misperceived() if judge_answer(seen.answer(), right, problem.kind) < 1]
+    return tuple(dict.fromkeys(wrong))
 
 
 def in_test(problem: Counting | Structure | Transformation) -> bool:

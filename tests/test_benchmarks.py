@@ -11,10 +11,16 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import ekipl
+import policy
+import sampling
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import against_trl  # noqa: E402
+import gains  # noqa: E402
 import growth  # noqa: E402
+import processes  # noqa: E402
 import sides  # noqa: E402
 import workload  # noqa: E402
 
@@ -145,3 +151,81 @@ def test_the_tables_of_its_readme_are_those_of_the_committed_figures():
         if "sides" in result:
             for line in against_trl.table(result).splitlines():
                 assert line in readme, file.name
+
+
+def test_every_measure_can_be_taken_away_and_the_gradient_stays_the_same(one_thread):
+    config, _ = ekipl.parse(["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"])
+    step = gains.Step(config, 1)
+    rows = gains.measure(step, 1)  # raises if a variant's gradient differs
+    assert [row["measure"] for row in rows] == [*gains.ROLLOUT, *gains.UPDATE] and all(row["ratio"]["min"] > 0 for row in rows)
+    assert sampling.HalfFinished is not gains.AllFinished and ekipl.pack is policy.pack  # and put back
+
+
+def test_what_gains_takes_away_is_gone(one_thread):
+    config, _ = ekipl.parse(["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"])
+    step = gains.Step(config, 1)
+    prompts, actions = [group.prompt for group in step.groups[:2]], [[[1, 2], [1, 2], [1, 3]]] * 2
+    once, each, own = (pack(prompts, actions) for pack in (policy.pack, gains.pack_with_equal_actions, gains.pack_with_own_prompts))
+    P = sum(len(prompt.input_ids) for prompt in prompts)
+    assert [len(batch.input_ids) for batch in (once, each, own)] == [P + 8, P + 12, 3 * P + 12]
+    assert all(torch.allclose(step.policy(once), step.policy(batch), atol=1e-5) for batch in (each, own))
+
+
+def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing(tmp_path, monkeypatch, capsys):
+    started = []
+
+    class Run:
+        """A process that has written its metrics."""
+
+        returncode = 0
+
+        def __init__(self, command, **kwargs):
+            started.append(" ".join(map(str, command)))
+            value = {"one": 4.0, "shared": 2.5, "apart": 2.0}[command[command.index("--name") + 1].split("-")[0]]
+            record = {"loss": 0.0, "seconds/rollout": value, "seconds/logging": 9.0}
+            path = Path(command[command.index("--runs") + 1]) / command[command.index("--name") + 1] / "metrics.jsonl"
+            path.parent.mkdir(parents=True)
+            path.write_text("".join(json.dumps(r) + "\n" for r in [{"eval/a": 1}, {**record, "seconds/rollout": 99.0}, record, record]))
+
+        def communicate(self):
+            return "", ""
+
+    monkeypatch.setattr(processes.subprocess, "Popen", Run)
+    monkeypatch.setattr(sys, "argv", ["processes.py", "--turns", "2", "--batch-size", "8", "--steps", "3", "--out", str(tmp_path / "out.json"), "--lr", "0"])
+    processes.main()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert result["speed_up"]["median"] == 1.6 and result["efficiency"]["median"] == 0.8
+    assert ["nproc_per_node 2" in command for command in started] == [False, True, False, False] * 2
+    assert [command.split("--batch-size ")[1].split()[0] for command in started] == ["8", "8", "4", "4"] * 2
+    assert all("--lr 0" in command and "--eval-every 0" in command for command in started)
+
+
+# ---------------------------------------------------------------------------------------------- what README says
+
+HERE = ROOT / "benchmarks"
+SAID = (HERE / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["tiny", "mid"])
+def test_the_readmes_tables_are_those_of_the_committed_figures(name):
+    result = json.loads((HERE / f"{name}-cpu.json").read_text())
+    assert against_trl.table(result) in SAID
+    assert result["agreement"]["trl"]["logp"] < 1e-4 and result["agreement"]["trl"]["grad_norm"] < 1e-5
+    train, rollout = ([result["ratios"][side][phase]["median"] for side in ("trl", "plain")] for phase in ("train", "rollout"))
+    memory = [result["sides"][side]["peak_gb"]["train"] for side in ("ours", "trl", "plain")]
+    short = " | ".join(f"{value:.2f}" for value in (*train, *rollout)) + " | " + ", ".join(f"{value:.2f}" for value in memory) + " GB"
+    assert short in (ROOT / "README.md").read_text()
+
+
+def test_the_training_step_of_the_mid_case_is_three_times_as_fast_as_trls():
+    ratios = json.loads((HERE / "mid-cpu.json").read_text())["ratios"]["trl"]  # a committed figure: nothing is timed here
+    assert ratios["train"]["min"] >= 3 and ratios["rollout"]["min"] >= 1
+
+
+def test_the_readmes_other_figures_are_those_of_the_committed_files():
+    for name in ("gains", "gains-transformation"):
+        assert gains.table(json.loads((HERE / f"{name}-cpu.json").read_text())["rows"]) in SAID
+    result = json.loads((HERE / "processes-cpu.json").read_text())
+    for name in ("speed_up", "efficiency"):
+        assert f"{result[name]['median']:.2f} ({result[name]['min']:.2f} to {result[name]['max']:.2f})" in SAID
+    assert f"{result['speed_up']['median']:.2f} times as fast as one" in (ROOT / "README.md").read_text()
