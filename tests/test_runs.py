@@ -307,6 +307,37 @@ def test_a_stopwatch_gives_all_time_to_a_phase(monkeypatch):
     assert watch.read() == {"seconds/forward": 1.0}
 
 
+def test_a_stopwatch_waits_for_a_gpu_only_when_it_is_read(monkeypatch):
+    clock, said = iter([0.0, 1000.0, 3000.0]), []
+
+    class Event:
+        """A mark on the GPU's own time line; it knows the time once the GPU has come so far."""
+
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self, stream):
+            self.stream = stream
+
+        def elapsed_time(self, later):
+            assert said == ["waited"] and self.stream == later.stream == "stream of cuda:1"
+            return later.at - self.at
+
+    def wait(device):
+        said.append("waited")
+        for _, event in watch.marks:
+            event.at = next(clock)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    watch = metrics.Stopwatch(torch.device("cuda:1"))
+    watch.lap("forward")
+    watch.lap("backward")
+    assert not said
+    assert watch.read() == {"seconds/forward": 1.0, "seconds/backward": 2.0} and len(watch.marks) == 1
+
+
 def test_smoothing_is_the_mean_of_the_last_values():
     assert curves.smooth([1, 2, 3, 4, 5, 6, 7], 3) == [1, 1.5, 2, 3, 4, 5, 6]
     assert curves.smooth([]) == []
