@@ -185,7 +185,7 @@ def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing
             record = {"loss": 0.0, "seconds/rollout": value, "seconds/logging": 9.0}
             path = Path(command[command.index("--runs") + 1]) / command[command.index("--name") + 1] / "metrics.jsonl"
             path.parent.mkdir(parents=True)
-            path.write_text("".join(json.dumps(r) + "\n" for r in [{"eval/a": 1}, {**record, "seconds/rollout": 99.0}, record, record]))
+            path.write_text("".join(json.dumps(r) + "\n" for r in [{"eval/a": 1}, {**record, "seconds/rollout": 99.0}, record]))
 
         def communicate(self):
             return "", ""
