@@ -128,7 +128,7 @@ def update(config: Config, policy, optimizer, batch: list[Example], world: World
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
-    nats = 0.0
+    nats = torch.zeros((), device=device)  # read once, at the end: reading waits for the GPU
     for i, part in enumerate(micro):
         with accumulating(policy, last=i == len(micro) - 1):
             packed = pack([example.prompt for example in part], [[example.tokens] for example in part]).to(device)
@@ -136,12 +136,12 @@ def update(config: Config, policy, optimizer, batch: list[Example], world: World
                 logp = policy(packed)  # (B, 1, T), 0 where there is no token
             loss = -logp.sum() / total
             (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over tokens
-        nats += loss.item()
+        nats += loss.detach()
     norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
         raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
-    return {"loss": sum(world.gather([nats])), "target_tokens": total, "grad_norm": norm}
+    return {"loss": sum(world.gather([nats.item()])), "target_tokens": total, "grad_norm": norm}
 
 
 # ---------------------------------------------------------------------------------------------- the run
