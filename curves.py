@@ -20,12 +20,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 import runs
 
 PANELS = {
     "reward": ("reward of the policy's actions", "reward"),
-    "accuracy": ("accuracy of the policy's samples (dots: greedy, on test sets)", "accuracy"),
+    "accuracy": ("accuracy of its samples (dots: greedy, test sets)", "accuracy"),
     "expert_share": ("expert share of the kept actions (Fig. 4)", "expert share"),
     "dead_groups": ("dead groups", "share"),
     "ess_share": ("effective sample size (A.3)", "ESS / n"),
@@ -47,34 +48,33 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
     methods = list(dict.fromkeys(method_of(name) for name in histories))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    tests = dict.fromkeys(key for history in histories.values() for record in history for key in record if key.startswith("eval/"))
+    sets = dict(zip(tests, "os^DvP*X", strict=False))  # the marker of each test set
     for axis, (key, (title, label)) in zip(axes.flat, PANELS.items(), strict=True):
         for name, history in histories.items():
             method = method_of(name)
             color = colors[methods.index(method) % len(colors)]
-            first = next(other for other in histories if method_of(other) == method) == name
             points = [(record["states"], record[key]) for record in history if record.get(key) is not None]
             if points:
                 x, y = zip(*points, strict=True)
                 axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
-                axis.plot(x, smooth(list(y)), color=color, label=method if first else None, linewidth=1.5)
-            if key == "accuracy":
-                sets = dict.fromkeys(k for record in history for k in record if k.startswith("eval/"))
-                for marker, test in zip("os^DvP*X", sets, strict=False):
-                    points = [(record["states"], record[test]) for record in history if test in record]
-                    prefix = f"{method} " if len(methods) > 1 else ""
-                    text = prefix + test.removeprefix("eval/") if first else None
-                    axis.plot(*zip(*points, strict=True), marker, color=color, markersize=4, label=text)
+                axis.plot(x, smooth(list(y)), color=color, linewidth=1.5)
+            for test in sets if key == "accuracy" else ():
+                points = [(record["states"], record[test]) for record in history if test in record]
+                axis.plot(*(zip(*points, strict=True) if points else ([], [])), sets[test], color=color, markersize=4)
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
         if key == "kl":  # k3 jumps on expert actions while the policy's way of thinking changes
             axis.set_yscale("symlog", linthresh=1)
         axis.grid(alpha=0.3)
-        entries = len(axis.get_legend_handles_labels()[0])
-        if key == "accuracy":  # its legend is long: above the dots
-            axis.set_ylim(-0.02, 1.05 + 0.075 * entries)
-        if entries and (len(methods) > 1 or key == "accuracy"):
-            axis.legend(fontsize=7, loc="upper left" if key == "accuracy" else "best")
+        if key == "accuracy" and sets:  # above the dots
+            axis.set_ylim(-0.02, 1.05 + 0.075 * len(sets))
+            dots = [Line2D([], [], color="grey", marker=marker, linestyle="", markersize=4, label=test.removeprefix("eval/")) for test, marker in sets.items()]
+            axis.legend(handles=dots, fontsize=7, loc="upper left")
+    if len(methods) > 1:  # colours mean the same in all panels
+        lines = [Line2D([], [], color=colors[i % len(colors)], label=method) for i, method in enumerate(methods)]
+        figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7))
     figure.savefig(out, dpi=90)
     plt.close(figure)
 
