@@ -92,8 +92,8 @@ class Config(Settings):
     )
     estimator: str = option(
         "uncorrected",
-        "A.7: uncorrected (A) is the paper's, is (B) weights each action by pi_old/q, snis (C) normalises the weights; B and C "
-        "are faithful to the policy's own distribution, and so remove most of what experts teach",
+        "A.7: uncorrected (A) is the paper's, is (B) weights each action by pi_old/q, which is faithful to the policy's own distribution and "
+        "so removes most of what experts teach, snis (C) normalises the weights, with a bias where few of the kept are the policy's",
         grpo.ESTIMATORS,
     )
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
