@@ -36,7 +36,7 @@ from policy import Policy, pack  # noqa: E402
 # ---------------------------------------------------------------------------------------------- rollouts without one of them
 
 
-class AllFinished(StoppingCriteria):
+class NeverEarly(StoppingCriteria):
     """Goes on until the last row has ended, which `generate` sees by itself."""
 
     def __init__(self, width: int, eos_id: int):
@@ -78,7 +78,7 @@ def pack_with_equal_actions(prompts, actions):
 
 
 ROLLOUT = {
-    "finished rows leave as soon as half have finished": lambda step: patch.object(sampling, "HalfFinished", AllFinished),
+    "finished rows leave as soon as half have finished": lambda step: patch.object(sampling, "HalfFinished", NeverEarly),
     "keys and values have room for the next tokens": lambda step: patch.object(sampling, "RoomyLayer", DynamicLayer),
     "query heads share their keys": lambda step: patch.dict(AttentionInterface._global_mapping, {attention.SHARED_PREFIX: repeated_keys}),
     "prompt and picture are encoded once, not N times": lambda step: patch.object(sampling, "prefilled", prefilled_n_times),

@@ -158,7 +158,7 @@ def test_every_measure_can_be_taken_away_and_the_gradient_stays_the_same(one_thr
     step = gains.Step(config, 1)
     rows = gains.measure(step, 1)  # raises if a variant's gradient differs
     assert [row["measure"] for row in rows] == [*gains.ROLLOUT, *gains.UPDATE] and all(row["ratio"]["min"] > 0 for row in rows)
-    assert sampling.HalfFinished is not gains.AllFinished and ekipl.pack is policy.pack  # and put back
+    assert sampling.HalfFinished is not gains.NeverEarly and ekipl.pack is policy.pack  # and put back
 
 
 def test_what_gains_takes_away_is_gone(one_thread):

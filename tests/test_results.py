@@ -66,6 +66,12 @@ def test_table_1_of_the_results_is_the_one_that_was_made():
         assert line in CLAIMS, line
 
 
+@pytest.mark.parametrize("name", ["ablation", "stages"])
+def test_the_other_tables_of_the_results_are_those_that_were_made(name):
+    for line in (ROOT / "results" / name / f"{name}.md").read_text().split("\n\n")[0].splitlines():
+        assert line in CLAIMS, line
+
+
 def test_data_efficiency_is_told_as_it_was_measured():
     for line in (ROOT / "results" / "transformation" / "figure3.txt").read_text().strip().splitlines():
         assert line in CLAIMS, line
