@@ -60,8 +60,8 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
                 axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
                 axis.plot(x, smooth(list(y)), color=color, linewidth=1.5)
             for test in sets if key == "accuracy" else ():
-                points = [(record["states"], record[test]) for record in history if test in record]
-                axis.plot(*(zip(*points, strict=True) if points else ([], [])), sets[test], color=color, markersize=4)
+                tested = [record for record in history if test in record]
+                axis.plot([record["states"] for record in tested], [record[test] for record in tested], sets[test], color=color, markersize=4)
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)

@@ -99,24 +99,25 @@ def summary(work: Workload, path: Path, records: dict[str, list[dict]], prompt: 
     return result
 
 
+def three(values: dict[str, float]) -> str:
+    """A `spread` as the tables show it."""
+    return " / ".join(f"{value:.2f}" for value in values.values())
+
+
 def table(result: dict) -> str:
     """Markdown, as in README.md."""
-
-    def three(values, form):
-        return " / ".join(format(values[name], form) for name in ("min", "median", "max"))
-
     lines = ["| | rollout, s | train, s | step, s | train: peak, GB | rollout: peak, GB | train: action tokens/s | MFU | own MFU |"]
     lines += ["|---" * 9 + "|"]
     for side, row in result["sides"].items():
         peak, rate = row["peak_gb"], row["action_tokens_per_second"]["train"]
-        cells = [*(three(row[phase], ".2f") for phase in PHASES), f"{peak['train']:.2f}", f"{peak['rollout']:.2f}", f"{rate:,.0f}"]
+        cells = [*(three(row[phase]) for phase in PHASES), f"{peak['train']:.2f}", f"{peak['rollout']:.2f}", f"{rate:,.0f}"]
         lines.append(f"| {side} | {' | '.join(cells)} | {row['mfu']:.2f} | {row['own_mfu']:.2f} |")
     if result["ratios"]:
         lines += ["", "| times ours | rollout | train | step | largest difference of a log-prob, nats | of the gradient's norm |"]
         lines += ["|---" * 6 + "|"]
     for side, row in result["ratios"].items():
         same = result["agreement"][side]
-        lines.append(f"| {side} | {' | '.join(three(row[phase], '.2f') for phase in PHASES)} | {same['logp']:.1e} | {same['grad_norm']:.1e} |")
+        lines.append(f"| {side} | {' | '.join(three(row[phase]) for phase in PHASES)} | {same['logp']:.1e} | {same['grad_norm']:.1e} |")
     return "\n".join(lines)
 
 

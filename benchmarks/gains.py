@@ -3,8 +3,8 @@
     python benchmarks/gains.py --out benchmarks/gains-cpu.json
 
 A step is that of `python ekipl.py`: 64 states of the blocks world, the tiny Qwen2-VL, N = G = 8, two scripted experts. Every variant makes its rollouts and
-its update in turn with the step as it is, with the same seeds, after a turn that is not counted; the ratios are of one turn. In the update all variants have the same
-loss and gradient (asserted); rollouts that end otherwise draw other random numbers, so theirs are compared by the token.
+its update in turn with the step as it is, with the same seeds, after a turn that is not counted; the ratios are of one turn. In the update all variants have a
+gradient of the same norm (asserted); rollouts that end otherwise draw other random numbers, so theirs are compared by the token.
 """
 
 import argparse
@@ -27,7 +27,7 @@ import attention  # noqa: E402
 import ekipl  # noqa: E402
 import sampling  # noqa: E402
 import workload  # noqa: E402
-from against_trl import spread  # noqa: E402
+from against_trl import spread, three  # noqa: E402
 from data import training_states  # noqa: E402
 from distributed import World  # noqa: E402
 from experts import make_experts  # noqa: E402
@@ -152,8 +152,7 @@ def table(rows: list[dict]) -> str:
     """Markdown, as in README.md."""
     lines = ["| phase | measure | times the seconds without it: min / median / max |", "|---|---|---|"]
     for row in rows:
-        ratio = " / ".join(f"{row['ratio'][name]:.2f}" for name in ("min", "median", "max"))
-        lines.append(f"| {row['phase']} | {row['measure']} | {ratio} |")
+        lines.append(f"| {row['phase']} | {row['measure']} | {three(row['ratio'])} |")
     return "\n".join(lines)
 
 

@@ -28,14 +28,14 @@ sys.path.insert(0, str(ROOT))
 import runs as directories  # noqa: E402
 import workload  # noqa: E402
 from against_trl import spread  # noqa: E402
+from sweep import program  # noqa: E402
 
 LEFT_OUT = {"seconds/evaluation", "seconds/logging"}
 
 
 def start(out: Path, name: str, batch: int, steps: int, processes: int, rest: list[str]) -> subprocess.Popen:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
     size = ["--batch-size", str(batch), "--states", str(batch * steps), "--eval-every", "0"]
-    command = [sys.executable, *torchrun, str(ROOT / "ekipl.py"), *size, "--runs", str(out), "--name", name, *rest]
+    command = [*program("ekipl.py", processes), *size, "--runs", str(out), "--name", name, *rest]
     return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 

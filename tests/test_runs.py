@@ -278,6 +278,8 @@ def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypat
     curves.draw({"a": measured, "b": measured[:2]}, tmp_path / "curves.png")
     monkeypatch.undo()
     (figure,) = figures
+    (methods,), tests = figure.legends, figure.axes[1].get_legend()  # one for the colours of all panels, one for the dots
+    assert [[text.get_text() for text in legend.get_texts()] for legend in (methods, tests)] == [["a", "b"], ["counting-id"]]
     for key, axis in zip(curves.PANELS, figure.axes, strict=True):
         lines = [list(zip(*line.get_data(), strict=True)) for line in axis.lines]
         for shown in [key, "eval/counting-id"] if key == "accuracy" else [key]:

@@ -148,8 +148,6 @@ def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, s
     assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
 
 
-
-
 def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second(here, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, "stages", "--preset", "blocks-transformation", "--seeds", "0", "--runs", tmp_path, "--dry-run") == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" not in line]
