@@ -25,7 +25,7 @@ GB = 10**9
 MARGIN = 0.05
 WORDS = 256  # tokens of a prompt beside its images
 LOGIT_CHUNK = 512  # Policy's
-BYTES_OF_A_LOGIT = 16  # float32: the logits, what is left when words are suppressed, their softmax and its gradient
+BYTES_OF_A_LOGIT = 12  # float32: log-softmax, its gradient and that of the logits
 ROWS = 512  # TransformersSampler's, at a time
 PHASES = {"generating": "generating", "learning": "learning", "step": "AdamW's step"}
 
