@@ -27,8 +27,20 @@ from data import State
 TEMPERATURE = 1.0
 RETRIES = 2  # of the SDK, after a first attempt
 KEYS = {"openai": ("OPENAI_API_KEY",), "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY")}
-ENDPOINTS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com"}
-BLOCKED = {"content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety"}
+ENDPOINTS = {
+    "openai": "https://api.openai.com/v1",
+    "gemini": "https://generativelanguage.googleapis.com",
+}
+BLOCKED = {
+    "content_filter",
+    "safety",
+    "recitation",
+    "blocklist",
+    "prohibited_content",
+    "spii",
+    "language",
+    "image_safety",
+}
 
 # US dollars for a million tokens, input and output, of requests that are not batched. These are the vendors' list prices as third
 # parties quoted them in June 2026, an assumption that --price replaces. A thinking model's thoughts are billed as output.
@@ -53,12 +65,18 @@ def split_name(spec: str) -> tuple[str, str, str]:
     model, _, url = rest.partition("@http")
     url = f"http{url}".rstrip("/") if url else ENDPOINTS[vendor]
     if not model:
-        raise ValueError(f"'{spec}' names no model: write {vendor}:MODEL or {vendor}:MODEL@http://host:port")
+        raise ValueError(
+            f"'{spec}' names no model: write {vendor}:MODEL or {vendor}:MODEL@http://host:port"
+        )
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(f"'{url}' is no address of a server: write {vendor}:MODEL@http://host:port")
+        raise ValueError(
+            f"'{url}' is no address of a server: write {vendor}:MODEL@http://host:port"
+        )
     if parts.username or parts.password or parts.query or parts.fragment:
-        raise ValueError(f"the address of {vendor}:{model} holds more than host, port and path: keys are read from the environment only")
+        raise ValueError(
+            f"the address of {vendor}:{model} holds more than host, port and path: keys are read from the environment only"
+        )
     return vendor, model, url
 
 
@@ -69,13 +87,24 @@ def key_of(vendor: str, url: str) -> str:
             return key
     if url != ENDPOINTS[vendor]:
         return "no-key"
-    raise ValueError(f"{vendor} experts need a key in the environment: export {' or '.join(KEYS[vendor])}")
+    raise ValueError(
+        f"{vendor} experts need a key in the environment: export {' or '.join(KEYS[vendor])}"
+    )
 
 
 def request_content(name: str, state: State, max_tokens: int) -> dict:
     """All that an answer depends on: the cache's key, but for the index. Images by their pixels: files may be packed differently."""
-    images = [hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest() for image in state.images]
-    return {"expert": name, "messages": state.messages(), "images": images, "temperature": TEMPERATURE, "max_tokens": max_tokens}
+    images = [
+        hashlib.sha256(f"{image.size} {image.mode} ".encode() + image.tobytes()).hexdigest()
+        for image in state.images
+    ]
+    return {
+        "expert": name,
+        "messages": state.messages(),
+        "images": images,
+        "temperature": TEMPERATURE,
+        "max_tokens": max_tokens,
+    }
 
 
 def png(image) -> bytes:
@@ -98,7 +127,9 @@ def price_of(model: str, override: tuple[float, float] | None = None) -> tuple[f
     return override or (PRICES[known[0]] if known else None)
 
 
-def dollars(price: tuple[float, float] | None, input_tokens: int | None, output_tokens: int | None) -> float | None:
+def dollars(
+    price: tuple[float, float] | None, input_tokens: int | None, output_tokens: int | None
+) -> float | None:
     """What a call cost, None if the price or its tokens are unknown."""
     if price is None or input_tokens is None or output_tokens is None:
         return None
@@ -111,7 +142,11 @@ def prompt_tokens(vendor: str, state: State) -> int:
     tokens = sum(math.ceil(len(part) / 4) for part in parts_of(state) if isinstance(part, str))
     for image in state.images:
         if vendor == "gemini":
-            tiles = 1 if max(image.size) <= 384 else math.prod(math.ceil(side / 768) for side in image.size)
+            tiles = (
+                1
+                if max(image.size) <= 384
+                else math.prod(math.ceil(side / 768) for side in image.size)
+            )
             tokens += 258 * tiles
         else:
             scale = min(1, 2048 / max(image.size), 768 / min(image.size))
@@ -123,7 +158,13 @@ class Api:
     """One model behind an SDK. timeout: seconds that one attempt may take. Safe to use from several threads."""
 
     def __init__(self, model: str, url: str, key: str, max_tokens: int, timeout: float):
-        self.model, self.url, self.key, self.max_tokens, self.timeout = model, url, key, max_tokens, timeout
+        self.model, self.url, self.key, self.max_tokens, self.timeout = (
+            model,
+            url,
+            key,
+            max_tokens,
+            timeout,
+        )
         self.most = None  # answers that the model gives for one request, where it has refused more
 
     def ask(self, state: State, n: int) -> Reply:
@@ -133,10 +174,18 @@ class Api:
             started = time.monotonic()
             try:
                 answers, model, input_tokens, output_tokens = self.call(state, asked)
-                return Reply(answers[:n], model or self.model, input_tokens, output_tokens, time.monotonic() - started)
+                return Reply(
+                    answers[:n],
+                    model or self.model,
+                    input_tokens,
+                    output_tokens,
+                    time.monotonic() - started,
+                )
             except ApiError:
                 raise
-            except Exception as error:  # whatever an SDK makes of a server's bad day must not end the training
+            except (
+                Exception
+            ) as error:  # whatever an SDK makes of a server's bad day must not end the training
                 if not (patience and self.adapt(error, asked)):
                     raise self.explain(error) from None
 
@@ -154,7 +203,12 @@ class Api:
     def adapt(self, error: Exception, asked: int) -> bool:
         """Whether another request may do better, after asking for less. A refused request costs nothing."""
         complaint = (self.refusal(error) or "").lower()
-        if asked > 1 and ("candidate" in complaint or "'n'" in complaint or "`n`" in complaint or "n must be" in complaint):
+        if asked > 1 and (
+            "candidate" in complaint
+            or "'n'" in complaint
+            or "`n`" in complaint
+            or "n must be" in complaint
+        ):
             self.most = asked // 2
             return True
         return False
@@ -174,7 +228,9 @@ class OpenAI(Api):
         import openai
 
         self.sdk, self.logprobs = openai, True
-        self.client = openai.OpenAI(api_key=self.key, base_url=self.url, timeout=self.timeout, max_retries=RETRIES)
+        self.client = openai.OpenAI(
+            api_key=self.key, base_url=self.url, timeout=self.timeout, max_retries=RETRIES
+        )
 
     def call(self, state, n):
         content = [
@@ -194,17 +250,31 @@ class OpenAI(Api):
             logprobs = choice.logprobs.content if choice.logprobs else None
             logp = math.fsum(token.logprob for token in logprobs) if logprobs else None
             finish = choice.finish_reason or "unknown"
-            empty = "" if finish == "stop" and not choice.message.refusal else None  # said nothing, or was kept from it
+            empty = (
+                "" if finish == "stop" and not choice.message.refusal else None
+            )  # said nothing, or was kept from it
             text = empty if choice.message.content is None else choice.message.content
-            answers.append(Answer(text, finish, logp if logp is not None and math.isfinite(logp) else None))
+            answers.append(
+                Answer(text, finish, logp if logp is not None and math.isfinite(logp) else None)
+            )
         usage = completion.usage
-        return answers, completion.model, usage and usage.prompt_tokens, usage and usage.completion_tokens
+        return (
+            answers,
+            completion.model,
+            usage and usage.prompt_tokens,
+            usage and usage.completion_tokens,
+        )
 
     def refusal(self, error):
         return str(error) if isinstance(error, self.sdk.BadRequestError) else None
 
     def final(self, error):
-        kinds = self.sdk.AuthenticationError, self.sdk.PermissionDeniedError, self.sdk.NotFoundError, self.sdk.BadRequestError
+        kinds = (
+            self.sdk.AuthenticationError,
+            self.sdk.PermissionDeniedError,
+            self.sdk.NotFoundError,
+            self.sdk.BadRequestError,
+        )
         return isinstance(error, kinds) or getattr(error, "code", None) == "insufficient_quota"
 
     def adapt(self, error, asked):
@@ -227,9 +297,13 @@ class Gemini(Api):
         from google.generativeai.client import get_default_generative_client
 
         self.errors = exceptions
-        genai.configure(api_key=self.key, transport="rest", client_options={"api_endpoint": self.url})
+        genai.configure(
+            api_key=self.key, transport="rest", client_options={"api_endpoint": self.url}
+        )
         self.generative = genai.GenerativeModel(self.model)
-        self.generative._client = get_default_generative_client()  # else the endpoint configured last would be everybody's
+        self.generative._client = (
+            get_default_generative_client()
+        )  # else the endpoint configured last would be everybody's
         # The SDK's own retry, told to do what OpenAI's does by itself.
         passing = (
             exceptions.TooManyRequests, exceptions.InternalServerError, exceptions.BadGateway, exceptions.ServiceUnavailable,
@@ -246,15 +320,28 @@ class Gemini(Api):
             return self.passing(error) and next(attempts, None) is not None
 
         response = self.generative.generate_content(
-            [part if isinstance(part, str) else {"mime_type": "image/png", "data": part} for part in parts_of(state)],
-            generation_config={"candidate_count": n, "max_output_tokens": self.max_tokens, "temperature": TEMPERATURE},
+            [
+                part if isinstance(part, str) else {"mime_type": "image/png", "data": part}
+                for part in parts_of(state)
+            ],
+            generation_config={
+                "candidate_count": n,
+                "max_output_tokens": self.max_tokens,
+                "temperature": TEMPERATURE,
+            },
             request_options={
                 "timeout": self.timeout,
-                "retry": self.retry.Retry(predicate=again, initial=0.5, maximum=8.0, timeout=None, on_error=wait_as_told),
+                "retry": self.retry.Retry(
+                    predicate=again, initial=0.5, maximum=8.0, timeout=None, on_error=wait_as_told
+                ),
             },
         )
         usage = response.usage_metadata
-        used = (usage.prompt_token_count, usage.total_token_count - usage.prompt_token_count) if usage.total_token_count else (None, None)
+        used = (
+            (usage.prompt_token_count, usage.total_token_count - usage.prompt_token_count)
+            if usage.total_token_count
+            else (None, None)
+        )
         model = response.model_version
         if not response.candidates:  # the prompt itself is blocked, however often one asks
             reason = response.prompt_feedback.block_reason
@@ -263,7 +350,10 @@ class Gemini(Api):
             return [Answer(None, f"prompt_{reason.name.lower()}")] * n, model, *used
         answers = []
         for candidate in response.candidates:
-            texts, finish = [part.text for part in candidate.content.parts if "text" in part], candidate.finish_reason.name.lower()
+            texts, finish = (
+                [part.text for part in candidate.content.parts if "text" in part],
+                candidate.finish_reason.name.lower(),
+            )
             answers.append(Answer("".join(texts) if texts or finish == "stop" else None, finish))
         return answers, model, *used
 
@@ -271,7 +361,15 @@ class Gemini(Api):
         return str(error) if isinstance(error, self.errors.BadRequest) else None
 
     def final(self, error):
-        return isinstance(error, (self.errors.Unauthorized, self.errors.Forbidden, self.errors.NotFound, self.errors.BadRequest))
+        return isinstance(
+            error,
+            (
+                self.errors.Unauthorized,
+                self.errors.Forbidden,
+                self.errors.NotFound,
+                self.errors.BadRequest,
+            ),
+        )
 
 
 def wait_as_told(error: Exception) -> None:

@@ -38,10 +38,17 @@ class SharedPrefix:
     prompt_of: torch.Tensor
     prompt_length: torch.Tensor
     output_at: torch.Tensor
-    mask: torch.Tensor | None = None  # (A, 1, T, P + T), added to the scores: 0 or -inf; the same in all layers
+    mask: torch.Tensor | None = (
+        None  # (A, 1, T, P + T), added to the scores: 0 or -inf; the same in all layers
+    )
 
     def to(self, device: torch.device | str) -> "SharedPrefix":
-        return SharedPrefix(**{name: value if value is None else value.to(device) for name, value in vars(self).items()})
+        return SharedPrefix(
+            **{
+                name: value if value is None else value.to(device)
+                for name, value in vars(self).items()
+            }
+        )
 
     @property
     def in_prompt(self) -> torch.Tensor:
@@ -54,40 +61,76 @@ class SharedPrefix:
             P, T = self.prompt_at.shape[1], self.action_at.shape[1]
             place = torch.arange(P + T, device=self.prompt_at.device)
             in_prompt = place < self.prompt_length[self.prompt_of][:, None]  # (A, P + T)
-            in_action = (place >= P) & (place - P <= torch.arange(T, device=place.device)[:, None])  # (T, P + T), causal
+            in_action = (place >= P) & (
+                place - P <= torch.arange(T, device=place.device)[:, None]
+            )  # (T, P + T), causal
             seen = in_prompt[:, None] | in_action  # (A, T, P + T)
-            self.mask = torch.zeros(seen.shape, dtype=dtype, device=place.device).masked_fill(~seen, -torch.inf)[:, None]
+            self.mask = torch.zeros(seen.shape, dtype=dtype, device=place.device).masked_fill(
+                ~seen, -torch.inf
+            )[:, None]
         return self.mask
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float | None
+    ) -> torch.Tensor:
         """(1, H, N, D), and keys and values of as many or fewer heads -> (1, N, H, D)."""
         heads, kind = query.shape[1], query.device.type
         if torch.is_autocast_enabled(kind):  # as SDPA would, but before they are gathered
             query, key, value = (x.to(torch.get_autocast_dtype(kind)) for x in (query, key, value))
-        query, key, value = (x[0].transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=1) for x in (query, key, value))  # (N, H, D)
+        query, key, value = (
+            x[0].transpose(0, 1).repeat_interleave(heads // x.shape[1], dim=1)
+            for x in (query, key, value)
+        )  # (N, H, D)
 
         def take(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-            return x.index_select(0, at.flatten()).view(*at.shape, heads, -1).transpose(1, 2)  # (rows, H, tokens, D)
+            return (
+                x.index_select(0, at.flatten()).view(*at.shape, heads, -1).transpose(1, 2)
+            )  # (rows, H, tokens, D)
 
         # What stands behind a prompt's end is seen by nobody but itself: causal attention needs no other mask.
-        of_prompts = F.scaled_dot_product_attention(*(take(x, self.prompt_at) for x in (query, key, value)), is_causal=True, scale=scaling)
+        of_prompts = F.scaled_dot_product_attention(
+            *(take(x, self.prompt_at) for x in (query, key, value)), is_causal=True, scale=scaling
+        )
         seen_at = torch.cat([self.prompt_at[self.prompt_of], self.action_at], dim=1)  # (A, P + T)
         mask = self.action_mask(query.dtype)
-        of_actions = F.scaled_dot_product_attention(take(query, self.action_at), take(key, seen_at), take(value, seen_at), attn_mask=mask, scale=scaling)
-        outputs = torch.cat([x.transpose(1, 2).flatten(0, 1) for x in (of_prompts, of_actions)])  # (B P + A T, H, D)
+        of_actions = F.scaled_dot_product_attention(
+            take(query, self.action_at),
+            take(key, seen_at),
+            take(value, seen_at),
+            attn_mask=mask,
+            scale=scaling,
+        )
+        outputs = torch.cat(
+            [x.transpose(1, 2).flatten(0, 1) for x in (of_prompts, of_actions)]
+        )  # (B P + A T, H, D)
         return outputs.index_select(0, self.output_at)[None]
 
 
-def attend(module, query, key, value, attention_mask, dropout: float = 0.0, scaling: float | None = None, **kwargs):
+def attend(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs,
+):
     """transformers' attention function: query (rows, H, tokens, D), key and value (rows, heads, tokens, D) -> (rows, tokens, H, D), None."""
     if isinstance(attention_mask, SharedPrefix):
         return attention_mask.attend(query, key, value, scaling), None
     if query.shape[2] == 1 and dropout == 0:
         rows, heads, _, size = query.shape
-        query = query.view(rows, key.shape[1], -1, size)  # (rows, key heads, queries that share one, D)
-        output = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
+        query = query.view(
+            rows, key.shape[1], -1, size
+        )  # (rows, key heads, queries that share one, D)
+        output = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=attention_mask, scale=scaling
+        )
         return output.reshape(rows, 1, heads, size), None
-    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
 
 
 class RoomyLayer(DynamicLayer):
@@ -96,13 +139,17 @@ class RoomyLayer(DynamicLayer):
 
     shown = None  # the keys as `update` left them
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         before = self.get_seq_length()
         after = before + key_states.shape[-2]
         if self.shown is None or self.keys is not self.shown or after > self.rooms[0].shape[-2]:
             old = (self.keys, self.values)
             rows, heads, _, size = key_states.shape
-            self.rooms = [x.new_empty(rows, heads, after + ROOM, size) for x in (key_states, value_states)]
+            self.rooms = [
+                x.new_empty(rows, heads, after + ROOM, size) for x in (key_states, value_states)
+            ]
             for room, x in zip(self.rooms, old) if before else ():
                 room[:, :, :before] = x
         for room, x in zip(self.rooms, (key_states, value_states)):

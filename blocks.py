@@ -36,7 +36,12 @@ DIRECTIONS = {  # (column, row) steps; row 1 is at the back of the scene, row 4 
     "left": (-1, 0), "right": (1, 0), "front": (0, 1), "behind": (0, -1),
     "front_left": (-1, 1), "front_right": (1, 1), "behind_left": (-1, -1), "behind_right": (1, -1),
 }  # fmt: skip
-FUNCTIONS = {"cell": "change_position", "size": "change_size", "color": "change_color", "shape": "change_shape"}
+FUNCTIONS = {
+    "cell": "change_position",
+    "size": "change_size",
+    "color": "change_color",
+    "shape": "change_shape",
+}
 CELLS = tuple(f"{column}{row}" for row in "1234" for column in "abcd")  # row by row from the back
 SETS = {
     "counting": ("counting-id", "counting-ood"),
@@ -64,7 +69,11 @@ class Object:
 
     def misperceived(self) -> "list[Object]":
         """This object with one attribute mistaken for a neighbouring one."""
-        sizes = [SIZES[i] for i in (SIZES.index(self.size) - 1, SIZES.index(self.size) + 1) if 0 <= i < len(SIZES)]
+        sizes = [
+            SIZES[i]
+            for i in (SIZES.index(self.size) - 1, SIZES.index(self.size) + 1)
+            if 0 <= i < len(SIZES)
+        ]
         return (
             [replace(self, size=size) for size in sizes]
             + [replace(self, color=color) for color in COLORS if color != self.color]
@@ -83,7 +92,9 @@ def random_objects(rng: random.Random, count: int, distinct: bool = False) -> tu
 # ---------------------------------------------------------------------------------------------- counting
 
 
-Filter = tuple[str, ...]  # words that an object has to have, such as ("large", "cube"); () is any object
+Filter = tuple[
+    str, ...
+]  # words that an object has to have, such as ("large", "cube"); () is any object
 
 
 def noun(words: Filter) -> str:
@@ -158,11 +169,17 @@ class Counting:
         steps, count = [], 0
         for thing in self.objects:
             count += self.counts(thing)
-            looks = [word for word in (thing.size, thing.color, thing.shape) if any(word in kind for kind in kinds)]
+            looks = [
+                word
+                for word in (thing.size, thing.color, thing.shape)
+                if any(word in kind for kind in kinds)
+            ]
             steps += [thing.cell, *looks, self.verdict(thing)]
             if self.counts(thing) and style == "careful":
                 steps.append(str(count))
-        total = f"{count} plus {self.add} is {self.answer()}" if self.add else f"total {self.answer()}"
+        total = (
+            f"{count} plus {self.add} is {self.answer()}" if self.add else f"total {self.answer()}"
+        )
         return " ".join([*steps, total])
 
     def misperceived(self) -> "list[Counting]":
@@ -202,7 +219,16 @@ class Figure:
         corners = {
             "triangle": [(0, 0), (w, 0), (0, h)],
             "l-shape": [(0, 0), (w, 0), (w, h - b), (w - a, h - b), (w - a, h), (0, h)],
-            "t-shape": [(a, 0), (w - a, 0), (w - a, h - b), (w, h - b), (w, h), (0, h), (0, h - b), (a, h - b)],
+            "t-shape": [
+                (a, 0),
+                (w - a, 0),
+                (w - a, h - b),
+                (w, h - b),
+                (w, h),
+                (0, h),
+                (0, h - b),
+                (a, h - b),
+            ],
             "trapezoid": [(0, 0), (w, 0), (w - a, h), (0, h)],
         }.get(self.shape, [(0, 0), (w, 0), (w, h), (0, h)])
         return [(w - x, y) for x, y in corners] if self.mirrored else corners
@@ -211,7 +237,12 @@ class Figure:
         """Whether every side has a length and the name fits (a mistaken figure may have neither)."""
         (w, h), (a, b) = (self.width, self.height), self.notch
         square = self.shape != "square" or w == h
-        return square and w > a * (2 if self.shape == "t-shape" else 1) and h > b and (self.shape != "rectangle" or w != h)
+        return (
+            square
+            and w > a * (2 if self.shape == "t-shape" else 1)
+            and h > b
+            and (self.shape != "rectangle" or w != h)
+        )
 
     @classmethod
     def sample(cls, rng: random.Random, shapes: tuple[str, ...]) -> "Figure":
@@ -232,7 +263,16 @@ class Figure:
             notch = rng.randint(1, width - 1), 0
         tall = 3 if shape == "strip" else height
         color, mirrored = rng.choice(list(COLORS)), rng.random() < 0.5
-        return cls(shape, width, height, notch, color, mirrored, rng.randint(0, 8 - width), rng.randint(0, 8 - tall))
+        return cls(
+            shape,
+            width,
+            height,
+            notch,
+            color,
+            mirrored,
+            rng.randint(0, 8 - width),
+            rng.randint(0, 8 - tall),
+        )
 
 
 @dataclass(frozen=True)
@@ -251,7 +291,9 @@ class Structure:
     def sample(cls, rng: random.Random, split: str) -> "Structure":
         choose = split == "ood" and rng.random() < 0.5
         if split == "ood" and not choose:
-            problem = cls(Figure.sample(rng, ("t-shape", "trapezoid")), rng.choice(["sides", "area"]))
+            problem = cls(
+                Figure.sample(rng, ("t-shape", "trapezoid")), rng.choice(["sides", "area"])
+            )
         else:
             asks = rng.choices(["sides", "perimeter", "area", "missing"], [1, 3, 3, 3])[0]
             shapes = {
@@ -277,7 +319,9 @@ class Structure:
             "missing": f"the area of the rectangle is {self.area()} . how long is the missing side ?",
         }[self.asks]
         if self.choices:
-            words += " choose a letter : " + " ".join(f"{x} {v}" for x, v in zip("ABCD", self.choices, strict=True))
+            words += " choose a letter : " + " ".join(
+                f"{x} {v}" for x, v in zip("ABCD", self.choices, strict=True)
+            )
         return words
 
     def images(self) -> tuple[Image.Image, ...]:
@@ -293,7 +337,9 @@ class Structure:
         figure = self.figure
         if self.asks == "sides":
             return str(len(figure.corners()))
-        if self.asks == "perimeter":  # of a figure with right angles only: that of the box around it
+        if (
+            self.asks == "perimeter"
+        ):  # of a figure with right angles only: that of the box around it
             return str(2 * (figure.width + figure.height))
         return self.area() if self.asks == "area" else str(figure.height)
 
@@ -303,7 +349,9 @@ class Structure:
         if self.value() in self.choices:
             return "ABCD"[self.choices.index(self.value())]
         # Somebody who misperceived the figure takes the choice that is nearest to what they found.
-        return "ABCD"[min(range(4), key=lambda i: (abs(int(self.choices[i]) - float(self.value())), i))]
+        return "ABCD"[
+            min(range(4), key=lambda i: (abs(int(self.choices[i]) - float(self.value())), i))
+        ]
 
     def describe(self) -> str:
         figure = self.figure
@@ -358,7 +406,11 @@ class Structure:
                 square = replace(wider, height=taller.height)
                 mistaken += [square] if figure.shape == "square" else [wider, taller]
             for shape in similar[figure.shape]:
-                mistaken.append(replace(figure, shape=shape, notch=figure.notch if "-shape" in shape else (0, 0)))
+                mistaken.append(
+                    replace(
+                        figure, shape=shape, notch=figure.notch if "-shape" in shape else (0, 0)
+                    )
+                )
             mistaken = [other for other in mistaken if other.is_proper()]
         problems = [replace(self, figure=other) for other in mistaken]
         return [problem for problem in problems if "." not in problem.value()]
@@ -390,7 +442,12 @@ class Transformation:
                     after[i] = replace(thing, cell=rng.choice(free))
             else:
                 values = {"size": SIZES, "color": tuple(COLORS), "shape": SHAPES}[attribute]
-                after[i] = replace(thing, **{attribute: rng.choice([v for v in values if v != getattr(thing, attribute)])})
+                after[i] = replace(
+                    thing,
+                    **{
+                        attribute: rng.choice([v for v in values if v != getattr(thing, attribute)])
+                    },
+                )
         problem = cls(before, tuple(after), split if split in ("left", "right") else "center")
         return problem if problem.unambiguous() else cls.sample(rng, split)
 
@@ -406,7 +463,9 @@ class Transformation:
 
     def question(self) -> str:
         objects = " ".join(f"{i} {thing}" for i, thing in enumerate(self.before))
-        seen = "" if self.view == "center" else f" the second picture is seen from the {self.view} ."
+        seen = (
+            "" if self.view == "center" else f" the second picture is seen from the {self.view} ."
+        )
         return f"objects : {objects} .{seen} what changed ?"
 
     def images(self) -> tuple[Image.Image, ...]:
@@ -414,11 +473,16 @@ class Transformation:
 
     def answer(self) -> str:
         pairs = zip(self.before, self.after, strict=True)
-        return " ".join(f"{f} ( {i} , {value} )" for i, pair in enumerate(pairs) for f, value in changes(*pair))
+        return " ".join(
+            f"{f} ( {i} , {value} )" for i, pair in enumerate(pairs) for f, value in changes(*pair)
+        )
 
     def describe(self) -> str:
         first = " , ".join(f"{thing.cell} {thing}" for thing in self.before)
-        second = " , ".join(f"{thing.cell} {thing}" for thing in sorted(self.after, key=lambda x: CELLS.index(x.cell)))
+        second = " , ".join(
+            f"{thing.cell} {thing}"
+            for thing in sorted(self.after, key=lambda x: CELLS.index(x.cell))
+        )
         return f"first {first} second {second}"
 
     def think(self, style: str) -> str:
@@ -439,12 +503,22 @@ class Transformation:
         for i, thing in enumerate(self.after):
             columns_rows = {(c, r): cell for cell in CELLS for c, r in [column_row(cell)]}
             c, r = column_row(thing.cell)
-            cells = [columns_rows[at] for at in ((c - 1, r), (c + 1, r), (c, r - 1), (c, r + 1)) if at in columns_rows]
+            cells = [
+                columns_rows[at]
+                for at in ((c - 1, r), (c + 1, r), (c, r - 1), (c, r + 1))
+                if at in columns_rows
+            ]
             moved = [replace(thing, cell=cell) for cell in cells]
             for mistaken in [self.before[i], *thing.misperceived(), *moved]:
                 after = self.after[:i] + (mistaken,) + self.after[i + 1 :]
-                legal = all(changes(*pair) is not None for pair in zip(self.before, after, strict=True))
-                if legal and after != self.before and len({other.cell for other in after}) == len(after):
+                legal = all(
+                    changes(*pair) is not None for pair in zip(self.before, after, strict=True)
+                )
+                if (
+                    legal
+                    and after != self.before
+                    and len({other.cell for other in after}) == len(after)
+                ):
                     problems.append(replace(self, after=after))
         return problems
 
@@ -460,8 +534,15 @@ def changes(old: Object, new: Object) -> list[tuple[str, str]] | None:
     step = direction(old.cell, new.cell) if old.cell != new.cell else None
     if old.cell != new.cell and step is None:
         return None
-    values = {attribute: step if attribute == "cell" else getattr(new, attribute) for attribute in FUNCTIONS}
-    return [(function, values[a]) for a, function in FUNCTIONS.items() if getattr(old, a) != getattr(new, a)]
+    values = {
+        attribute: step if attribute == "cell" else getattr(new, attribute)
+        for attribute in FUNCTIONS
+    }
+    return [
+        (function, values[a])
+        for a, function in FUNCTIONS.items()
+        if getattr(old, a) != getattr(new, a)
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- states
@@ -529,7 +610,11 @@ def mistakes(problem: Counting | Structure | Transformation) -> tuple:
     """The problem as somebody sees it who gets it wrong, in every plausible way, each once."""
     right = problem.answer()
     # By the reward's own judgement, which forgives 5 % of a length or an area.
-    wrong = [seen for seen in problem.misperceived() if judge_answer(seen.answer(), right, problem.kind) < 1]
+    wrong = [
+        seen
+        for seen in problem.misperceived()
+        if judge_answer(seen.answer(), right, problem.kind) < 1
+    ]
     return tuple(dict.fromkeys(wrong))
 
 
@@ -565,15 +650,24 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
     import matplotlib.pyplot as plt
 
     names = [name for task, sets in SETS.items() for name in (f"{task}-train", *sets[1:])]
-    figure, axes = plt.subplots(len(names), per_set, figsize=(5.2 * per_set, 3.9 * len(names)), squeeze=False)
+    figure, axes = plt.subplots(
+        len(names), per_set, figsize=(5.2 * per_set, 3.9 * len(names)), squeeze=False
+    )
     for row, name in zip(axes, names, strict=True):
         for i, axis in enumerate(row):
             state = BlocksSet(name, per_set)[i]
-            pictures = [np.pad(np.asarray(image), ((0, 0), (0, 6), (0, 0)), constant_values=255) for image in state.images]
+            pictures = [
+                np.pad(np.asarray(image), ((0, 0), (0, 6), (0, 0)), constant_values=255)
+                for image in state.images
+            ]
             axis.imshow(np.concatenate(pictures, axis=1), interpolation="nearest")
             axis.set_axis_off()
             axis.set_title(f"{name}\n" + textwrap.fill(state.question, 62), fontsize=8, loc="left")
-            text = textwrap.fill(f"thought: {state.thought}", 66) + "\n" + textwrap.fill(f"answer: {state.answer}", 66)
+            text = (
+                textwrap.fill(f"thought: {state.thought}", 66)
+                + "\n"
+                + textwrap.fill(f"answer: {state.answer}", 66)
+            )
             axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.03, hspace=0.75, wspace=0.1)
     figure.savefig(path, dpi=25 * zoom)
@@ -581,6 +675,8 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="The blocks world: draws a sheet of examples of every set.")
+    parser = argparse.ArgumentParser(
+        description="The blocks world: draws a sheet of examples of every set."
+    )
     parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
     show(parser.parse_args().show)

@@ -82,7 +82,9 @@ class Cache:
             raise UserError(f"there is no cache of answers at {path}")
         with self.problems():
             # Whole transactions are said below; threads share the connection under the lock.
-            self.db = sqlite3.connect(self.path, timeout=BUSY, isolation_level=None, check_same_thread=False)
+            self.db = sqlite3.connect(
+                self.path, timeout=BUSY, isolation_level=None, check_same_thread=False
+            )
             self.db.execute("PRAGMA synchronous = FULL")
             version = self.db.execute("PRAGMA user_version").fetchone()[0]
             if version == 0 and self._foreign():
@@ -90,13 +92,17 @@ class Cache:
             if version == 0 and not read_only:
                 self._write_ahead()
                 with self.transaction():
-                    if (version := self.db.execute("PRAGMA user_version").fetchone()[0]) == 0:  # nobody else was quicker
+                    if (
+                        version := self.db.execute("PRAGMA user_version").fetchone()[0]
+                    ) == 0:  # nobody else was quicker
                         for statement in TABLES.strip().split(";\n"):
                             self.db.execute(statement)
                         self.db.execute(f"PRAGMA user_version = {SCHEMA}")
                         version = SCHEMA
         if version != SCHEMA:
-            raise UserError(f"{path} has schema {version}, this program knows {SCHEMA}: choose another --cache")
+            raise UserError(
+                f"{path} has schema {version}, this program knows {SCHEMA}: choose another --cache"
+            )
         if not read_only:
             threading.Thread(target=self._renew, daemon=True).start()
 
@@ -114,7 +120,9 @@ class Cache:
 
     def _foreign(self) -> bool:
         """Whether there are tables although there is no version: ours come in one transaction with it."""
-        count, version = self.db.execute("SELECT count(*), (SELECT user_version FROM pragma_user_version) FROM sqlite_master").fetchone()
+        count, version = self.db.execute(
+            "SELECT count(*), (SELECT user_version FROM pragma_user_version) FROM sqlite_master"
+        ).fetchone()
         return count > 0 and version == 0
 
     @contextmanager
@@ -140,18 +148,30 @@ class Cache:
     def get(self, request: str, n: int) -> list[Answer]:
         """The answers 0 .. n - 1 to a request, as far as there are any; answers are stored in order, without gaps."""
         with self.lock, self.problems():
-            rows = self.db.execute('SELECT text, finish, logp FROM answers WHERE request = ? AND "index" < ? ORDER BY "index"', (request, n))
+            rows = self.db.execute(
+                'SELECT text, finish, logp FROM answers WHERE request = ? AND "index" < ? ORDER BY "index"',
+                (request, n),
+            )
             return [Answer(*row) for row in rows]
 
     def put(self, content: dict, reply: Reply) -> None:
         """Adds a call and its answers behind those that the request has already."""
         request = request_id(content)
         with self.lock, self.problems(), self.transaction():
-            self.db.execute("INSERT OR IGNORE INTO requests VALUES (?, ?)", (request, canonical(content)))
+            self.db.execute(
+                "INSERT OR IGNORE INTO requests VALUES (?, ?)", (request, canonical(content))
+            )
             usage = reply.input_tokens, reply.output_tokens, reply.seconds, time.time()
-            call = self.db.execute("INSERT INTO calls VALUES (NULL, ?, ?, ?, ?, ?, ?)", (request, reply.model, *usage)).lastrowid
-            (count,) = self.db.execute("SELECT count(*) FROM answers WHERE request = ?", (request,)).fetchone()
-            rows = [(request, count + i, answer.text, answer.finish, answer.logp, call) for i, answer in enumerate(reply.answers)]
+            call = self.db.execute(
+                "INSERT INTO calls VALUES (NULL, ?, ?, ?, ?, ?, ?)", (request, reply.model, *usage)
+            ).lastrowid
+            (count,) = self.db.execute(
+                "SELECT count(*) FROM answers WHERE request = ?", (request,)
+            ).fetchone()
+            rows = [
+                (request, count + i, answer.text, answer.finish, answer.logp, call)
+                for i, answer in enumerate(reply.answers)
+            ]
             self.db.executemany("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", rows)
 
     # ------------------------------------------------------------------------------------------ claims
@@ -170,13 +190,20 @@ class Cache:
         finally:
             self.held.discard(owner)
             with self.lock, self.problems():
-                self.db.execute("DELETE FROM claims WHERE request = ? AND owner = ?", (request, owner))
+                self.db.execute(
+                    "DELETE FROM claims WHERE request = ? AND owner = ?", (request, owner)
+                )
 
     def _claim(self, request: str, owner: str) -> bool:
         now = time.time()
         with self.lock, self.problems(), self.transaction():
             self.db.execute("DELETE FROM claims WHERE request = ? AND until < ?", (request, now))
-            return self.db.execute("INSERT OR IGNORE INTO claims VALUES (?, ?, ?)", (request, owner, now + LEASE)).rowcount == 1
+            return (
+                self.db.execute(
+                    "INSERT OR IGNORE INTO claims VALUES (?, ?, ?)", (request, owner, now + LEASE)
+                ).rowcount
+                == 1
+            )
 
     def _renew(self) -> None:
         while True:
@@ -184,8 +211,13 @@ class Cache:
             if owners := list(self.held):
                 with self.lock:
                     try:
-                        self.db.executemany("UPDATE claims SET until = ? WHERE owner = ?", [(time.time() + LEASE, owner) for owner in owners])
-                    except sqlite3.Error:  # a full disk, say: whoever stores an answer next will tell
+                        self.db.executemany(
+                            "UPDATE claims SET until = ? WHERE owner = ?",
+                            [(time.time() + LEASE, owner) for owner in owners],
+                        )
+                    except (
+                        sqlite3.Error
+                    ):  # a full disk, say: whoever stores an answer next will tell
                         pass
 
     # ------------------------------------------------------------------------------------------ to look at it
@@ -193,9 +225,14 @@ class Cache:
     def calls(self) -> list[dict]:
         """Every call: expert, model, input_tokens, output_tokens, seconds, at."""
         with self.lock, self.problems():
-            rows = self.db.execute("SELECT content, model, input_tokens, output_tokens, seconds, at FROM calls JOIN requests ON requests.id = request").fetchall()
+            rows = self.db.execute(
+                "SELECT content, model, input_tokens, output_tokens, seconds, at FROM calls JOIN requests ON requests.id = request"
+            ).fetchall()
         names = ("model", "input_tokens", "output_tokens", "seconds", "at")
-        return [{"expert": json.loads(content)["expert"], **dict(zip(names, row, strict=True))} for content, *row in rows]
+        return [
+            {"expert": json.loads(content)["expert"], **dict(zip(names, row, strict=True))}
+            for content, *row in rows
+        ]
 
     def entries(self) -> list[dict]:
         """Every answer with its whole key and the model that gave it, by request and index."""
@@ -206,16 +243,25 @@ class Cache:
         with self.lock, self.problems():
             rows = self.db.execute(query).fetchall()
         names = ("index", "text", "finish", "logp", "model", "at")
-        return [{"request": request, **json.loads(content), **dict(zip(names, row, strict=True))} for request, content, *row in rows]
+        return [
+            {"request": request, **json.loads(content), **dict(zip(names, row, strict=True))}
+            for request, content, *row in rows
+        ]
 
     def faults(self) -> list[str]:
         """What is wrong with the file, nothing if nothing is."""
         with self.lock, self.problems():
             found = [text for (text,) in self.db.execute("PRAGMA integrity_check") if text != "ok"]
-            found += [f"table {row[0]}, row {row[1]}: points at a missing row of {row[2]}" for row in self.db.execute("PRAGMA foreign_key_check")]
+            found += [
+                f"table {row[0]}, row {row[1]}: points at a missing row of {row[2]}"
+                for row in self.db.execute("PRAGMA foreign_key_check")
+            ]
             for request, content in self.db.execute("SELECT id, content FROM requests"):
                 if hashlib.sha256(content.encode()).hexdigest() != request:
                     found.append(f"request {request[:12]}: its content has another hash")
             gaps = 'SELECT request FROM answers GROUP BY request HAVING max("index") >= count(*) OR min("index") < 0'
-            found += [f"request {request[:12]}: its answers have gaps" for (request,) in self.db.execute(gaps)]
+            found += [
+                f"request {request[:12]}: its answers have gaps"
+                for (request,) in self.db.execute(gaps)
+            ]
         return found

@@ -40,7 +40,10 @@ def method_of(name: str) -> str:
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
-    return [sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
+    return [
+        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
+        for i in range(len(values))
+    ]
 
 
 def draw(histories: dict[str, list[dict]], out: Path) -> None:
@@ -48,20 +51,34 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
     methods = list(dict.fromkeys(method_of(name) for name in histories))
     colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    tests = dict.fromkeys(key for history in histories.values() for record in history for key in record if key.startswith("eval/"))
+    tests = dict.fromkeys(
+        key
+        for history in histories.values()
+        for record in history
+        for key in record
+        if key.startswith("eval/")
+    )
     sets = dict(zip(tests, "os^DvP*X", strict=False))  # the marker of each test set
     for axis, (key, (title, label)) in zip(axes.flat, PANELS.items(), strict=True):
         for name, history in histories.items():
             method = method_of(name)
             color = colors[methods.index(method) % len(colors)]
-            points = [(record["states"], record[key]) for record in history if record.get(key) is not None]
+            points = [
+                (record["states"], record[key]) for record in history if record.get(key) is not None
+            ]
             if points:
                 x, y = zip(*points, strict=True)
                 axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
                 axis.plot(x, smooth(list(y)), color=color, linewidth=1.5)
             for test in sets if key == "accuracy" else ():
                 tested = [record for record in history if test in record]
-                axis.plot([record["states"] for record in tested], [record[test] for record in tested], sets[test], color=color, markersize=4)
+                axis.plot(
+                    [record["states"] for record in tested],
+                    [record[test] for record in tested],
+                    sets[test],
+                    color=color,
+                    markersize=4,
+                )
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
@@ -70,10 +87,24 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
         axis.grid(alpha=0.3)
         if key == "accuracy" and sets:  # above the dots
             axis.set_ylim(-0.02, 1.05 + 0.075 * len(sets))
-            dots = [Line2D([], [], color="grey", marker=marker, linestyle="", markersize=4, label=test.removeprefix("eval/")) for test, marker in sets.items()]
+            dots = [
+                Line2D(
+                    [],
+                    [],
+                    color="grey",
+                    marker=marker,
+                    linestyle="",
+                    markersize=4,
+                    label=test.removeprefix("eval/"),
+                )
+                for test, marker in sets.items()
+            ]
             axis.legend(handles=dots, fontsize=7, loc="upper left")
     if len(methods) > 1:  # colours mean the same in all panels
-        lines = [Line2D([], [], color=colors[i % len(colors)], label=method) for i, method in enumerate(methods)]
+        lines = [
+            Line2D([], [], color=colors[i % len(colors)], label=method)
+            for i, method in enumerate(methods)
+        ]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7))
     figure.savefig(out, dpi=90)
     plt.close(figure)
@@ -82,16 +113,32 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
 def draw_time(history: list[dict], out: Path) -> None:
     """Where the time of each step went (metrics.Stopwatch), evaluations left out, and the share of each phase in the whole, saved as PNG."""
     records = [record for record in history if "loss" in record]
-    phases = list(dict.fromkeys(key for record in records for key in record if key.startswith("seconds/") and key != "seconds/evaluation"))
+    phases = list(
+        dict.fromkeys(
+            key
+            for record in records
+            for key in record
+            if key.startswith("seconds/") and key != "seconds/evaluation"
+        )
+    )
     totals = {phase: sum(record.get(phase, 0.0) for record in records) for phase in phases}
     figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
     below = [0.0] * len(records)
     for i, phase in enumerate(sorted(phases, key=totals.get, reverse=True)):
         heights = [record.get(phase, 0.0) for record in records]
         share = 100 * totals[phase] / max(sum(totals.values()), 1e-9)
-        axis.bar([record["step"] for record in records], heights, 1.0, below, label=f"{phase.removeprefix('seconds/')} {share:.1f} %", color=plt.cm.tab20(i % 20))
+        axis.bar(
+            [record["step"] for record in records],
+            heights,
+            1.0,
+            below,
+            label=f"{phase.removeprefix('seconds/')} {share:.1f} %",
+            color=plt.cm.tab20(i % 20),
+        )
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    axis.set(title="where a step's time goes, in the first process", xlabel="step", ylabel="seconds")
+    axis.set(
+        title="where a step's time goes, in the first process", xlabel="step", ylabel="seconds"
+    )
     if phases:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(out, dpi=90)
@@ -108,7 +155,9 @@ def draw_run(metrics: Path, name: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draws the curves of runs.")
     parser.add_argument("runs", nargs="+", help="run directories, or metrics.jsonl files")
-    parser.add_argument("--out", help="where to save the picture (default: curves.png in the only run)")
+    parser.add_argument(
+        "--out", help="where to save the picture (default: curves.png in the only run)"
+    )
     args = parser.parse_args()
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in map(Path, args.runs)]
     for file in files:
@@ -117,9 +166,14 @@ def main() -> None:
     if len(files) > 1 and not args.out:
         parser.error("several runs in one picture need --out")
     names = [file.parent.name if file.name == "metrics.jsonl" else file.stem for file in files]
-    names = [str(file.parent) if names.count(name) > 1 else name for name, file in zip(names, files, strict=True)]
+    names = [
+        str(file.parent) if names.count(name) > 1 else name
+        for name, file in zip(names, files, strict=True)
+    ]
     if args.out:
-        draw({name: runs.read(file) for name, file in zip(names, files, strict=True)}, Path(args.out))
+        draw(
+            {name: runs.read(file) for name, file in zip(names, files, strict=True)}, Path(args.out)
+        )
     else:
         draw_run(files[0], names[0])
     print(args.out or files[0].with_name("curves.png"))

@@ -74,7 +74,9 @@ class State:
     @property
     def request(self) -> str:
         """What follows the question in the prompt: how to answer."""
-        form = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}[self.kind]
+        form = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}[
+            self.kind
+        ]
         if re.fullmatch(LETTER, self.answer):
             form = "a letter"
         if self.mode == "answer":
@@ -102,7 +104,9 @@ class ImageFiles(Sequence):
         try:
             return open_image(self.paths[index])
         except OSError as error:  # it was there when it was checked
-            raise UserError(f"cannot read the image {self.paths[index]} any more: {error}") from None
+            raise UserError(
+                f"cannot read the image {self.paths[index]} any more: {error}"
+            ) from None
 
 
 def open_image(path: Path) -> Image.Image:
@@ -143,7 +147,9 @@ RULES = (
     "The first picture shows a scene before, the second the same scene after some of its objects were changed; it may be seen from another "
     "side. Find a sequence of 1 to 4 functions that turns the first scene into the second. Each is written func(object_id, value), with the "
     "id of an object as the question lists them, and one of these functions and values:\n"
-    + "\n".join(f"- {name}(object_id, value): {', '.join(values)}" for name, values in FUNCTIONS.items())
+    + "\n".join(
+        f"- {name}(object_id, value): {', '.join(values)}" for name, values in FUNCTIONS.items()
+    )
     + "\nDirections are those of the first picture; front is towards the viewer. "
     "Write the functions one after another, separated by commas, such as change_color(2, red), change_position(0, front_left)."
 )
@@ -178,7 +184,14 @@ class ReasonRFTSet:
     left_out: [{"set", "record", "id", "reason"}], what was not usable. UserError if the file is missing or nothing is usable.
     """
 
-    def __init__(self, name: str, directory: Path, mode: str = "reason", thoughts: bool = False, cache: Path | None = None):
+    def __init__(
+        self,
+        name: str,
+        directory: Path,
+        mode: str = "reason",
+        thoughts: bool = False,
+        cache: Path | None = None,
+    ):
         if name not in FILES:
             raise ValueError(f"no set '{name}' in Reason-RFT-CoT; there are {', '.join(FILES)}")
         self.name, self.mode, self.left_out = name, mode, []
@@ -187,7 +200,9 @@ class ReasonRFTSet:
         try:
             records = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
+            raise UserError(
+                f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+            ) from None
         if not isinstance(records, list):
             raise UserError(f"{path} is no list of records")
         images = "train_images" if split == "train" else "test_images"
@@ -198,10 +213,21 @@ class ReasonRFTSet:
                 found.append(read_record(record, f"{name}-{i}", self.task, roots, thoughts))
             except Unusable as reason:
                 found.append(reason)
-        file = cache / f"{name}-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]}.json" if cache else None
-        broken = check_images([image for record in found if isinstance(record, Record) for image in record.images], name, file)
+        file = (
+            cache
+            / f"{name}-{hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]}.json"
+            if cache
+            else None
+        )
+        broken = check_images(
+            [image for record in found if isinstance(record, Record) for image in record.images],
+            name,
+            file,
+        )
         for i, record in enumerate(found):
-            if isinstance(record, Record) and (bad := [image for image in record.images if image in broken]):
+            if isinstance(record, Record) and (
+                bad := [image for image in record.images if image in broken]
+            ):
                 record = Unusable(f"broken image: {bad[0].name}: {broken[bad[0]]}")
             if isinstance(record, Unusable):
                 given = records[i].get("id") if isinstance(records[i], dict) else None
@@ -231,7 +257,9 @@ class ReasonRFTSet:
         total = len(self) + len(self.left_out)
         reasons = Counter(record["reason"].split(":")[0] for record in self.left_out)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        return f"{self.name}: {len(self)} of {total} records" + (f"; left out: {why}" if why else "")
+        return f"{self.name}: {len(self)} of {total} records" + (
+            f"; left out: {why}" if why else ""
+        )
 
 
 def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -> Record:
@@ -251,7 +279,11 @@ def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -
     kind = kind_of(answer, task)
     names = record.get("image")
     names = [names] if isinstance(names, str) else names
-    if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+    if (
+        not isinstance(names, list)
+        or not names
+        or not all(isinstance(name, str) and name for name in names)
+    ):
         raise Unusable("no image")
     if len(names) != (2 if task == "transformation" else 1):
         raise Unusable(f"{len(names)} images")
@@ -267,10 +299,18 @@ def kind_of(answer: str, task: str) -> str:
     if task == "counting":
         kind = "discrete" if re.fullmatch(NUMBER, answer) else None
     elif task == "structure":
-        kind = "discrete" if re.fullmatch(LETTER, answer) else "math" if re.fullmatch(EXPRESSION, answer) else None
+        kind = (
+            "discrete"
+            if re.fullmatch(LETTER, answer)
+            else "math"
+            if re.fullmatch(EXPRESSION, answer)
+            else None
+        )
     else:
         calls = re.findall(CALL, answer)
-        known = all(value in FUNCTIONS.get(name, ()) for name, _, value in calls) and len(calls) == len(re.findall(r"\w\s*\(", answer))
+        known = all(value in FUNCTIONS.get(name, ()) for name, _, value in calls) and len(
+            calls
+        ) == len(re.findall(r"\w\s*\(", answer))
         kind = "function" if known and 1 <= len(calls) <= 4 else None
     if kind is None or re.search(TAG, answer) or judge_answer(answer, answer, kind) < 1:
         raise Unusable(f"unknown form of answer: {answer[:80]!r}")
@@ -281,8 +321,14 @@ def thought_of(cot) -> str:
     """The chain of thought without its tags; "" where there is none or it holds other tags."""
     if not isinstance(cot, str):
         return ""
-    cot = re.sub(r"<answer>(?:(?!</?answer>|</?think>).)*</answer>\s*$", "", cot.strip(), flags=re.DOTALL).strip()
-    cot = cot.removeprefix("<think>").removesuffix("</think>").strip() if cot.startswith("<think>") and cot.endswith("</think>") else cot
+    cot = re.sub(
+        r"<answer>(?:(?!</?answer>|</?think>).)*</answer>\s*$", "", cot.strip(), flags=re.DOTALL
+    ).strip()
+    cot = (
+        cot.removeprefix("<think>").removesuffix("</think>").strip()
+        if cot.startswith("<think>") and cot.endswith("</think>")
+        else cot
+    )
     return "" if re.search(TAG, cot) else cot
 
 
@@ -300,7 +346,9 @@ def check_images(paths: list[Path], name: str, file: Path | None) -> dict[Path, 
     """Which of these images cannot be used, and why. What was found once is kept in `file` and counts until an image changes."""
     paths = list(dict.fromkeys(paths))
     stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
-    with locked(file) if file else nullcontext():  # one process looks, the others read what it found
+    with (
+        locked(file) if file else nullcontext()
+    ):  # one process looks, the others read what it found
         try:
             seen = json.loads(file.read_text()) if file else {}
         except (OSError, ValueError):
@@ -308,7 +356,16 @@ def check_images(paths: list[Path], name: str, file: Path | None) -> dict[Path, 
         new = [i for i, path in enumerate(paths) if seen.get(str(path), [None])[0] != stamps[i]]
         with ThreadPoolExecutor() as threads:  # PIL decodes beside Python
             problems = threads.map(image_problem, [paths[i] for i in new])
-            for i, problem in zip(new, tqdm(problems, total=len(new), desc=f"{name}: checking images", disable=len(new) < 1000), strict=True):
+            for i, problem in zip(
+                new,
+                tqdm(
+                    problems,
+                    total=len(new),
+                    desc=f"{name}: checking images",
+                    disable=len(new) < 1000,
+                ),
+                strict=True,
+            ):
                 seen[str(paths[i])] = [stamps[i], problem]
         if file and new:
             with runs.writing(file):
@@ -351,11 +408,18 @@ def prepare(source: str, names: list[str], cache: Path) -> Path:
     ours = source == "reason-rft"
     directory = cache / "Reason-RFT-CoT-Dataset" if ours else Path(source).expanduser()
     if not ours and not directory.is_dir():
-        raise UserError(f"no data at {directory}: --data is a directory with train_jsons and test_jsons, or reason-rft, or blocks")
+        raise UserError(
+            f"no data at {directory}: --data is a directory with train_jsons and test_jsons, or reason-rft, or blocks"
+        )
     with locked(cache / "prepare"):
-        for split in dict.fromkeys("train" if name.endswith("-train") else "test" for name in names):
+        for split in dict.fromkeys(
+            "train" if name.endswith("-train") else "test" for name in names
+        ):
             files = [FILES[name] for name in names if FILES[name].startswith(split)]
-            images, archive = directory / "images" / f"{split}_images", directory / f"{split}_images.zip"
+            images, archive = (
+                directory / "images" / f"{split}_images",
+                directory / f"{split}_images.zip",
+            )
             if ours:
                 download([*files, *([] if images.is_dir() else [archive.name])], directory)
             if missing := [file for file in files if not (directory / file).is_file()]:
@@ -370,7 +434,10 @@ def download(files: list[str], directory: Path) -> None:
 
     By the library's `http_get`, since its `hf_hub_download` throws away what it has of a file when the process ends.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # slow to import, and rarely needed
+    from huggingface_hub import (  # slow to import, and rarely needed
+        get_hf_file_metadata,
+        hf_hub_url,
+    )
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -389,12 +456,18 @@ def download(files: list[str], directory: Path) -> None:
                     displayed_filename=file, tqdm_class=tqdm,
                 )  # fmt: skip
             os.replace(part, directory / file)
-        except Exception as error:  # the library's errors, those of its HTTP client, those of the disk
+        except (
+            Exception
+        ) as error:  # the library's errors, those of its HTTP client, those of the disk
             reason = " ".join(str(error).split())[:200]
-            raise UserError(f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data") from None
+            raise UserError(
+                f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data"
+            ) from None
 
 
-MAX_EXPANSION = 20  # images hardly shrink in a zip; what grows more than this is no archive of images
+MAX_EXPANSION = (
+    20  # images hardly shrink in a zip; what grows more than this is no archive of images
+)
 MAX_FILES = 1_000_000
 
 
@@ -408,27 +481,56 @@ def unpack(archive: Path, target: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier try
     try:
         with zipfile.ZipFile(archive) as file, runs.writing(aside):
-            entries = [entry for entry in file.infolist() if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")]
+            entries = [
+                entry
+                for entry in file.infolist()
+                if not entry.is_dir() and not entry.filename.startswith("__MACOSX/")
+            ]
             names = [inside(entry.filename, target.name, archive) for entry in entries]
             size, packed = sum(entry.file_size for entry in entries), archive.stat().st_size
             if size > MAX_EXPANSION * packed or len(entries) > MAX_FILES:
-                raise UserError(f"{archive} claims to hold {len(entries):,} files of {size / 1e9:.1f} GB in {packed / 1e9:.3f} GB: that is no archive of images")
+                raise UserError(
+                    f"{archive} claims to hold {len(entries):,} files of {size / 1e9:.1f} GB in {packed / 1e9:.3f} GB: that is no archive of images"
+                )
             aside.mkdir(parents=True)
             if (free := shutil.disk_usage(aside).free) < size:
-                raise UserError(f"{archive} needs {size / 1e9:.1f} GB in {target.parent}, where {free / 1e9:.1f} GB are free")
-            for entry, name in zip(tqdm(entries, desc=f"unpacking {archive.name}", disable=len(entries) < 1000), names, strict=True):
+                raise UserError(
+                    f"{archive} needs {size / 1e9:.1f} GB in {target.parent}, where {free / 1e9:.1f} GB are free"
+                )
+            for entry, name in zip(
+                tqdm(entries, desc=f"unpacking {archive.name}", disable=len(entries) < 1000),
+                names,
+                strict=True,
+            ):
                 (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                with file.open(entry) as source, open(aside / name, "wb") as copy:  # never more than file_size bytes
+                with (
+                    file.open(entry) as source,
+                    open(aside / name, "wb") as copy,
+                ):  # never more than file_size bytes
                     shutil.copyfileobj(source, copy)
             os.rename(aside, target)
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except (
+        zipfile.BadZipFile,
+        zipfile.LargeZipFile,
+        EOFError,
+        NotImplementedError,
+        RuntimeError,
+        zlib.error,
+    ) as error:
         raise UserError(f"{archive} is broken ({error}): get it again") from None
 
 
 def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
     """A member's place in the folder; UserError if it leads out of it."""
     parts = list(PurePosixPath(name).parts)
-    if "\\" in name or "\0" in name or ":" in name or name.startswith("/") or ".." in parts or not parts:
+    if (
+        "\\" in name
+        or "\0" in name
+        or ":" in name
+        or name.startswith("/")
+        or ".." in parts
+        or not parts
+    ):
         raise UserError(f"{archive} holds {name!r}, which leads out of it: not unpacked")
     if parts[:2] == ["images", folder]:
         parts = parts[2:]
@@ -461,7 +563,11 @@ def load_set(name: str, config, mode: str = "reason", thoughts: bool = False):
         from blocks import BlocksSet  # which takes `State` from here
 
         train = name.endswith("-train")
-        return BlocksSet(name, config.states, config.seed, mode) if train else BlocksSet(name, config.eval_states, 0, mode)
+        return (
+            BlocksSet(name, config.states, config.seed, mode)
+            if train
+            else BlocksSet(name, config.eval_states, 0, mode)
+        )
     cache = Path(config.data_cache).expanduser()
     return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache)
 
@@ -476,28 +582,46 @@ def training_states(config, mode: str = "reason", thoughts: bool = False) -> tup
     count = round(config.fraction * max(0, len(whole) - config.skip))
     count = min(count, config.limit or count)
     if count * config.epochs < config.batch_size:
-        raise UserError(f"{count} questions x {config.epochs} epochs are less than one batch of {config.batch_size}")
-    order = [i for epoch in range(config.epochs) for i in random.Random(f"{config.seed} order {epoch}").sample(range(count), count)]
+        raise UserError(
+            f"{count} questions x {config.epochs} epochs are less than one batch of {config.batch_size}"
+        )
+    order = [
+        i
+        for epoch in range(config.epochs)
+        for i in random.Random(f"{config.seed} order {epoch}").sample(range(count), count)
+    ]
     return Part(whole, config.skip, config.skip + count), order
 
 
 def test_sets(config, mode: str = "reason") -> dict[str, Part]:
     """The first `eval_states` questions of each test set of the task."""
-    names = [name for name in FILES if name.startswith(f"{config.task}-") and not name.endswith("-train")]
+    names = [
+        name for name in FILES if name.startswith(f"{config.task}-") and not name.endswith("-train")
+    ]
     sets = {name: load_set(name, config, mode) for name in names}
-    return {name: Part(whole, 0, min(len(whole), config.eval_states)) for name, whole in sets.items()}
+    return {
+        name: Part(whole, 0, min(len(whole), config.eval_states)) for name, whole in sets.items()
+    }
 
 
 def reports(sets: list[Part]) -> tuple[list[str], list[dict]]:
     """What of the records could not be used: a line for each set of real data, and all that was left out."""
     real = [part.whole for part in sets if isinstance(part.whole, ReasonRFTSet)]
-    return [whole.report() for whole in real], [record for whole in real for record in whole.left_out]
+    return [whole.report() for whole in real], [
+        record for whole in real for record in whole.left_out
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.")
-    parser.add_argument("--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy")
-    parser.add_argument("--data-cache", default=CACHE, help=f"where to download to (default: {CACHE})")
+    parser = argparse.ArgumentParser(
+        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used."
+    )
+    parser.add_argument(
+        "--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy"
+    )
+    parser.add_argument(
+        "--data-cache", default=CACHE, help=f"where to download to (default: {CACHE})"
+    )
     parser.add_argument("--task", choices=TASKS, help="one of the tasks (default: all)")
     args = parser.parse_args()
     cache = Path(args.data_cache).expanduser()

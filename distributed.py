@@ -37,10 +37,15 @@ class World:
 
     @classmethod
     def join(cls, device: str) -> "World":
-        rank, size, local = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+        rank, size, local = (
+            int(os.environ.get(name, default))
+            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+        )
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
         if cuda and local >= torch.cuda.device_count():
-            raise UserError(f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node")
+            raise UserError(
+                f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
+            )
         if cuda:
             torch.cuda.set_device(local)
         if size > 1:  # no process waits for ever for one that died
@@ -57,13 +62,25 @@ class World:
         if parallel == "ddp" or self.size == 1:
             return policy.to(self.device)
         mesh = init_device_mesh(self.device.type, (self.size,))
-        half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if bf16 and self.device.type == "cuda" else {}
+        half = (
+            dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if bf16 and self.device.type == "cuda"
+            else {}
+        )
         # Nothing stays gathered after a forward pass without gradients: the next optimizer step would make it stale.
-        how = dict(mesh=mesh, mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False), reshard_after_forward=True)
+        how = dict(
+            mesh=mesh,
+            mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False),
+            reshard_after_forward=True,
+        )
         for block in [*policy.model.model.language_model.layers, *policy.model.model.visual.blocks]:
-            fully_shard(block, **how)  # moves it to the device: there is never more than a block there in whole
+            fully_shard(
+                block, **how
+            )  # moves it to the device: there is never more than a block there in whole
         fully_shard(policy, **how)
-        fully_shard.state(policy)._lazy_init()  # or the first layer that `generate` calls would take itself for the root
+        fully_shard.state(
+            policy
+        )._lazy_init()  # or the first layer that `generate` calls would take itself for the root
         return policy
 
     def data_parallel(self, policy: "Policy") -> torch.nn.Module:
@@ -71,8 +88,12 @@ class World:
         if self.size == 1 or isinstance(policy, FSDPModule):
             return policy
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for broadcast_buffers, 2.11 does not know it
-            return DistributedDataParallel(policy, broadcast_buffers=False, gradient_as_bucket_view=True)  # no second copy of the gradients
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # PyTorch 2.13 has another name for broadcast_buffers, 2.11 does not know it
+            return DistributedDataParallel(
+                policy, broadcast_buffers=False, gradient_as_bucket_view=True
+            )  # no second copy of the gradients
 
     def mine(self, items: list) -> list:
         """This process's share of a list; shares differ by one at most."""
@@ -105,7 +126,11 @@ def accumulating(learner: torch.nn.Module, last: bool):
 
     DDP waits with averaging for the last. FSDP does not: what it would keep until then are whole gradients, all that it saves.
     """
-    return learner.no_sync() if isinstance(learner, DistributedDataParallel) and not last else nullcontext()
+    return (
+        learner.no_sync()
+        if isinstance(learner, DistributedDataParallel) and not last
+        else nullcontext()
+    )
 
 
 def clip_gradients(policy: torch.nn.Module, limit: float) -> float:
@@ -145,7 +170,9 @@ def reshard(policy: torch.nn.Module) -> None:
 def weights_of(policy: "Policy", rank: int) -> dict[str, torch.Tensor]:
     """The model's parameters by name, tied ones once, `collected`. RuntimeError while they are gathered: those are copies, on a GPU rounded ones."""
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-    if isinstance(policy, FSDPModule) and not all(isinstance(parameter, DTensor) for parameter in parameters.values()):
+    if isinstance(policy, FSDPModule) and not all(
+        isinstance(parameter, DTensor) for parameter in parameters.values()
+    ):
         raise RuntimeError("the policy is gathered for rollouts: reshard it first")
     return collected(parameters, rank)
 
@@ -167,5 +194,7 @@ def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
         if isinstance(parameter := parameters[i], DTensor):
             for name, value in values.items():
                 if value.shape == parameter.shape:  # a moment; Adam's step counter is not
-                    values[name] = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                    values[name] = distribute_tensor(
+                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                    )
     return state

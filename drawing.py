@@ -16,7 +16,10 @@ COLORS = {
     "red": (214, 48, 49), "green": (46, 160, 67), "blue": (45, 95, 220),
     "yellow": (240, 195, 30), "purple": (150, 60, 190), "cyan": (40, 190, 205),
 }  # fmt: skip
-GRID, CELL = 4, 16  # a picture is 4 x 4 cells of 16 pixels: one cell is one image token of tiny/ (patch 8, merge 2)
+GRID, CELL = (
+    4,
+    16,
+)  # a picture is 4 x 4 cells of 16 pixels: one cell is one image token of tiny/ (patch 8, merge 2)
 UNIT = 8  # pixels of one unit of length in a structure figure
 
 
@@ -34,14 +37,26 @@ def sprite(shape: str, color: str, size: str) -> np.ndarray:
     if shape == "cube":
         depth = side * 3 // 10
         draw.rectangle([left, top + depth, right - depth, bottom], fill=rgb)
-        draw.polygon([(left, top + depth), (left + depth, top), (right, top), (right - depth, top + depth)], fill=light)
         draw.polygon(
-            [(right - depth, top + depth), (right, top), (right, bottom - depth), (right - depth, bottom)], fill=dark
+            [(left, top + depth), (left + depth, top), (right, top), (right - depth, top + depth)],
+            fill=light,
+        )
+        draw.polygon(
+            [
+                (right - depth, top + depth),
+                (right, top),
+                (right, bottom - depth),
+                (right - depth, bottom),
+            ],
+            fill=dark,
         )
     elif shape == "sphere":
         draw.ellipse([left, top, right, bottom], fill=rgb)
         glint = side // 4
-        draw.ellipse([left + glint // 2 * 2, top + glint // 2 * 2, left + glint * 2, top + glint * 2], fill=light)
+        draw.ellipse(
+            [left + glint // 2 * 2, top + glint // 2 * 2, left + glint * 2, top + glint * 2],
+            fill=light,
+        )
     else:
         inset, cap = side // 6, side * 3 // 10
         draw.ellipse([left + inset, bottom - cap, right - inset, bottom], fill=dark)
@@ -57,7 +72,14 @@ def lit(picture: np.ndarray) -> np.ndarray:
     which a small model is slow to work out from the picture's edges.
     """
     fall = 1 - 0.28 * np.linspace(0, 1, len(picture))
-    light = np.stack([np.tile(fall, (len(fall), 1)), np.ones((len(fall), len(fall))), np.tile(fall[:, None], (1, len(fall)))], axis=-1)
+    light = np.stack(
+        [
+            np.tile(fall, (len(fall), 1)),
+            np.ones((len(fall), len(fall))),
+            np.tile(fall[:, None], (1, len(fall))),
+        ],
+        axis=-1,
+    )
     return (picture * light).round().astype(np.uint8)
 
 
@@ -84,9 +106,14 @@ def draw_figure(figure: Figure) -> Image.Image:
     for line in range(0, side, UNIT * zoom):
         draw.line([(line, 0), (line, side)], fill=(205, 205, 205), width=2)
         draw.line([(0, line), (side, line)], fill=(205, 205, 205), width=2)
-    corners = [((figure.x + x) * UNIT * zoom, side - (figure.y + y) * UNIT * zoom) for x, y in figure.corners()]
+    corners = [
+        ((figure.x + x) * UNIT * zoom, side - (figure.y + y) * UNIT * zoom)
+        for x, y in figure.corners()
+    ]
     rgb = COLORS[figure.color]
-    fill, edge = (tuple(int(c + (end - c) * share) for c in rgb) for end, share in ((255, 0.55), (0, 0.35)))
+    fill, edge = (
+        tuple(int(c + (end - c) * share) for c in rgb) for end, share in ((255, 0.55), (0, 0.35))
+    )
     if figure.shape == "strip":
         draw.line(corners[:2], fill=edge, width=10)
         for (x, y), height in itertools.product(corners[:2], range(0, 3 * UNIT * zoom, 20)):
@@ -105,6 +132,8 @@ def column_row(cell: str) -> tuple[int, int]:
 def seen_at(cell: str, view: str) -> tuple[int, int]:
     """Column and row of the picture in which a cell of the scene is seen from "center" (the front), "left" or "right"."""
     column, row = column_row(cell)
-    if view == "left":  # who stands on the left has the scene's left side before them, and its front on their right
+    if (
+        view == "left"
+    ):  # who stands on the left has the scene's left side before them, and its front on their right
         return row, GRID - 1 - column
     return (GRID - 1 - row, column) if view == "right" else (column, row)

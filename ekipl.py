@@ -42,7 +42,15 @@ import settings
 from data import reports, test_sets, training_states
 from distributed import World, accumulating, clip_gradients, collected, shared_out, weights_of
 from evaluate import answer_greedily, score
-from experts import api_counts, api_metrics, expert_specs, make_experts, parse_price, run_ahead, try_out
+from experts import (
+    api_counts,
+    api_metrics,
+    expert_specs,
+    make_experts,
+    parse_price,
+    run_ahead,
+    try_out,
+)
 from metrics import Stopwatch, step_metrics, summary, transcripts
 from policy import PackedBatch, Policy, pack
 from runs import UserError
@@ -68,22 +76,39 @@ class Config(Settings):
     )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
-    selection: str = option("top", "which G are kept: the best, or any (a control)", ("top", "random"))
+    selection: str = option(
+        "top", "which G are kept: the best, or any (a control)", ("top", "random")
+    )
     ties: str = option(
         "auto",
         "which of equal rewards are kept first: the policy's (paper's Fig. 4), or any. auto: any for the estimators is and snis, "
         "whose weights take the kept for a fair sample of the best; else the policy's",
         ("auto", "policy_first", "random"),
     )
-    temperature: float = option(1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)")
+    temperature: float = option(
+        1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)"
+    )
     # experts behind an API
-    cache: str = option("experts.sqlite", "file that keeps every answer of an API, for all runs; nothing in it is paid for again")
-    offline: bool = option(False, "answers of APIs come from the cache alone; a missing one ends the run")
+    cache: str = option(
+        "experts.sqlite",
+        "file that keeps every answer of an API, for all runs; nothing in it is paid for again",
+    )
+    offline: bool = option(
+        False, "answers of APIs come from the cache alone; a missing one ends the run"
+    )
     expert_tokens: int = option(512, "length limit of an API's answer, in its own tokens")
     expert_requests: int = option(8, "requests to an API at a time, in each process")
-    expert_deadline: float = option(60.0, "seconds a step waits for an API; a state without answer goes on with the policy's actions alone")
-    expert_failures: int = option(5, "failures in a row after which an API is left alone for two minutes")
-    price: str = option("", "USD for a million tokens of the API experts, input,output; default: the table of apis.py")
+    expert_deadline: float = option(
+        60.0,
+        "seconds a step waits for an API; a state without answer goes on with the policy's actions alone",
+    )
+    expert_failures: int = option(
+        5, "failures in a row after which an API is left alone for two minutes"
+    )
+    price: str = option(
+        "",
+        "USD for a million tokens of the API experts, input,output; default: the table of apis.py",
+    )
     # the objective (Eq 1-3, A.2)
     advantage: str = option(
         "candidates",
@@ -98,9 +123,15 @@ class Config(Settings):
     )
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
     beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
-    updates_per_batch: int = option(1, "gradient steps on each batch of actions; with 1 the ratio is always 1 and nothing is clipped")
+    updates_per_batch: int = option(
+        1,
+        "gradient steps on each batch of actions; with 1 the ratio is always 1 and nothing is clipped",
+    )
     # what is measured and kept
-    parity_every: int = option(20, "compare vLLM's log-probabilities with the policy's at the first step and every so many; 0: never")
+    parity_every: int = option(
+        20,
+        "compare vLLM's log-probabilities with the policy's at the first step and every so many; 0: never",
+    )
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
 
 
@@ -149,14 +180,29 @@ def check(config: Config, world: int, resuming: bool) -> None:
         parse_price(config.price)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if config.estimator != "uncorrected" and (silent := [name for name in experts if name.startswith("gemini:")]):
-        raise UserError(f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected")
+    if config.estimator != "uncorrected" and (
+        silent := [name for name in experts if name.startswith("gemini:")]
+    ):
+        raise UserError(
+            f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected"
+        )
     settings.check(config, world, resuming)
-    settings.must(config, 1, "num_samples", "group_size", "updates_per_batch", "expert_tokens", "expert_requests", "expert_failures")
+    settings.must(
+        config,
+        1,
+        "num_samples",
+        "group_size",
+        "updates_per_batch",
+        "expert_tokens",
+        "expert_requests",
+        "expert_failures",
+    )
     settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
     settings.above_zero(config, "temperature", "expert_deadline")
     if config.data != "blocks" and (scripted := [name for name in experts if name in ACCURACY]):
-        raise UserError(f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none")
+        raise UserError(
+            f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none"
+        )
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
         raise UserError(
@@ -173,7 +219,11 @@ def open_run(config: Config, resume: Path | None, world: World, sets: list) -> P
     path, problem = resume, None
     if world.rank == 0 and resume is None:
         try:
-            path = runs.create(config.runs, config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3], dataclasses.asdict(config))
+            path = runs.create(
+                config.runs,
+                config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3],
+                dataclasses.asdict(config),
+            )
             lines, left_out = reports(sets)
             print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
             if left_out:
@@ -189,14 +239,19 @@ def open_run(config: Config, resume: Path | None, world: World, sets: list) -> P
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
     """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
     try:  # to the CPU first: Adam's step counters have to stay there
-        trainer = torch.load(runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True)
+        trainer = torch.load(
+            runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True
+        )
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
         start, processes = trainer["step"], trainer["processes"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
         raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
     if world.rank == 0:
         if processes != world.size:
-            print(f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped", file=sys.stderr)
+            print(
+                f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped",
+                file=sys.stderr,
+            )
         for file in ("metrics.jsonl", "samples.jsonl"):
             runs.forget_after(resume / file, start)
     return start
@@ -210,7 +265,9 @@ def learning_rate(config: Config, step: int) -> float:
     warmup = max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    return (
+        config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    )
 
 
 @dataclass
@@ -221,7 +278,9 @@ class MicroBatch:
     packed: PackedBatch
     advantages: torch.Tensor  # (B, G)
     ref_logp: torch.Tensor | None  # (B, G, T)
-    old_logp: torch.Tensor | None = None  # (B, G, T); None until the policy has scored the batch for the first time
+    old_logp: torch.Tensor | None = (
+        None  # (B, G, T); None until the policy has scored the batch for the first time
+    )
     log_weights: torch.Tensor | None = None  # (B, G), log w_S
 
 
@@ -239,15 +298,28 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
     result = torch.zeros(policy_logp.shape)
     for row, group in enumerate(groups):
         own = policy_logp[row, : len(group.kept)]  # (G,)
-        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(len(own), len(group.mixture) - 1)  # (G, m)
-        proposal = grpo.mixture_logp(torch.cat([own[:, None], experts], dim=1), group.mixture)  # (G,) log q
+        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(
+            len(own), len(group.mixture) - 1
+        )  # (G, m)
+        proposal = grpo.mixture_logp(
+            torch.cat([own[:, None], experts], dim=1), group.mixture
+        )  # (G,) log q
         kept_share = grpo.selection_probability(group.rewards, min(g, len(group.actions)))  # q(S)
         proposal = grpo.selected_proposal_logp(proposal, kept_share)  # (G,) log q_S
         result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
     return result.to(old_logp.device)
 
 
-def update(config: Config, policy, reference: Policy | None, optimizer, groups: list[Group], world: World, lr: float, lap=lambda phase: None) -> dict:
+def update(
+    config: Config,
+    policy,
+    reference: Policy | None,
+    optimizer,
+    groups: list[Group],
+    world: World,
+    lr: float,
+    lap=lambda phase: None,
+) -> dict:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
     policy: as World.data_parallel returns it. Returns per-group rows of what was measured in the last update, the
@@ -255,23 +327,38 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
     lap: is told each phase that has ended (metrics.Stopwatch).
     """
     device, total = world.device, config.batch_size
-    order = sorted(range(len(groups)), key=lambda i: sum(len(action.tokens) for action in groups[i].kept_actions))
+    order = sorted(
+        range(len(groups)),
+        key=lambda i: sum(len(action.tokens) for action in groups[i].kept_actions),
+    )
     batches = []
     for start in range(0, len(order), config.micro_batch):  # similar lengths together: less padding
         chosen = [groups[i] for i in order[start : start + config.micro_batch]]
-        packed = pack([group.prompt for group in chosen], [[a.tokens for a in group.kept_actions] for group in chosen]).to(device)
+        packed = pack(
+            [group.prompt for group in chosen],
+            [[a.tokens for a in group.kept_actions] for group in chosen],
+        ).to(device)
         lap("packing")
         with torch.no_grad(), autocast(device, config.bf16):
             ref_logp = reference(packed) if reference is not None else None
         lap("reference")
-        batches.append(MicroBatch(chosen, packed, padded([group.advantages for group in chosen], 0.0).to(device), ref_logp))
+        batches.append(
+            MicroBatch(
+                chosen,
+                packed,
+                padded([group.advantages for group in chosen], 0.0).to(device),
+                ref_logp,
+            )
+        )
 
     rows, loss_sum, norms = {}, 0.0, []
     for group in optimizer.param_groups:
         group["lr"] = lr
     for _ in range(config.updates_per_batch):
         optimizer.zero_grad(set_to_none=True)
-        if config.updates_per_batch > 1 and batches[0].old_logp is None:  # pi_old is the policy before the first update
+        if (
+            config.updates_per_batch > 1 and batches[0].old_logp is None
+        ):  # pi_old is the policy before the first update
             with torch.no_grad(), autocast(device, config.bf16):
                 for batch in batches:
                     batch.old_logp = policy(batch.packed)
@@ -281,18 +368,24 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
             with accumulating(policy, last=i == len(batches) - 1):
                 with autocast(device, config.bf16):
                     logp = policy(batch.packed)  # (B, G, T)
-                if batch.old_logp is None:  # one update: pi_old is pi_theta, and the ratio is 1 with a gradient
+                if (
+                    batch.old_logp is None
+                ):  # one update: pi_old is pi_theta, and the ratio is 1 with a gradient
                     batch.old_logp = logp.detach()
                 if batch.log_weights is None:
                     batch.log_weights = log_weights(batch.groups, batch.old_logp, config.group_size)
                 if config.estimator != "uncorrected" and batch.log_weights is None:
-                    raise UserError(f"--estimator {config.estimator} needs every expert's density, and one of {config.experts} tells none")
+                    raise UserError(
+                        f"--estimator {config.estimator} needs every expert's density, and one of {config.experts} tells none"
+                    )
                 loss, stats = grpo.ekipl_loss(
                     logp, batch.old_logp, batch.ref_logp, batch.packed.action_mask, batch.advantages,
                     estimator=config.estimator, log_weights=batch.log_weights, clip_eps=config.clip_eps, beta=config.beta,
                 )  # fmt: skip
                 lap("forward")
-                (loss * world.size / total).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over groups
+                (
+                    loss * world.size / total
+                ).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over groups
                 lap("backward")
             measured.append((batch, loss.detach(), stats))
         for batch, loss, stats in measured:
@@ -303,7 +396,11 @@ def update(config: Config, policy, reference: Policy | None, optimizer, groups: 
             raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
         lap("optimizer")
-    return {"rows": [rows[id(group)] for group in groups], "loss": loss_sum, "grad_norm": sum(norms) / len(norms)}
+    return {
+        "rows": [rows[id(group)] for group in groups],
+        "loss": loss_sum,
+        "grad_norm": sum(norms) / len(norms),
+    }
 
 
 def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Tensor]) -> None:
@@ -343,29 +440,56 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
     def asked(step: int) -> list:
         """This process's states of a step."""
-        return [questions[i] for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])]
+        return [
+            questions[i]
+            for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
+        ]
 
     experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
     try_out(experts, lambda: asked(0)[0], config.num_samples)
     model = config.start
     try:
         load = dict(temperature=config.temperature, **config.pixels)
-        policy = Policy.load(runs.last_checkpoint(resume) if resume else model, gradient_checkpointing=config.gradient_checkpointing, **load)
+        policy = Policy.load(
+            runs.last_checkpoint(resume) if resume else model,
+            gradient_checkpointing=config.gradient_checkpointing,
+            **load,
+        )
         policy = world.place(policy, config.parallel, config.bf16)
-        reference = world.place(Policy.load(model, **load).requires_grad_(False), config.parallel, config.bf16) if config.beta else None
+        reference = (
+            world.place(
+                Policy.load(model, **load).requires_grad_(False), config.parallel, config.bf16
+            )
+            if config.beta
+            else None
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     path = open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
-    config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    config = dataclasses.replace(
+        config, states=len(questions)
+    )  # what there is; config.json keeps what was asked for
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
     start = restore(optimizer, resume, world) if resume else 0
     learner = world.data_parallel(policy)
 
     sampler = settings.sampler_of(config, policy, model)
-    ties = config.ties if config.ties != "auto" else ("policy_first" if config.estimator == "uncorrected" else "random")
+    ties = (
+        config.ties
+        if config.ties != "auto"
+        else ("policy_first" if config.estimator == "uncorrected" else "random")
+    )
 
-    bar = tqdm(total=config.steps, initial=start, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps,
+        initial=start,
+        desc=path.name,
+        disable=world.rank > 0,
+        dynamic_ncols=True,
+    )
     if start == 0 and config.eval_every:
         record = {"step": 0, "states": 0, **evaluate(sampler, tests, world)}
         log(path, [record], [], bar, world)
@@ -373,16 +497,26 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     for step in range(start, config.steps):
         # ---- states
         states = asked(step)
-        for ahead in range(step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)):
+        for ahead in range(
+            step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)
+        ):
             run_ahead(experts, lambda: asked(ahead), config.num_samples)
         # ---- actions and their rewards (Eq 4-7)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
-        groups = total_groups(states, sampler, experts, config.num_samples, seed, expert_seed, watch.lap)
+        groups = total_groups(
+            states, sampler, experts, config.num_samples, seed, expert_seed, watch.lap
+        )
         sampler.sleep()
-        parity = sampler.check_parity(groups) if config.parity_every and (step == start or step % config.parity_every == 0) else {}
+        parity = (
+            sampler.check_parity(groups)
+            if config.parity_every and (step == start or step % config.parity_every == 0)
+            else {}
+        )
         # ---- the top G, and their advantages (Eq 1)
-        select(groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed))
+        select(
+            groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed)
+        )
         add_expert_logps(groups, experts)
         watch.lap("selection")
         # ---- the update (Eq 2, 3)
@@ -394,7 +528,11 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         last = step + 1 == config.steps
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= step_metrics(world.gather(summary(groups, updated)))
-        record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"], "lr": lr}
+        record |= {
+            "loss": sum(world.gather([updated["loss"]])),
+            "grad_norm": updated["grad_norm"],
+            "lr": lr,
+        }
         record |= api_metrics(world.gather([api_counts(experts)]))
         record |= parity
         watch.lap("logging")
@@ -411,12 +549,16 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         watch.lap("logging")
     bar.close()
     sampler.close()
-    if world.rank == 0 and start == config.steps:  # killed after the last checkpoint, perhaps before the picture
+    if (
+        world.rank == 0 and start == config.steps
+    ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
     return path
 
 
-def save(path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World) -> None:
+def save(
+    path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World
+) -> None:
     """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
     weights, state = weights_of(policy, world.rank), collected(optimizer.state_dict(), world.rank)
     if world.rank == 0:
@@ -433,8 +575,15 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
     if groups:
         runs.append(path / "samples.jsonl", groups)
     for record in records:
-        if evaluated := {name.removeprefix("eval/"): f"{100 * value:.1f}" for name, value in record.items() if name.startswith("eval/")}:
-            bar.write(f"step {record['step']}: greedy accuracy " + "  ".join(f"{name} {value}" for name, value in evaluated.items()))
+        if evaluated := {
+            name.removeprefix("eval/"): f"{100 * value:.1f}"
+            for name, value in record.items()
+            if name.startswith("eval/")
+        }:
+            bar.write(
+                f"step {record['step']}: greedy accuracy "
+                + "  ".join(f"{name} {value}" for name, value in evaluated.items())
+            )
         if "reward" in record:
             bar.set_postfix({
                 "reward": f"{record['reward']:.2f}", "accuracy": f"{record['accuracy']:.2f}",
@@ -453,7 +602,9 @@ def command(program: str, run) -> None:
         done = run(sys.argv[1:])
     except UserError as error:
         if rank > 0:
-            time.sleep(10)  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
+            time.sleep(
+                10
+            )  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
         print(f"{program}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -69,7 +69,9 @@ class Prediction:
         return accuracy_reward(text, self.answer, self.kind, legacy) == 1.0
 
 
-def score_predictions(predictions: list[Prediction], ks: list[int] = (), legacy: bool = False) -> dict[str, float]:
+def score_predictions(
+    predictions: list[Prediction], ks: list[int] = (), legacy: bool = False
+) -> dict[str, float]:
     """Means over the questions: accuracy with its 95 % interval (low, high), exact, format, tokens, truncated, pass@k of each k."""
     accuracy = [p.accuracy(legacy) for p in predictions]
     low, high = interval(accuracy)
@@ -84,14 +86,19 @@ def score_predictions(predictions: list[Prediction], ks: list[int] = (), legacy:
         "truncated": mean(p.truncated for p in predictions),
     }
     for k in ks:
-        result[f"pass@{k}"] = mean(pass_at_k(len(p.samples), sum(p.right(text, legacy) for text in p.samples), k) for p in predictions)
+        result[f"pass@{k}"] = mean(
+            pass_at_k(len(p.samples), sum(p.right(text, legacy) for text in p.samples), k)
+            for p in predictions
+        )
     return result
 
 
 def score(states, actions: list[Action]) -> dict[str, float]:
     """`score_predictions` of one action for each state."""
     pairs = zip(states, actions, strict=True)
-    return score_predictions([Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs])
+    return score_predictions(
+        [Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs]
+    )
 
 
 def mean(values) -> float:
@@ -105,9 +112,14 @@ def interval(values: list[float], z: float = 1.96) -> tuple[float, float]:
     For rights and wrongs it is Wilson's interval itself, which does not shrink to nothing at 0 and 1; partial credit varies less.
     """
     n, p = len(values), mean(values)
-    share = mean((value - p) ** 2 for value in values) / (p * (1 - p)) if 0 < p < 1 else 1.0  # 1 for rights and wrongs
+    share = (
+        mean((value - p) ** 2 for value in values) / (p * (1 - p)) if 0 < p < 1 else 1.0
+    )  # 1 for rights and wrongs
     z2 = z * z * share
-    middle, half = (p + z2 / (2 * n)) / (1 + z2 / n), math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
+    middle, half = (
+        (p + z2 / (2 * n)) / (1 + z2 / n),
+        math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n),
+    )
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
@@ -147,17 +159,41 @@ class ModelAnswers:
             policy.temperature = 1.0
         else:
             actions = self.sampler.greedy(prompts)
-        samples = [[action.text for action in said] for said in self.sample(prompts, self.samples, "pass")] if self.samples else [[]] * len(states)
+        samples = (
+            [
+                [action.text for action in said]
+                for said in self.sample(prompts, self.samples, "pass")
+            ]
+            if self.samples
+            else [[]] * len(states)
+        )
         return [
-            Prediction(state.id, state.answer, state.kind, action.text, len(action.tokens), action.truncated, texts)
+            Prediction(
+                state.id,
+                state.answer,
+                state.kind,
+                action.text,
+                len(action.tokens),
+                action.truncated,
+                texts,
+            )
             for state, action, texts in zip(states, actions, samples, strict=True)
         ]
 
     def sample(self, prompts: list[Prompt], n: int, purpose: str) -> list[list[Action]]:
         """n actions for each prompt, which depend on its state alone and not on who is in the batch."""
         if self.sampler.seeds_each_state:
-            return self.sampler.sample(prompts, n, random.Random(f"{EVAL_SEED} {purpose}").getrandbits(62))
-        return [self.sampler.sample([prompt], n, random.Random(f"{EVAL_SEED} {purpose} {prompt.state.id}").getrandbits(62))[0] for prompt in prompts]
+            return self.sampler.sample(
+                prompts, n, random.Random(f"{EVAL_SEED} {purpose}").getrandbits(62)
+            )
+        return [
+            self.sampler.sample(
+                [prompt],
+                n,
+                random.Random(f"{EVAL_SEED} {purpose} {prompt.state.id}").getrandbits(62),
+            )[0]
+            for prompt in prompts
+        ]
 
 
 class ExpertAnswers:
@@ -171,9 +207,23 @@ class ExpertAnswers:
 
     def __call__(self, states: list[State]) -> list[Prediction | None]:
         predictions = []
-        for state, said in zip(states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True):
+        for state, said in zip(
+            states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True
+        ):
             samples = [sample.text for sample in said] if self.samples else []
-            prediction = Prediction(state.id, state.answer, state.kind, said[0].text, len(said[0].text.split()), said[0].truncated, samples) if said else None
+            prediction = (
+                Prediction(
+                    state.id,
+                    state.answer,
+                    state.kind,
+                    said[0].text,
+                    len(said[0].text.split()),
+                    said[0].truncated,
+                    samples,
+                )
+                if said
+                else None
+            )
             predictions.append(prediction)
         return predictions
 
@@ -193,13 +243,26 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
         done = {record["id"] for record in records}
     done = world.agree(done)
     missing = [state for state in states if state.id not in done]
-    bar = tqdm(total=len(states), initial=len(states) - len(missing), desc=file.stem, disable=world.rank > 0, leave=False)
+    bar = tqdm(
+        total=len(states),
+        initial=len(states) - len(missing),
+        desc=file.stem,
+        disable=world.rank > 0,
+        leave=False,
+    )
     for start in range(0, len(missing), batch * world.size):
         chunk = missing[start : start + batch * world.size]
         share = world.mine(chunk)
         predictions = world.gather(answers(share) if share else [])
         if world.rank == 0:
-            runs.append(file, [dataclasses.asdict(prediction) for prediction in predictions if prediction is not None])
+            runs.append(
+                file,
+                [
+                    dataclasses.asdict(prediction)
+                    for prediction in predictions
+                    if prediction is not None
+                ],
+            )
         bar.update(len(chunk))
     bar.close()
 
@@ -208,18 +271,31 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
     """By set, in the order of Table 1's columns. UserError if there are none."""
     files = {file.stem: file for file in directory.glob("*.jsonl")}
     order = [name for names in SETS.values() for name in names]
-    names = sorted(files, key=lambda name: (order.index(name) if name in order else len(order), name))
+    names = sorted(
+        files, key=lambda name: (order.index(name) if name in order else len(order), name)
+    )
     if not names:
         raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
     try:
-        return {name: sorted((Prediction(**record) for record in runs.read(files[name])), key=lambda p: p.id) for name in names}
+        return {
+            name: sorted(
+                (Prediction(**record) for record in runs.read(files[name])), key=lambda p: p.id
+            )
+            for name in names
+        }
     except TypeError:
         raise UserError(f"{directory} holds other lines than predictions") from None
 
 
 def questions_of(name: str, args) -> Part:
     """The first `--states` questions of a test set. ValueError or UserError if there is no such set."""
-    whole = load_set(name, argparse.Namespace(data=args.data, data_cache=args.data_cache, eval_states=args.states or 300), args.mode)
+    whole = load_set(
+        name,
+        argparse.Namespace(
+            data=args.data, data_cache=args.data_cache, eval_states=args.states or 300
+        ),
+        args.mode,
+    )
     return Part(whole, 0, min(len(whole), args.states or len(whole)))
 
 
@@ -248,61 +324,154 @@ def claim(out: Path, settings: dict) -> None:
         raise UserError(f"cannot use {out} for predictions: {error}") from None
     if found != settings:
         other = next(name for name in settings if found.get(name) != settings[name])
-        raise UserError(f"{out} holds predictions with another {other} ({found.get(other)}, not {settings[other]}): choose another --out")
+        raise UserError(
+            f"{out} holds predictions with another {other} ({found.get(other)}, not {settings[other]}): choose another --out"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the commands
 
 
 def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None:
-    ks = [2**i for i in range(10) if all(2**i <= len(p.samples) for ps in predictions.values() for p in ps)]
-    print("set                       n     accuracy  95 % interval  exact  format  tokens" + "".join(f"  pass@{k}" for k in ks))
+    ks = [
+        2**i
+        for i in range(10)
+        if all(2**i <= len(p.samples) for ps in predictions.values() for p in ps)
+    ]
+    print(
+        "set                       n     accuracy  95 % interval  exact  format  tokens"
+        + "".join(f"  pass@{k}" for k in ks)
+    )
     for name, ps in predictions.items():
         s = score_predictions(ps, ks, legacy)
         line = f"{name:24s} {s['n']:5d} {100 * s['accuracy']:9.1f} {100 * s['low']:8.1f} to{100 * s['high']:5.1f} {100 * s['exact']:6.1f} {100 * s['format']:7.1f} {s['tokens']:7.1f}"
-        print(line + "".join(f"  {100 * s[f'pass@{k}']:{4 + len(str(k))}.1f}" for k in ks), flush=True)
+        print(
+            line + "".join(f"  {100 * s[f'pass@{k}']:{4 + len(str(k))}.1f}" for k in ks), flush=True
+        )
 
 
 def answer_command(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py", description="Answers test sets with a model or an expert, saves what it says, and scores it.")
-    parser.add_argument("model", help="a directory in Hugging Face layout, such as runs/NAME/model, a hub id, or an expert's name")
-    parser.add_argument("--sets", nargs="+", default=[name for names in SETS.values() for name in names], metavar="SET")
-    parser.add_argument("--data", default="blocks", help="blocks (default), reason-rft (downloads), or the directory of a copy of Reason-RFT-CoT")
-    parser.add_argument("--data-cache", default=CACHE, help=f"where reason-rft is downloaded to (default {CACHE})")
-    parser.add_argument("--states", type=int, help="questions of each set (default: 300 of the blocks world, all of Reason-RFT-CoT)")
-    parser.add_argument("--mode", choices=MODES, default="reason", help="what the prompt asks for: answer is ANS-SFT's (default reason)")
-    parser.add_argument("--min-pixels", type=int, help="enlarge pictures to at least so many pixels, as the training did")
-    parser.add_argument("--max-pixels", type=int, help="shrink pictures to at most so many pixels, as the training did")
-    parser.add_argument("--pass-k", default="", metavar="K,K", help="also Pass@k for these k, from as many samples as the largest, at temperature 1")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of the answer that counts (default 0, greedy; Reason-RFT's own: 0.1)")
+    parser = Parser(
+        prog="evaluate.py",
+        description="Answers test sets with a model or an expert, saves what it says, and scores it.",
+    )
+    parser.add_argument(
+        "model",
+        help="a directory in Hugging Face layout, such as runs/NAME/model, a hub id, or an expert's name",
+    )
+    parser.add_argument(
+        "--sets",
+        nargs="+",
+        default=[name for names in SETS.values() for name in names],
+        metavar="SET",
+    )
+    parser.add_argument(
+        "--data",
+        default="blocks",
+        help="blocks (default), reason-rft (downloads), or the directory of a copy of Reason-RFT-CoT",
+    )
+    parser.add_argument(
+        "--data-cache", default=CACHE, help=f"where reason-rft is downloaded to (default {CACHE})"
+    )
+    parser.add_argument(
+        "--states",
+        type=int,
+        help="questions of each set (default: 300 of the blocks world, all of Reason-RFT-CoT)",
+    )
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="reason",
+        help="what the prompt asks for: answer is ANS-SFT's (default reason)",
+    )
+    parser.add_argument(
+        "--min-pixels",
+        type=int,
+        help="enlarge pictures to at least so many pixels, as the training did",
+    )
+    parser.add_argument(
+        "--max-pixels",
+        type=int,
+        help="shrink pictures to at most so many pixels, as the training did",
+    )
+    parser.add_argument(
+        "--pass-k",
+        default="",
+        metavar="K,K",
+        help="also Pass@k for these k, from as many samples as the largest, at temperature 1",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of the answer that counts (default 0, greedy; Reason-RFT's own: 0.1)",
+    )
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--rollout", choices=ROLLOUTS, default="auto", help="what generates: auto is vLLM where it can run")
+    parser.add_argument(
+        "--rollout",
+        choices=ROLLOUTS,
+        default="auto",
+        help="what generates: auto is vLLM where it can run",
+    )
     parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
-    parser.add_argument("--cache", default="experts.sqlite", help="answers of an expert behind an API (default experts.sqlite)")
-    parser.add_argument("--offline", action="store_true", help="an API's answers come from the cache alone")
-    parser.add_argument("--out", help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)")
+    parser.add_argument(
+        "--cache",
+        default="experts.sqlite",
+        help="answers of an expert behind an API (default experts.sqlite)",
+    )
+    parser.add_argument(
+        "--offline", action="store_true", help="an API's answers come from the cache alone"
+    )
+    parser.add_argument(
+        "--out",
+        help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)",
+    )
     args = parser.parse_args(argv)
     if not re.fullmatch(r"(\d+(,\d+)*)?", args.pass_k) or "0" in args.pass_k.split(","):
         raise UserError(f"--pass-k wants numbers such as 1,2,4,8, not {args.pass_k}")
     args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
-    if min(value for value in (args.states, args.min_pixels, args.max_pixels, args.max_new_tokens) if value is not None) < 1 or not 0 <= args.temperature < math.inf:
-        raise UserError("--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0")
+    if (
+        min(
+            value
+            for value in (args.states, args.min_pixels, args.max_pixels, args.max_new_tokens)
+            if value is not None
+        )
+        < 1
+        or not 0 <= args.temperature < math.inf
+    ):
+        raise UserError(
+            "--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0"
+        )
     if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
-        raise UserError(f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}")
+        raise UserError(
+            f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}"
+        )
     from ekipl import Config  # which imports this file
 
     world = World.join("auto")
     path = Path(args.model)
-    beside = path.parent / "predictions" if (path.parent / "metrics.jsonl").exists() else Path("predictions") / re.sub(r"\W+", "-", args.model).strip("-")
+    beside = (
+        path.parent / "predictions"
+        if (path.parent / "metrics.jsonl").exists()
+        else Path("predictions") / re.sub(r"\W+", "-", args.model).strip("-")
+    )
     out = Path(args.out) if args.out else beside
     try:
         sets = {name: questions_of(name, args) for name in args.sets}
-        experts = make_experts(args.model, Config(cache=args.cache, offline=args.offline)) if is_expert(args.model) else []
+        experts = (
+            make_experts(args.model, Config(cache=args.cache, offline=args.offline))
+            if is_expert(args.model)
+            else []
+        )
     except ValueError as error:
         raise UserError(str(error)) from None
     if not experts:
         try:
-            policy = Policy.load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels).to(world.device).requires_grad_(False)
+            policy = (
+                Policy.load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+                .to(world.device)
+                .requires_grad_(False)
+            )
         except ValueError as error:
             raise UserError(str(error)) from None
     problem = None
@@ -330,36 +499,56 @@ def answer_command(argv: list[str]) -> None:
         sampler.close()
     if world.rank == 0:
         found = read_predictions(out)
-        print_scores({name: [p for p in found[name] if p.id in wanted[name]] for name in sets}, args.legacy)
+        print_scores(
+            {name: [p for p in found[name] if p.id in wanted[name]] for name in sets}, args.legacy
+        )
         print(f"predictions: {out}")
 
 
 def score_command(argv: list[str]) -> None:
     parser = Parser(prog="evaluate.py score", description="Scores saved predictions again.")
-    parser.add_argument("directory", type=Path, help="of predictions, such as runs/NAME/predictions")
+    parser.add_argument(
+        "directory", type=Path, help="of predictions, such as runs/NAME/predictions"
+    )
     parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
     args = parser.parse_args(argv)
     print_scores(read_predictions(args.directory), args.legacy)
 
 
 def table_command(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py table", description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.")
-    parser.add_argument("runs", nargs="+", type=Path, help="runs, or directories of predictions; names that differ in -seedN only are one method, and equal names (of other tasks) one row")
+    parser = Parser(
+        prog="evaluate.py table",
+        description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="runs, or directories of predictions; names that differ in -seedN only are one method, and equal names (of other tasks) one row",
+    )
     parser.add_argument("--out", type=Path, required=True, help="where to write, without an ending")
     parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
     args = parser.parse_args(argv)
     results = {}
     for run in args.runs:
         directory = run / "predictions" if (run / "predictions").is_dir() else run
-        scores = {name: score_predictions(ps, legacy=args.legacy)["accuracy"] for name, ps in read_predictions(directory).items()}
+        scores = {
+            name: score_predictions(ps, legacy=args.legacy)["accuracy"]
+            for name, ps in read_predictions(directory).items()
+        }
         results.setdefault(run.name, {}).update(scores)
     text = report.table(results, args.out)
     print(text)
 
 
 def figures_command(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py figures", description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k), and their numbers.")
-    parser.add_argument("runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method")
+    parser = Parser(
+        prog="evaluate.py figures",
+        description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k), and their numbers.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method"
+    )
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
@@ -369,10 +558,19 @@ def figures_command(argv: list[str]) -> None:
     for run in args.runs:
         directory = run / "predictions" if (run / "predictions").is_dir() else run
         if list(directory.glob("*-*.jsonl")):
-            found = {name: ps for name, ps in read_predictions(directory).items() if min(len(p.samples) for p in ps)}
-            samples[run.name] = {name: [(len(p.samples), sum(map(p.right, p.samples))) for p in ps] for name, ps in found.items()}
+            found = {
+                name: ps
+                for name, ps in read_predictions(directory).items()
+                if min(len(p.samples) for p in ps)
+            }
+            samples[run.name] = {
+                name: [(len(p.samples), sum(map(p.right, p.samples))) for p in ps]
+                for name, ps in found.items()
+            }
     if not histories and not any(samples.values()):
-        raise UserError("none of these is a run with metrics, or holds predictions with samples (--pass-k)")
+        raise UserError(
+            "none of these is a run with metrics, or holds predictions with samples (--pass-k)"
+        )
     if histories:
         efficiency = report.data_efficiency(histories, args.out / "figure3.png")
         (args.out / "figure3.txt").write_text(efficiency + "\n")

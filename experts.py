@@ -89,9 +89,16 @@ class ApiExpert:
 
     def __init__(self, spec: str, cache: Cache, settings, densities: bool = False):
         self.vendor, self.model, url = apis.split_name(spec)
-        self.name, self.identity = f"{self.vendor}:{self.model}", f"{self.vendor}:{self.model}@{url}"
+        self.name, self.identity = (
+            f"{self.vendor}:{self.model}",
+            f"{self.vendor}:{self.model}@{url}",
+        )
         self.cache, self.densities, self.offline = cache, densities, settings.offline
-        self.max_tokens, self.deadline, self.patience = settings.expert_tokens, settings.expert_deadline, settings.expert_failures
+        self.max_tokens, self.deadline, self.patience = (
+            settings.expert_tokens,
+            settings.expert_deadline,
+            settings.expert_failures,
+        )
         self.price = apis.price_of(self.model, parse_price(settings.price))
         self.lock = threading.Lock()
         self.jobs: dict[str, Future] = {}  # by request, from its prefetch until its step
@@ -100,7 +107,9 @@ class ApiExpert:
         self.counts: dict[str, float] = {}
         if not self.offline:
             api = VENDORS[self.vendor]
-            self.api = api(self.model, url, apis.key_of(self.vendor, url), self.max_tokens, self.deadline)
+            self.api = api(
+                self.model, url, apis.key_of(self.vendor, url), self.max_tokens, self.deadline
+            )
             self.workers = Workers(settings.expert_requests)
 
     # ------------------------------------------------------------------------------------------ as an expert
@@ -118,7 +127,9 @@ class ApiExpert:
             found = [self.cache.get(request_id(self.content(state)), n) for state in states]
             for state, answers in zip(states, found, strict=True):
                 if len(answers) < n:
-                    raise UserError(f"--offline: {self.cache.path} has no answer {len(answers)} of {self.identity} to state {state.id}: collect it first")
+                    raise UserError(
+                        f"--offline: {self.cache.path} has no answer {len(answers)} of {self.identity} to state {state.id}: collect it first"
+                    )
             self.count(cache_hits=n * len(states))
         else:
             jobs = [self.job(state, n) for state in states]
@@ -132,10 +143,22 @@ class ApiExpert:
                 self.count(cache_hits=n if job is None else 0)
             if any(found):
                 self.answered = True
-            if without := [problem for problem, answers in zip(problems, found, strict=True) if problem and len(answers) < n]:
+            if without := [
+                problem
+                for problem, answers in zip(problems, found, strict=True)
+                if problem and len(answers) < n
+            ]:
                 self.count(states_without=len(without))
-                LOG.warning("%s: %d of %d states go on without its actions: %s", self.name, len(without), len(states), without[0])
-        return [[sample for answer in answers if (sample := self.usable(answer))] for answers in found]
+                LOG.warning(
+                    "%s: %d of %d states go on without its actions: %s",
+                    self.name,
+                    len(without),
+                    len(states),
+                    without[0],
+                )
+        return [
+            [sample for answer in answers if (sample := self.usable(answer))] for answers in found
+        ]
 
     def logp(self, state: State, action: Action) -> float | None:
         """What the API told of its own sample; other actions it is taken never to say, the approximation of A.5 for unknown densities."""
@@ -196,7 +219,12 @@ class ApiExpert:
                     reply = self.api.ask(state, missing)
                     self.cache.put(content, reply)
                     cost = apis.dollars(self.price, reply.input_tokens, reply.output_tokens)
-                    self.count(requests=1, answers=len(reply.answers), seconds=reply.seconds, **({} if cost is None else {"cost": cost}))
+                    self.count(
+                        requests=1,
+                        answers=len(reply.answers),
+                        seconds=reply.seconds,
+                        **({} if cost is None else {"cost": cost}),
+                    )
         except (ApiError, TimeoutError) as error:
             self.count(failures=1)
             self.failed(str(error))
@@ -232,7 +260,13 @@ class ApiExpert:
             if self.in_a_row < self.patience or self.off:
                 return
             self.off_until = time.monotonic() + PAUSE
-        LOG.warning("%s: switched off for %g s after %d failures in a row, the last: %s", self.name, PAUSE, self.in_a_row, reason)
+        LOG.warning(
+            "%s: switched off for %g s after %d failures in a row, the last: %s",
+            self.name,
+            PAUSE,
+            self.in_a_row,
+            reason,
+        )
 
     def count(self, **more: float) -> None:
         with self.lock:
@@ -250,7 +284,9 @@ def parse_price(text: str) -> tuple[float, float] | None:
     except ValueError:
         price = ()
     if price is not None and (len(price) != 2 or not all(0 <= part < math.inf for part in price)):
-        raise ValueError(f"--price is USD for a million tokens, input and output, such as 2.5,10; not '{text}'")
+        raise ValueError(
+            f"--price is USD for a million tokens, input and output, such as 2.5,10; not '{text}'"
+        )
     return price
 
 
@@ -271,7 +307,9 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
         elif spec in ACCURACY:
             sources.append(spec)
         else:
-            raise ValueError(f"no expert '{spec}'; there are {', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none")
+            raise ValueError(
+                f"no expert '{spec}'; there are {', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none"
+            )
     if len(set(sources)) < len(sources):
         raise ValueError(f"an expert is named twice in '{names}'")
     return specs
@@ -280,8 +318,15 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
 def make_experts(names: str, settings=None, densities: bool = False) -> list[Expert]:
     """The experts of such a list. settings: the run's (`ekipl.Config`), for API experts. densities: see `ApiExpert`."""
     specs = expert_specs(names, getattr(settings, "offline", False))
-    cache = Cache(settings.cache, read_only=settings.offline) if any(spec not in ACCURACY for spec in specs) else None
-    return [ScriptedExpert(spec) if spec in ACCURACY else ApiExpert(spec, cache, settings, densities) for spec in specs]
+    cache = (
+        Cache(settings.cache, read_only=settings.offline)
+        if any(spec not in ACCURACY for spec in specs)
+        else None
+    )
+    return [
+        ScriptedExpert(spec) if spec in ACCURACY else ApiExpert(spec, cache, settings, densities)
+        for spec in specs
+    ]
 
 
 def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
@@ -295,8 +340,14 @@ def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
             for name in ("cache_hits", "states_without"):  # the first step will count this state
                 expert.counts.pop(name, None)
             if needed and (not samples or any(sample.logp is None for sample in samples)):
-                why = "tells no log-probs" if samples else "did not answer, so that nobody knows whether it tells log-probs"
-                raise UserError(f"--estimator is and snis need every expert's density, and {expert.name} {why}: use --estimator uncorrected")
+                why = (
+                    "tells no log-probs"
+                    if samples
+                    else "did not answer, so that nobody knows whether it tells log-probs"
+                )
+                raise UserError(
+                    f"--estimator is and snis need every expert's density, and {expert.name} {why}: use --estimator uncorrected"
+                )
             if needed:
                 LOG.warning(
                     "%s: only the density of its own samples is known; q(a) is taken as alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, "
@@ -327,7 +378,9 @@ def api_metrics(shares: list[dict | None]) -> dict[str, float]:
     names = {"requests", "cache_hits", "failures", "states_without", "blocked"}.union(*shares)
     total = {name: sum(share.get(name, 0) for share in shares) for name in sorted(names)}
     seconds = total.pop("seconds", 0.0)
-    return {f"api/{name}": value for name, value in total.items()} | {"api/latency": seconds / max(1, total["requests"])}
+    return {f"api/{name}": value for name, value in total.items()} | {
+        "api/latency": seconds / max(1, total["requests"])
+    }
 
 
 if __name__ == "__main__":

@@ -30,7 +30,9 @@ ESTIMATORS = ("uncorrected", "is", "snis")  # (A), (B) and (C) of A.7
 
 MAX_LOG_RATIO = 20.0  # exp(20) = 5e8: far outside every clip range
 MAX_LOG_WEIGHT = 60.0  # exp(60 + 20) times an advantage still fits in float32
-MIN_KL_LOG_RATIO = -1e4  # k3 is linear down there: a bound for sums over tokens, wide enough to keep the pull to pi_ref
+MIN_KL_LOG_RATIO = (
+    -1e4
+)  # k3 is linear down there: a bound for sums over tokens, wide enough to keep the pull to pi_ref
 
 
 def _real(values) -> Tensor:
@@ -62,10 +64,16 @@ def group_advantages(rewards, baseline_rewards=None, eps: float = 1e-4) -> Tenso
     standard deviations; exactly 0 where b is all equal (or a single reward). ValueError on non-finite rewards.
     """
     rewards = _finite("rewards", _real(rewards)).detach()  # (..., G)
-    baseline = rewards if baseline_rewards is None else _finite("baseline_rewards", _real(baseline_rewards)).detach()
+    baseline = (
+        rewards
+        if baseline_rewards is None
+        else _finite("baseline_rewards", _real(baseline_rewards)).detach()
+    )
     wide = baseline.double()  # (..., M): a handful of numbers, so precision is free
     mean = wide.mean(-1, keepdim=True)  # (..., 1)
-    variance = (wide - mean).square().sum(-1, keepdim=True) / max(wide.shape[-1] - 1, 1)  # (..., 1), Bessel
+    variance = (wide - mean).square().sum(-1, keepdim=True) / max(
+        wide.shape[-1] - 1, 1
+    )  # (..., 1), Bessel
     advantages = (rewards - mean) / (variance.sqrt() + eps)  # (..., G)  # Eq 1
     # Compare the rewards, not the std with 0: the mean of equal rewards may be off by a rounding, which eps magnifies.
     equal = (baseline == baseline[..., :1]).all(-1, keepdim=True)  # (..., 1)
@@ -87,7 +95,9 @@ def clipped_objective(ratio, advantage, clip_eps: float) -> Tensor:
     The gradient stops where A > 0 and rho > 1 + eps, and where A < 0 and rho < 1 - eps, nowhere else.
     """
     ratio, advantage = _real(ratio), _real(advantage)
-    return torch.minimum(ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage)  # Eq 3
+    return torch.minimum(
+        ratio * advantage, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantage
+    )  # Eq 3
 
 
 def kl_to_reference(logp, ref_logp) -> Tensor:
@@ -113,14 +123,20 @@ def mixture_logp(component_logps, mixture) -> Tensor:
     logps = _real(component_logps)  # (..., m + 1)
     shares = torch.as_tensor(mixture, dtype=logps.dtype, device=logps.device)  # (m + 1,)
     if shares.shape != logps.shape[-1:]:
-        raise ValueError(f"mixture has shape {tuple(shares.shape)}, component_logps {tuple(logps.shape)}")
+        raise ValueError(
+            f"mixture has shape {tuple(shares.shape)}, component_logps {tuple(logps.shape)}"
+        )
     if not (shares >= 0).all() or abs(shares.sum().item() - 1) > 1e-4:
         raise ValueError(f"mixture must be shares that sum to 1, not {shares.tolist()}")
     if torch.isnan(logps).any() or (logps == math.inf).any():
-        raise ValueError("component_logps has NaN or +inf: every density must be known, or nothing can be corrected")
+        raise ValueError(
+            "component_logps has NaN or +inf: every density must be known, or nothing can be corrected"
+        )
     log_q = torch.logsumexp(logps + shares.log(), dim=-1)  # (...)
     if (log_q == -math.inf).any():
-        raise ValueError("component_logps: an action has probability 0 under the mixture, so it cannot have been drawn")
+        raise ValueError(
+            "component_logps: an action has probability 0 under the mixture, so it cannot have been drawn"
+        )
     return log_q
 
 
@@ -150,7 +166,10 @@ def log_importance_weights(old_logp, proposal_logp) -> Tensor:
 
     old_logp may be -inf (the policy never says this: w = 0). ValueError on NaN, on +inf, on a proposal of -inf.
     """
-    old_logp, proposal_logp = _real(old_logp).detach(), _finite("proposal_logp", _real(proposal_logp)).detach()
+    old_logp, proposal_logp = (
+        _real(old_logp).detach(),
+        _finite("proposal_logp", _real(proposal_logp)).detach(),
+    )
     if torch.isnan(old_logp).any() or (old_logp == math.inf).any():
         raise ValueError("old_logp has NaN or +inf")
     return (old_logp - proposal_logp).clamp(max=MAX_LOG_WEIGHT)
@@ -175,15 +194,21 @@ def snis_estimate(values, weights) -> Tensor:
     Weights that are all 0 give 0.
     """
     weights = _weights(weights)
-    scaled = weights / weights.amax(-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)  # no sum overflows
-    return (scaled * _real(values)).sum(-1) / scaled.sum(-1).clamp(min=torch.finfo(weights.dtype).tiny)
+    scaled = weights / weights.amax(-1, keepdim=True).clamp(
+        min=torch.finfo(weights.dtype).tiny
+    )  # no sum overflows
+    return (scaled * _real(values)).sum(-1) / scaled.sum(-1).clamp(
+        min=torch.finfo(weights.dtype).tiny
+    )
 
 
 def effective_sample_size(weights) -> Tensor:
     """A.3: ESS = (sum w)^2 / sum w^2. weights: (..., n). Returns (...): between 1 and n; 0 if all w are 0."""
     weights = _weights(weights)
     tiny = torch.finfo(weights.dtype).tiny
-    scaled = weights / weights.amax(-1, keepdim=True).clamp(min=tiny)  # ESS has no scale, and squares overflow
+    scaled = weights / weights.amax(-1, keepdim=True).clamp(
+        min=tiny
+    )  # ESS has no scale, and squares overflow
     return scaled.sum(-1).square() / scaled.square().sum(-1).clamp(min=tiny)
 
 
@@ -214,7 +239,9 @@ def _known(name: str, values, mask: Tensor) -> Tensor:
     """
     values = _real(values)
     if values.shape != mask.shape:
-        raise ValueError(f"{name} has shape {tuple(values.shape)} where {tuple(mask.shape)} is expected")
+        raise ValueError(
+            f"{name} has shape {tuple(values.shape)} where {tuple(mask.shape)} is expected"
+        )
     return _finite(name, torch.where(mask, values, 0.0))
 
 
@@ -224,8 +251,16 @@ def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def ekipl_loss(
-    logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, mask: Tensor, advantages: Tensor, *,
-    estimator: str = "uncorrected", log_weights: Tensor | None = None, clip_eps: float = 0.2, beta: float = 0.04,
+    logp: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None,
+    mask: Tensor,
+    advantages: Tensor,
+    *,
+    estimator: str = "uncorrected",
+    log_weights: Tensor | None = None,
+    clip_eps: float = 0.2,
+    beta: float = 0.04,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 3 for B groups of up to G actions, by estimator (A) "uncorrected", (B) "is" or (C) "snis".
 
@@ -255,7 +290,9 @@ def ekipl_loss(
     present = mask.any(-1)  # (B, G)
     logp = _known("logp", logp, mask)  # (B, G, T)
     old_logp = _known("old_logp", old_logp, mask).detach()  # (B, G, T)
-    ref_logp = logp.detach() if ref_logp is None else _known("ref_logp", ref_logp, mask).detach()  # (B, G, T)
+    ref_logp = (
+        logp.detach() if ref_logp is None else _known("ref_logp", ref_logp, mask).detach()
+    )  # (B, G, T)
     advantage = _known("advantages", advantages, present).detach().unsqueeze(-1)  # (B, G, 1)
 
     ratio = policy_ratio(logp, old_logp)  # (B, G, T)  # Eq 2
@@ -275,7 +312,9 @@ def ekipl_loss(
             share = present * log_w.masked_fill(~present, torch.finfo(log_w.dtype).min).softmax(-1)
     loss = -(share * objective).sum()
 
-    stopped = ((advantage > 0) & (ratio > 1 + clip_eps)) | ((advantage < 0) & (ratio < 1 - clip_eps))  # (B, G, T)
+    stopped = ((advantage > 0) & (ratio > 1 + clip_eps)) | (
+        (advantage < 0) & (ratio < 1 - clip_eps)
+    )  # (B, G, T)
     stats = {
         "objective": objective.detach(),
         "kl": _token_mean(kl.detach(), mask),
@@ -294,11 +333,15 @@ def diagnostics(objective, kl, clip_fraction, weights, sources: list[str]) -> di
     ValueError on non-finite values, on lengths that differ and on n = 0.
     """
     columns = {"clip_fraction": clip_fraction, "kl": kl, "objective": objective}
-    columns = {name: _finite(name, _real(values).detach().double()) for name, values in columns.items()}  # (n,) each
+    columns = {
+        name: _finite(name, _real(values).detach().double()) for name, values in columns.items()
+    }  # (n,) each
     if weights is not None:
         columns["weights"] = _weights(weights).detach().double()
     if not sources or any(values.shape != (len(sources),) for values in columns.values()):
-        raise ValueError(f"{len(sources)} sources for {({name: tuple(v.shape) for name, v in columns.items()})}")
+        raise ValueError(
+            f"{len(sources)} sources for { ({name: tuple(v.shape) for name, v in columns.items()}) }"
+        )
 
     report = {}
     for source in [None, *dict.fromkeys(sources)]:
@@ -310,9 +353,13 @@ def diagnostics(objective, kl, clip_fraction, weights, sources: list[str]) -> di
             w = columns["weights"][rows]  # (n of this source,)
             ess = effective_sample_size(w).item()
             report["ess" + suffix], report["ess_share" + suffix] = ess, ess / len(rows)
-            report["weight_var" + suffix] = w.var(correction=0).item()  # 1 / ess_share = 1 + variance / mean^2
+            report["weight_var" + suffix] = w.var(
+                correction=0
+            ).item()  # 1 / ess_share = 1 + variance / mean^2
             report["weight_q95" + suffix] = w.quantile(0.95).item()
     if weights is not None:
         report["tv"] = total_variation(columns["weights"]).item()
-        report["bias_bound"] = bias_bound(columns["objective"].abs().max().item(), report["tv"])  # Eq 10
+        report["bias_bound"] = bias_bound(
+            columns["objective"].abs().max().item(), report["tv"]
+        )  # Eq 10
     return report

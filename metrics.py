@@ -31,7 +31,9 @@ class Stopwatch:
         seconds: dict[str, float] = {}
         for (_, before), (phase, now) in pairwise(self.marks):
             name = f"seconds/{phase}"
-            passed = before.elapsed_time(now) / 1000 if self.device.type == "cuda" else now - before  # events tell milliseconds
+            passed = (
+                before.elapsed_time(now) / 1000 if self.device.type == "cuda" else now - before
+            )  # events tell milliseconds
             seconds[name] = seconds.get(name, 0.0) + passed
         self.marks = self.marks[-1:]
         return seconds
@@ -63,7 +65,13 @@ def summary(groups: list[Group], row: dict) -> list[dict]:
 
 def step_metrics(groups: list[dict]) -> dict[str, float]:
     """One step's figures from the summaries of all its groups."""
-    flat = [(source, *values) for g in groups for source, *values in zip(g["sources"], g["format"], g["accuracy"], g["tokens"], g["truncated"], strict=True)]
+    flat = [
+        (source, *values)
+        for g in groups
+        for source, *values in zip(
+            g["sources"], g["format"], g["accuracy"], g["tokens"], g["truncated"], strict=True
+        )
+    ]
 
     def mean(values) -> float:
         values = [float(value) for value in values]
@@ -77,7 +85,12 @@ def step_metrics(groups: list[dict]) -> dict[str, float]:
         "format": mean(f for f, _, _, _ in own),
         "tokens": mean(t for _, _, t, _ in own),
         "truncated": mean(t for *_, t in own),
-        "reward_std": mean(torch.tensor([f + a for f, a in zip(g["format"], g["accuracy"], strict=True)]).std(correction=min(1, len(g["format"]) - 1)) for g in groups),
+        "reward_std": mean(
+            torch.tensor([f + a for f, a in zip(g["format"], g["accuracy"], strict=True)]).std(
+                correction=min(1, len(g["format"]) - 1)
+            )
+            for g in groups
+        ),
         "kept_reward": mean(g["format"][i] + g["accuracy"][i] for g in groups for i in g["kept"]),
         "expert_share": mean(source != POLICY for source in kept),  # Fig. 4
         "dead_groups": mean(not any(g["advantages"]) for g in groups),
@@ -87,7 +100,9 @@ def step_metrics(groups: list[dict]) -> dict[str, float]:
         result[f"share/{name}"] = mean(source == name for source in kept)
     columns = [sum((g[name] for g in groups), []) for name in ("objective", "kl", "clip_fraction")]
     known = all(g["weights"] is not None for g in groups)
-    return result | grpo.diagnostics(*columns, sum((g["weights"] for g in groups), []) if known else None, kept)
+    return result | grpo.diagnostics(
+        *columns, sum((g["weights"] for g in groups), []) if known else None, kept
+    )
 
 
 def transcripts(step: int, groups: list[Group]) -> list[dict]:

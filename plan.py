@@ -16,7 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedConfig, Qwen2VLConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    PreTrainedConfig,
+    Qwen2VLConfig,
+)
 
 from runs import UserError
 from settings import Settings
@@ -52,10 +58,22 @@ class Row:
 
 def published(size: str) -> Qwen2VLConfig:
     """Qwen2-VL-2B or 7B, by the config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct."""
-    hidden, intermediate, heads, key_heads, words = {"2B": (1536, 8960, 12, 2, 151936), "7B": (3584, 18944, 28, 4, 152064)}[size]
+    hidden, intermediate, heads, key_heads, words = {
+        "2B": (1536, 8960, 12, 2, 151936),
+        "7B": (3584, 18944, 28, 4, 152064),
+    }[size]
     text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=key_heads,
                 vocab_size=words, max_position_embeddings=32768)  # fmt: skip
-    vision = dict(depth=32, embed_dim=1280, hidden_size=hidden, num_heads=16, mlp_ratio=4, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
+    vision = dict(
+        depth=32,
+        embed_dim=1280,
+        hidden_size=hidden,
+        num_heads=16,
+        mlp_ratio=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "2B")
 
 
@@ -64,9 +82,13 @@ def described(path: str) -> tuple[PreTrainedConfig, int]:
     if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", path):
         return published(known[1]), 12845056  # preprocessor_config.json
     try:
-        return AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(path).image_processor.size["longest_edge"]
+        return AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(
+            path
+        ).image_processor.size["longest_edge"]
     except (OSError, ValueError) as error:
-        raise UserError(f"cannot read the config of {path!r}: {str(error).splitlines()[0]}") from None
+        raise UserError(
+            f"cannot read the config of {path!r}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def sizes(config: PreTrainedConfig) -> Sizes:
@@ -74,9 +96,15 @@ def sizes(config: PreTrainedConfig) -> Sizes:
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     total, layers, block = (
-        sum(parameter.numel() for parameter in part.parameters()) for part in (model, model.model.language_model.layers, model.model.visual.blocks)
+        sum(parameter.numel() for parameter in part.parameters())
+        for part in (model, model.model.language_model.layers, model.model.visual.blocks)
     )
-    return Sizes(total, layers // config.text_config.num_hidden_layers, block // config.vision_config.depth, total - layers - block)
+    return Sizes(
+        total,
+        layers // config.text_config.num_hidden_layers,
+        block // config.vision_config.depth,
+        total - layers - block,
+    )
 
 
 # ---------------------------------------------------------------------------------------------- activations
@@ -108,26 +136,37 @@ def kept_by_layer(config, batch: MicroBatch, half: bool, sharded: bool) -> tuple
     attention = text.hidden_size * (4 * B * P + 2 * A * T + 2 * A * (P + T))
     mlp = 4 * text.intermediate_size * batch.N  # gate, its SiLU, up, their product
     if not half:
-        norms = 7 * 4  # two norms: input, normalised, output, which linear layers keep; and the input of o_proj
+        norms = (
+            7 * 4
+        )  # two norms: input, normalised, output, which linear layers keep; and the input of o_proj
     elif sharded:
         norms = 2 * 4 + 5 * 2  # inputs of norms are taken to float32
     else:
         norms = 4 * 4 + 6 * 2  # inputs and normalised; the inputs of q, k, v, o, gate, up
     hidden = 2 if half and sharded else 4
-    return (2 if half else 4) * (attention + mlp) + norms * text.hidden_size * batch.N, hidden * text.hidden_size * batch.N
+    return (2 if half else 4) * (
+        attention + mlp
+    ) + norms * text.hidden_size * batch.N, hidden * text.hidden_size * batch.N
 
 
 def kept_by_block(config, batch: MicroBatch, half: bool) -> tuple[float, float]:
     """The same of a block of the vision tower: inputs and outputs of two norms, queries, keys, all of qkv, outputs twice, and the MLP's."""
     vision = config.vision_config
     if config.model_type == "qwen2_vl":
-        width, mlp = vision.embed_dim, 3 * vision.embed_dim * vision.mlp_ratio  # QuickGELU: its input, the sigmoid, their product
+        width, mlp = (
+            vision.embed_dim,
+            3 * vision.embed_dim * vision.mlp_ratio,
+        )  # QuickGELU: its input, the sigmoid, their product
     else:
         width, mlp = vision.hidden_size, 4 * vision.intermediate_size
-    return (2 if half else 4) * (11 * width + mlp) * batch.patches, (2 if half else 4) * width * batch.patches
+    return (2 if half else 4) * (11 * width + mlp) * batch.patches, (
+        2 if half else 4
+    ) * width * batch.patches
 
 
-def activations(config, batch: MicroBatch, half: bool, sharded: bool, checkpointing: bool) -> tuple[float, float]:
+def activations(
+    config, batch: MicroBatch, half: bool, sharded: bool, checkpointing: bool
+) -> tuple[float, float]:
     """Bytes kept of a whole forward pass, and the most that comes and goes beside them in the backward pass.
 
     That is the logits of a chunk, or later the gradients of a layer's MLP, with checkpointing together with the layer computed again.
@@ -135,12 +174,18 @@ def activations(config, batch: MicroBatch, half: bool, sharded: bool, checkpoint
     layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
     layer, layer_input = kept_by_layer(config, batch, half, sharded)
     block, block_input = kept_by_block(config, batch, half)
-    mask = (2 if half else 4) * batch.B * batch.G * batch.T * (batch.P + batch.T)  # the same in all layers
+    mask = (
+        (2 if half else 4) * batch.B * batch.G * batch.T * (batch.P + batch.T)
+    )  # the same in all layers
     logits = BYTES_OF_A_LOGIT * LOGIT_CHUNK * config.text_config.vocab_size
     gradients = 3 * (2 if half else 4) * config.text_config.intermediate_size * batch.N
-    ends = block + 6 * 4 * config.text_config.hidden_size * batch.N  # patches, merger, embeddings, last norm, the hidden states that predict
+    ends = (
+        block + 6 * 4 * config.text_config.hidden_size * batch.N
+    )  # patches, merger, embeddings, last norm, the hidden states that predict
     if checkpointing:
-        return layers * layer_input + blocks * block_input + mask + ends, max(logits, layer + gradients, block)
+        return layers * layer_input + blocks * block_input + mask + ends, max(
+            logits, layer + gradients, block
+        )
     return layers * layer + blocks * block + mask + ends, max(logits, gradients)
 
 
@@ -154,11 +199,21 @@ def micro_batch(config: Settings, model, longest_edge: int, processes: int) -> M
     if config.data == "blocks":
         pixels = min(pixels, max(64 * 64, config.min_pixels))
     images = 2 if config.task == "transformation" else 1
-    patches = images * (pixels // (vision.patch_size * vision.spatial_merge_size) ** 2) * vision.spatial_merge_size**2
+    patches = (
+        images
+        * (pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
+        * vision.spatial_merge_size**2
+    )
     share = -(-config.batch_size // processes)
     B = min(config.micro_batch, share)
     words = WORDS if config.data != "blocks" else WORDS // 4
-    return MicroBatch(B, patches // vision.spatial_merge_size**2 + words, getattr(config, "group_size", 1), config.max_new_tokens, B * patches)
+    return MicroBatch(
+        B,
+        patches // vision.spatial_merge_size**2 + words,
+        getattr(config, "group_size", 1),
+        config.max_new_tokens,
+        B * patches,
+    )
 
 
 def memory(config: Settings, model, batch: MicroBatch, processes: int, half: bool) -> list[Row]:
@@ -167,29 +222,55 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
     sharded = config.parallel == "fsdp" and processes > 1
     mine = count.total / (processes if sharded else 1)  # parameters
     c = 2 if half else 4
-    rows = [Row("policy, float32", 4 * mine, 4 * mine, 4 * mine), Row("gradients, float32", 4 * mine, 4 * mine, 4 * mine)]
+    rows = [
+        Row("policy, float32", 4 * mine, 4 * mine, 4 * mine),
+        Row("gradients, float32", 4 * mine, 4 * mine, 4 * mine),
+    ]
     rows += [Row("AdamW, two moments, float32", 8 * mine, 8 * mine, 8 * mine)]
     if getattr(config, "beta", 0):
         rows += [Row("reference, float32", 4 * mine, 4 * mine, 4 * mine)]
     if sharded:
         # Embeddings and head: gathered, with a gradient until the end of the backward pass. A layer and the next: gathered; one with its gradient
         # and the float32 buffer from which it is summed.
-        rows += [Row("gathered parameters and their gradients", learning=2 * c * count.rest + (3 * c + 4) * count.layer)]
+        rows += [
+            Row(
+                "gathered parameters and their gradients",
+                learning=2 * c * count.rest + (3 * c + 4) * count.layer,
+            )
+        ]
     elif half:
         rows += [Row("weights as autocast copies them, bfloat16", learning=2 * count.total)]
     kept, passing = activations(model, batch, half, sharded, config.gradient_checkpointing)
-    rows += [Row("activations", learning=kept), Row("logits, or a layer in its backward pass", learning=passing), Row("roots of the second moments", step=4 * mine)]
+    rows += [
+        Row("activations", learning=kept),
+        Row("logits, or a layer in its backward pass", learning=passing),
+        Row("roots of the second moments", step=4 * mine),
+    ]
 
     width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
     token = 2 * c * width * text.num_hidden_layers  # keys and values
     actions = -(-config.batch_size // processes) * getattr(config, "num_samples", 1)
     if config.rollout == "transformers":
         if sharded or half:
-            rows += [Row(f"all parameters, {'bfloat16' if half else 'float32'}", generating=c * count.total)]
-        rows += [Row("keys and values", generating=token * min(ROWS, actions) * (batch.P + batch.T))]
+            rows += [
+                Row(
+                    f"all parameters, {'bfloat16' if half else 'float32'}",
+                    generating=c * count.total,
+                )
+            ]
+        rows += [
+            Row("keys and values", generating=token * min(ROWS, actions) * (batch.P + batch.T))
+        ]
     else:
-        rows += [Row(f"vLLM: weights, {'bfloat16' if half else 'float32'}", generating=c * count.total)]
-        rows += [Row("vLLM: keys and values, at least", generating=token * (batch.P + config.max_new_tokens))]
+        rows += [
+            Row(f"vLLM: weights, {'bfloat16' if half else 'float32'}", generating=c * count.total)
+        ]
+        rows += [
+            Row(
+                "vLLM: keys and values, at least",
+                generating=token * (batch.P + config.max_new_tokens),
+            )
+        ]
     return rows
 
 
@@ -201,14 +282,23 @@ def totals(rows: list[Row]) -> list[float]:
 def short_of(config: Settings, gigabytes: float, processes: int) -> float:
     """How many bytes are missing at the worst moment; below 0: what is left."""
     model, longest_edge = described(config.start)
-    rows = memory(config, model, micro_batch(config, model, longest_edge, processes), processes, config.bf16)
+    rows = memory(
+        config, model, micro_batch(config, model, longest_edge, processes), processes, config.bf16
+    )
     return max(totals(rows)) - (1 - MARGIN) * gigabytes * GB
 
 
 def remedy(config: Settings, gigabytes: float, processes: int) -> str:
     """Flags with which it fits, the fewest and cheapest of these, one after the other; "" if none helps."""
-    changes = [("--micro-batch 1", dict(micro_batch=1)), ("--gradient-checkpointing", dict(gradient_checkpointing=True))]
-    changes += [("--parallel fsdp", dict(parallel="fsdp"))] if processes > 1 and config.batch_size % processes == 0 else []
+    changes = [
+        ("--micro-batch 1", dict(micro_batch=1)),
+        ("--gradient-checkpointing", dict(gradient_checkpointing=True)),
+    ]
+    changes += (
+        [("--parallel fsdp", dict(parallel="fsdp"))]
+        if processes > 1 and config.batch_size % processes == 0
+        else []
+    )
     changes += [("--beta 0 (no KL term)", dict(beta=0.0))] if getattr(config, "beta", 0) else []
     said = []
     for text, change in changes:
@@ -240,8 +330,13 @@ def report(config: Settings) -> str:
         "",
         f"{'GB of one GPU':44}" + "".join(f"{name:>14}" for name in PHASES.values()),
     ]
-    figures = [(row.name, [row.generating, row.learning, row.step]) for row in rows] + [("sum", totals(rows))]
-    lines += [f"{name:44}" + "".join(f"{value / GB:14.2f}" if value else f"{'-':>14}" for value in values) for name, values in figures]
+    figures = [(row.name, [row.generating, row.learning, row.step]) for row in rows] + [
+        ("sum", totals(rows))
+    ]
+    lines += [
+        f"{name:44}" + "".join(f"{value / GB:14.2f}" if value else f"{'-':>14}" for value in values)
+        for name, values in figures
+    ]
     short = short_of(config, gigabytes, processes)
     lines += [""]
     if short > 0:
@@ -249,10 +344,20 @@ def report(config: Settings) -> str:
         lines += [f"does not fit: {short / GB:.1f} GB too much for {gigabytes:g} GB less {MARGIN:.0%}; " + (
             f"it fits with {help}" if help else "more GPUs with --parallel fsdp, larger ones, or a smaller model")]  # fmt: skip
     else:
-        lines += [f"fits: {-short / GB:.1f} GB of {gigabytes:g} GB less {MARGIN:.0%} are left at the worst moment"]
+        lines += [
+            f"fits: {-short / GB:.1f} GB of {gigabytes:g} GB less {MARGIN:.0%} are left at the worst moment"
+        ]
     if config.rollout != "transformers":
         left = (1 - MARGIN) * gigabytes * GB - totals(rows)[0]
-        lines += [f"vLLM may have what is left while generating, {left / GB:.1f} GB more of keys and values"] if left > 0 else []
+        lines += (
+            [
+                f"vLLM may have what is left while generating, {left / GB:.1f} GB more of keys and values"
+            ]
+            if left > 0
+            else []
+        )
     host = (4 + (4 + 8) * (config.parallel == "fsdp" and processes > 1)) * sizes(model).total
-    lines += [f"in the memory of the machine: {4 * sizes(model).total / GB:.0f} GB for each GPU while weights are loaded; {host / GB:.0f} in the first while it saves"]
+    lines += [
+        f"in the memory of the machine: {4 * sizes(model).total / GB:.0f} GB for each GPU while weights are loaded; {host / GB:.0f} in the first while it saves"
+    ]
     return "\n".join(lines)

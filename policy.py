@@ -39,7 +39,10 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from attention import SHARED_PREFIX, SharedPrefix
 from data import State
 
-SUPPORTED = ("qwen2_vl", "qwen2_5_vl")  # model families whose positions and image features work as used below
+SUPPORTED = (
+    "qwen2_vl",
+    "qwen2_5_vl",
+)  # model families whose positions and image features work as used below
 
 
 @dataclass
@@ -70,7 +73,9 @@ class PackedBatch:
     predict_at: torch.Tensor  # (M,), the place in the row whose output predicts a token
     predicted: torch.Tensor  # (M,), that token
     token_at: torch.Tensor  # (B, G, T), which of the M it is; equal actions of a state share theirs
-    action_mask: torch.Tensor  # (B, G, T) bool, False where a state has fewer actions or an action fewer tokens
+    action_mask: (
+        torch.Tensor
+    )  # (B, G, T) bool, False where a state has fewer actions or an action fewer tokens
 
     def to(self, device: torch.device | str) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -102,7 +107,9 @@ def pack(prompts: list[Prompt], actions: list[list[list[int]]]) -> PackedBatch:
         prompt_at.append(torch.arange(end, end + P))
         end += P
         last = end - 1  # the prompt's last token predicts every action's first
-        start = int(prompt.position_ids.max()) + 1  # an image's positions span a grid, so the largest one is not P - 1
+        start = (
+            int(prompt.position_ids.max()) + 1
+        )  # an image's positions span a grid, so the largest one is not P - 1
         scored = {}  # the first one of equal actions: where its tokens are among those to predict
         for g, action in enumerate(map(tuple, group)):
             n = len(action)
@@ -190,29 +197,49 @@ class Policy(nn.Module):
         try:
             config = AutoConfig.from_pretrained(path)
             if config.model_type not in SUPPORTED:
-                raise ValueError(f"its model type is {config.model_type!r}, we train {' and '.join(SUPPORTED)}")
+                raise ValueError(
+                    f"its model type is {config.model_type!r}, we train {' and '.join(SUPPORTED)}"
+                )
             text = config.text_config
-            text.attention_dropout = 0.0  # the ratio of Eq 2 compares two passes: they must not differ by chance
+            text.attention_dropout = (
+                0.0  # the ratio of Eq 2 compares two passes: they must not differ by chance
+            )
             if any(layer != "full_attention" for layer in text.layer_types):
-                raise ValueError("it has sliding-window attention, which attention.py does not know")
+                raise ValueError(
+                    "it has sliding-window attention, which attention.py does not know"
+                )
             processor = AutoProcessor.from_pretrained(path)
             model, info = AutoModelForImageTextToText.from_pretrained(
                 path,
                 config=config,
                 dtype=dtype,
-                attn_implementation={"": SHARED_PREFIX, "text_config": SHARED_PREFIX, "vision_config": "sdpa"},
+                attn_implementation={
+                    "": SHARED_PREFIX,
+                    "text_config": SHARED_PREFIX,
+                    "vision_config": "sdpa",
+                },
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
             # Hugging Face would leave these random, with a warning.
             if bad := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
-                raise ValueError(f"{len(bad)} weights are missing or of another shape, e.g. {min(bad)}")
+                raise ValueError(
+                    f"{len(bad)} weights are missing or of another shape, e.g. {min(bad)}"
+                )
         except (OSError, ValueError, SafetensorError) as error:
-            where = "" if Path(path).is_dir() else " (no directory here, so taken as a model of the hub)"
+            where = (
+                ""
+                if Path(path).is_dir()
+                else " (no directory here, so taken as a model of the hub)"
+            )
             reason = textwrap.shorten(str(error), width=240)  # theirs can fill a screen
-            raise ValueError(f"cannot load a vision-language model from {str(path)!r}{where}: {reason}") from error
+            raise ValueError(
+                f"cannot load a vision-language model from {str(path)!r}{where}: {reason}"
+            ) from error
         size = dict(processor.image_processor.size)
-        size["shortest_edge"] = min_pixels or size["shortest_edge"]  # edges by name, areas by meaning
+        size["shortest_edge"] = (
+            min_pixels or size["shortest_edge"]
+        )  # edges by name, areas by meaning
         size["longest_edge"] = max_pixels or size["longest_edge"]
         processor.image_processor.size = size
         if gradient_checkpointing:
@@ -226,14 +253,18 @@ class Policy(nn.Module):
 
     def prompt_text(self, state: State) -> str:
         """The prompt as text, one image token per image (vLLM expands them itself, `encode` has them expanded)."""
-        return self.processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+        return self.processor.apply_chat_template(
+            state.messages(), tokenize=False, add_generation_prompt=True
+        )
 
     def encode(self, states: list[State]) -> list[Prompt]:
         """Tokenise, resize and cut into patches: what need not be done again when a state is seen again."""
         prompts = []
         for state in states:
             inputs = self.processor(
-                text=[self.prompt_text(state)], images=list(state.images) or None, return_tensors="pt"
+                text=[self.prompt_text(state)],
+                images=list(state.images) or None,
+                return_tensors="pt",
             )
             position_ids, _ = self.model.model.get_rope_index(
                 inputs["input_ids"],
@@ -258,21 +289,29 @@ class Policy(nn.Module):
         """
         hidden = self._hidden(batch).index_select(0, batch.predict_at)  # (M, H)
         chunks = zip(hidden.split(self.logit_chunk), batch.predicted.split(self.logit_chunk))
-        if torch.is_grad_enabled():  # compute a chunk's logits again in backward rather than keep them
+        if (
+            torch.is_grad_enabled()
+        ):  # compute a chunk's logits again in backward rather than keep them
             logp = [checkpoint(self._token_logp, h, ids, use_reentrant=False) for h, ids in chunks]
         else:
             logp = [self._token_logp(h, ids) for h, ids in chunks]
-        logp = torch.cat(logp).index_select(0, batch.token_at.flatten()).view(batch.token_at.shape)  # (B, G, T)
+        logp = (
+            torch.cat(logp).index_select(0, batch.token_at.flatten()).view(batch.token_at.shape)
+        )  # (B, G, T)
         return logp.masked_fill(~batch.action_mask, 0.0)
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The last hidden states of the row, (N, H)."""
         embeds = self.model.get_input_embeddings()(batch.input_ids)  # (N, H)
         if batch.pixel_values is not None:
-            features = self.model.model.get_image_features(batch.pixel_values, batch.image_grid_thw).pooler_output
+            features = self.model.model.get_image_features(
+                batch.pixel_values, batch.image_grid_thw
+            ).pooler_output
             features = torch.cat(tuple(features)).to(embeds.dtype)  # (image tokens, H)
             # Of the prompt only: an action that holds an image token must not shift the features of the next state.
-            is_image = (batch.input_ids == self.model.config.image_token_id) & batch.layout.in_prompt
+            is_image = (
+                batch.input_ids == self.model.config.image_token_id
+            ) & batch.layout.in_prompt
             embeds = embeds.masked_scatter(is_image[:, None], features)
         # A mapping is taken as it is. use_cache=False: a KV cache is memory for nothing, and stops checkpointing.
         return self.model.model(
@@ -284,14 +323,18 @@ class Policy(nn.Module):
 
     def _token_logp(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """log softmax(logits / temperature) over the allowed tokens, at ids: (n, H), (n,) -> (n,) float32."""
-        logits = self.model.get_output_embeddings()(hidden).float()  # (n, V); of 152k words each copy costs as much as the product
+        logits = self.model.get_output_embeddings()(
+            hidden
+        ).float()  # (n, V); of 152k words each copy costs as much as the product
         logits = logits.div_(self.temperature).index_fill_(1, self.suppressed_ids, -torch.inf)
         return -F.cross_entropy(logits, ids, reduction="none")
 
     def _suppressed_ids(self) -> torch.Tensor:
         """Ids that no response holds: all special tokens but EOS, and those that the tokenizer does not know."""
         added = self.tokenizer.added_tokens_decoder
-        special = set(self.tokenizer.all_special_ids) | {i for i, token in added.items() if token.special}
+        special = set(self.tokenizer.all_special_ids) | {
+            i for i, token in added.items() if token.special
+        }
         special |= {self.model.config.image_token_id, self.model.config.video_token_id}
         allowed = set(self.tokenizer.get_vocab().values()) - special | {self.eos_id}
         size = self.model.get_output_embeddings().weight.shape[0]

@@ -50,14 +50,26 @@ def table(results: dict[str, dict[str, float]], out: Path) -> str:
         return text if len(values) == 1 else f"{text} ± {100 * statistics.stdev(values):.1f}"
 
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    lines += [f"| {method} | " + " | ".join(cell(found.get(column)) for column in columns) + " |" for method, found in methods.items()]
-    lines += ["", "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean of the task's columns."]
+    lines += [
+        f"| {method} | " + " | ".join(cell(found.get(column)) for column in columns) + " |"
+        for method, found in methods.items()
+    ]
+    lines += [
+        "",
+        "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean of the task's columns.",
+    ]
     text = "\n".join(lines) + "\n"
     out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{out}.md").write_text(text)
     with open(f"{out}.csv", "w", newline="") as file:
         rows = [
-            (method, column, f"{statistics.fmean(values):.5f}", f"{statistics.stdev(values):.5f}" if len(values) > 1 else "", len(values))
+            (
+                method,
+                column,
+                f"{statistics.fmean(values):.5f}",
+                f"{statistics.stdev(values):.5f}" if len(values) > 1 else "",
+                len(values),
+            )
             for method, found in methods.items()
             for column, values in found.items()
         ]
@@ -76,7 +88,11 @@ def mean_curve(curves: list[list[tuple[int, float]]]) -> list[tuple[int, float]]
 
 def legend(figure) -> None:
     """One for all panels, beside them, where it hides nothing."""
-    entries = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    entries = {
+        label: handle
+        for axis in figure.axes
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+    }
     if entries:
         figure.legend(entries.values(), entries.keys(), loc="outside right upper", fontsize=8)
 
@@ -95,14 +111,33 @@ def share_to_reach(curve: list[tuple[int, float]], target: float) -> float | Non
 def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
     """Figure 3: greedy accuracy on each test set against the states seen. Says after which share of them each method with experts
     reaches the end of the one without."""
-    tests = list(dict.fromkeys(key for history in histories.values() for record in history for key in record if key.startswith("eval/")))
+    tests = list(
+        dict.fromkeys(
+            key
+            for history in histories.values()
+            for record in history
+            for key in record
+            if key.startswith("eval/")
+        )
+    )
     methods: dict[str, list[list[dict]]] = {}
     for run, history in histories.items():
         methods.setdefault(method_of(run), []).append(history)
-    shares = {name: [r["expert_share"] for history in found for r in history if "expert_share" in r] for name, found in methods.items()}
-    alone = [name for name, found in shares.items() if found and not any(found)]  # GRPO; SFT has no groups
+    shares = {
+        name: [r["expert_share"] for history in found for r in history if "expert_share" in r]
+        for name, found in methods.items()
+    }
+    alone = [
+        name for name, found in shares.items() if found and not any(found)
+    ]  # GRPO; SFT has no groups
     helped = [name for name, found in shares.items() if any(found)]
-    figure, axes = plt.subplots(1, max(1, len(tests)), figsize=(5 * max(1, len(tests)), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(tests)),
+        figsize=(5 * max(1, len(tests)), 4),
+        layout="constrained",
+        squeeze=False,
+    )
     said = []
     for axis, test in zip(axes[0], tests, strict=False):
         means = {}
@@ -114,15 +149,21 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
             means[method] = mean_curve(curves)
             (line,) = axis.plot(*zip(*means[method], strict=True), "o-", label=method)
             for curve in curves if len(curves) > 1 else []:
-                axis.plot(*zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1)
+                axis.plot(
+                    *zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1
+                )
         name = test.removeprefix("eval/")
         for base in (method for method in alone if method in means):
             target = means[base][-1][1]
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
             for method in (method for method in means if method in helped):
                 share = share_to_reach(means[method], target)
-                reached = f"after {100 * share:.0f} % of its states" if share is not None else "never"
-                said.append(f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}")
+                reached = (
+                    f"after {100 * share:.0f} % of its states" if share is not None else "never"
+                )
+                said.append(
+                    f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}"
+                )
         axis.set(title=name, xlabel="states seen", ylabel="greedy accuracy")
         axis.grid(alpha=0.3)
     legend(figure)
@@ -139,16 +180,36 @@ def sources(histories: dict[str, list[dict]], out: Path) -> None:
     methods: dict[str, list[list[dict]]] = {}
     for run, history in histories.items():
         if any(r.get("expert_share") for r in history):
-            methods.setdefault(method_of(run), []).append([r for r in history if "expert_share" in r])
-    figure, axes = plt.subplots(1, max(1, len(methods)), figsize=(6 * max(1, len(methods)), 4), layout="constrained", squeeze=False)
+            methods.setdefault(method_of(run), []).append(
+                [r for r in history if "expert_share" in r]
+            )
+    figure, axes = plt.subplots(
+        1,
+        max(1, len(methods)),
+        figsize=(6 * max(1, len(methods)), 4),
+        layout="constrained",
+        squeeze=False,
+    )
     for axis, (method, found) in zip(axes[0], methods.items(), strict=False):
         steps = range(min(map(len, found)))
         names = list(dict.fromkeys(key for r in found[0] for key in r if key.startswith("share/")))
-        shares = {name: smooth([statistics.fmean(history[i].get(name, 0.0) for history in found) for i in steps]) for name in names}
+        shares = {
+            name: smooth(
+                [statistics.fmean(history[i].get(name, 0.0) for history in found) for i in steps]
+            )
+            for name in names
+        }
         own = [1 - sum(values[i] for values in shares.values()) for i in steps]
         labels = ["policy", *(name.removeprefix("share/") for name in names)]
-        axis.stackplot([found[0][i]["step"] for i in steps], own, *shares.values(), labels=labels, alpha=0.85)
-        axis.set(title=f"sources of the kept actions: {method}", xlabel="step", ylabel="share", ylim=(0, 1))
+        axis.stackplot(
+            [found[0][i]["step"] for i in steps], own, *shares.values(), labels=labels, alpha=0.85
+        )
+        axis.set(
+            title=f"sources of the kept actions: {method}",
+            xlabel="step",
+            ylabel="share",
+            ylim=(0, 1),
+        )
     legend(figure)
     figure.savefig(out, dpi=90)
     plt.close(figure)
@@ -160,7 +221,9 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
     samples: by run and set, for each question (samples, right ones). estimate: evaluate.pass_at_k.
     """
     tests = list(dict.fromkeys(name for sets in samples.values() for name in sets))
-    figure, axes = plt.subplots(1, len(tests), figsize=(5 * len(tests), 4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(tests), figsize=(5 * len(tests), 4), layout="constrained", squeeze=False
+    )
     rows = [["method", "set", "k", "pass_at_k", "seeds"]]
     for axis, test in zip(axes[0], tests, strict=True):
         methods: dict[str, list[list[tuple[int, float]]]] = {}
@@ -174,7 +237,9 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
             rows += [[method, test, k, f"{value:.4f}", len(found)] for k, value in means]
             (line,) = axis.plot(*zip(*means, strict=True), "o-", label=method)
             for curve in found if len(found) > 1 else []:
-                axis.plot(*zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1)
+                axis.plot(
+                    *zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1
+                )
         axis.set(title=test, xlabel="k", ylabel="Pass@k")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)

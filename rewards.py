@@ -20,7 +20,10 @@ import math
 import re
 
 KINDS = ("discrete", "math", "function")
-FULL_BELOW, NONE_ABOVE = 0.05, 0.20  # relative errors of "math" between which the reward falls from 1 to 0
+FULL_BELOW, NONE_ABOVE = (
+    0.05,
+    0.20,
+)  # relative errors of "math" between which the reward falls from 1 to 0
 ZERO_TOLERANCE = 1e-6  # a truth of 0 has no relative error: the prediction must be this close to it
 MAX_ANSWER = 1000  # characters of an answer that is read as a number, a letter or a phrase; a longer one is wrong
 MAX_ATOMS = 50  # numbers, roots, fractions and brackets of an expression that is evaluated
@@ -83,7 +86,11 @@ def extract_answer(text: str) -> str | None:
     thought that was opened is closed before. What precedes, or whether there is a thought, is the format's business.
     """
     text = text.rstrip()
-    if text.count("<answer>") != 1 or text.count("</answer>") != 1 or not text.endswith("</answer>"):
+    if (
+        text.count("<answer>") != 1
+        or text.count("</answer>") != 1
+        or not text.endswith("</answer>")
+    ):
         return None
     before, _, answer = text.removesuffix("</answer>").partition("<answer>")
     in_thought = before.rfind("<think>") > before.rfind("</think>")
@@ -140,7 +147,9 @@ def function_score(text: str, answer: str, legacy: bool = False) -> float:
     # The rest: a pair of one name is worth 0.25, and 0.25 more if object or value agree. Any pairing of the second
     # sort can be completed to one with as many pairs as the names allow, so both numbers are at their best at once.
     same_name, _, _ = _pair(predicted, truth, lambda call: call[0])
-    return (full + 0.25 * same_name + 0.25 * _most_pairs(predicted[:MAX_PARTIAL], truth[:MAX_PARTIAL])) / size
+    return (
+        full + 0.25 * same_name + 0.25 * _most_pairs(predicted[:MAX_PARTIAL], truth[:MAX_PARTIAL])
+    ) / size
 
 
 def _check(kind: str) -> None:
@@ -151,7 +160,9 @@ def _check(kind: str) -> None:
 # ------------------------------------------------------------------------------------------ numbers, letters, texts
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
-_TOKEN = re.compile(rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])")  # no rule takes a character that is none of ours
+_TOKEN = re.compile(
+    rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])"
+)  # no rule takes a character that is none of ours
 _UNITS = {  # every name of a unit: its first name, or "" for "units", which names none
     name: names.split()[0]
     for names in (
@@ -160,7 +171,9 @@ _UNITS = {  # every name of a unit: its first name, or "" for "units", which nam
     )
     for name in names.split()
 } | {"unit": "", "units": ""}  # fmt: skip
-_UNIT = re.compile(rf"(?<![a-z\\])(?:(?:square|sq|cubic) )?({'|'.join(_UNITS)})(?: ?\^ ?\{{? ?[23] ?\}}?|[²³])?$")
+_UNIT = re.compile(
+    rf"(?<![a-z\\])(?:(?:square|sq|cubic) )?({'|'.join(_UNITS)})(?: ?\^ ?\{{? ?[23] ?\}}?|[²³])?$"
+)
 
 
 def _band(value: float, truth: float) -> float:
@@ -174,11 +187,19 @@ def _band(value: float, truth: float) -> float:
 
 def _clean(text: str) -> str:
     """Lower case, single spaces, without what says how a formula looks but not what it is."""
-    text = re.sub(r"\\?\$|\\[()\[\]]", " ", text.lower().replace("−", "-"))  # $5$, \(5\), the typographic minus
-    text = re.sub(r"\\(?:left|right)(?![a-z])|\\[,!]", "", text).replace("{,}", ",").replace(r"\%", "%")
+    text = re.sub(
+        r"\\?\$|\\[()\[\]]", " ", text.lower().replace("−", "-")
+    )  # $5$, \(5\), the typographic minus
+    text = (
+        re.sub(r"\\(?:left|right)(?![a-z])|\\[,!]", "", text)
+        .replace("{,}", ",")
+        .replace(r"\%", "%")
+    )
     text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", text)
     text = re.sub(r"\^ ?\{? ?\\circ ?\}?|\\degree|°", " deg", text)
-    text = re.sub(r"(?:\\[;: ]|~|\s)+", " ", text).strip().rstrip(" .")  # the full stop, but not of ".5"
+    text = (
+        re.sub(r"(?:\\[;: ]|~|\s)+", " ", text).strip().rstrip(" .")
+    )  # the full stop, but not of ".5"
     boxed = re.fullmatch(r"\\boxed ?\{(.*)\}", text)
     return boxed.group(1).strip().rstrip(" .") if boxed else text
 
@@ -198,15 +219,24 @@ def _value(text: str) -> tuple[float, str] | None:
     """
     unit = _UNIT.search(text)
     text = text[: unit.start()] if unit else text
-    text = re.sub(r"\\(?:cdot|times)(?![a-z])|\*\*|[×·]", lambda sign: "^" if sign[0] == "**" else "*", text)
+    text = re.sub(
+        r"\\(?:cdot|times)(?![a-z])|\*\*|[×·]", lambda sign: "^" if sign[0] == "**" else "*", text
+    )
     text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("÷", "/").replace(r"\div", "/")
-    text = re.sub(r"√|(?<![a-z\\])sqrt", r"\\sqrt", re.sub(r"π|(?<![a-z\\])pi(?![a-z])", r"\\pi ", text))
+    text = re.sub(
+        r"√|(?<![a-z\\])sqrt", r"\\sqrt", re.sub(r"π|(?<![a-z\\])pi(?![a-z])", r"\\pi ", text)
+    )
     text = re.sub(r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}", text)  # \frac12
-    text = re.sub(r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text)  # 3\frac{1}{2}
+    text = re.sub(
+        r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text
+    )  # 3\frac{1}{2}
     text = re.sub(r"(?<![0-9.,^/}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)", text)  # 3 1/2
     try:
         return _Expression(text).value(), _UNITS[unit.group(1)] if unit else ""
-    except (ValueError, ArithmeticError):  # not an expression; division by zero, overflow, root of a negative number
+    except (
+        ValueError,
+        ArithmeticError,
+    ):  # not an expression; division by zero, overflow, root of a negative number
         return None
 
 
@@ -214,8 +244,14 @@ class _Expression:
     """Evaluates an expression in floats by recursive descent; ValueError or ArithmeticError where it has no value."""
 
     def __init__(self, text: str):
-        self.tokens = [float(digits.replace(",", "")) if digits else sign for digits, sign in _TOKEN.findall(text)]
-        self.tokens = [None, *reversed(self.tokens)]  # a stack, the next token last, None under them all
+        self.tokens = [
+            float(digits.replace(",", "")) if digits else sign
+            for digits, sign in _TOKEN.findall(text)
+        ]
+        self.tokens = [
+            None,
+            *reversed(self.tokens),
+        ]  # a stack, the next token last, None under them all
         self.atoms_left = MAX_ATOMS
 
     def value(self) -> float:
@@ -249,7 +285,9 @@ class _Expression:
             sign = -sign if token == "-" else sign
         value = self.atom()
         if self.take("^"):
-            value = math.pow(value, self.power())  # floats only: no huge integers, no complex numbers
+            value = math.pow(
+                value, self.power()
+            )  # floats only: no huge integers, no complex numbers
         return sign * value / (100.0 if self.take("%") else 1.0)
 
     def atom(self) -> float:
@@ -283,13 +321,19 @@ def _same_text(predicted: str, answer: str) -> float:
     if letter is not None:
         return float(_choice(predicted) == letter)
     predicted, answer = (re.sub(r" ?([^\w ]) ?", r"\1", text) for text in (predicted, answer))
-    return float(predicted == answer != "" and not re.fullmatch(r"[+-]?(?:nan|inf|infinity)", answer))
+    return float(
+        predicted == answer != "" and not re.fullmatch(r"[+-]?(?:nan|inf|infinity)", answer)
+    )
 
 
 def _choice(text: str) -> str | None:
     """The letter of "b", "(b)", "b." or "b) 12", unless what follows has a letter on its own, as in "b) 12 c) 13"."""
     match = re.fullmatch(r"(\( ?)?([a-z]) ?(?(1)\)|(?:[.):]|$))(.*)", text)
-    return match.group(2) if match and not re.search(r"(?<![^\W_])[a-z](?![^\W_])", match.group(3)) else None
+    return (
+        match.group(2)
+        if match and not re.search(r"(?<![^\W_])[a-z](?![^\W_])", match.group(3))
+        else None
+    )
 
 
 # ----------------------------------------------------------------------------------------------- sequences of calls
@@ -331,9 +375,15 @@ def _most_pairs(predicted: list[Call], truth: list[Call]) -> int:
 
     def place(call: Call, tried: set[Call]) -> bool:
         for other in predicted:
-            if other not in tried and other[0] == call[0] and (other[1] == call[1] or other[2] == call[2]):
+            if (
+                other not in tried
+                and other[0] == call[0]
+                and (other[1] == call[1] or other[2] == call[2])
+            ):
                 tried.add(other)
-                if other not in partner or place(partner[other], tried):  # its partner moves elsewhere if it can
+                if other not in partner or place(
+                    partner[other], tried
+                ):  # its partner moves elsewhere if it can
                     partner[other] = call
                     return True
         return False

@@ -35,7 +35,10 @@ from sampling import POLICY, Action, Group, Sampler, autocast
 
 GIB = 2**30
 TEXT_TOKENS = 1024  # what max_model_len leaves for a prompt's words
-PARITY_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # mean |difference| of a token's log-probability, in nats
+PARITY_TOLERANCE = {
+    torch.float32: 1e-4,
+    torch.bfloat16: 0.05,
+}  # mean |difference| of a token's log-probability, in nats
 PARITY_GROUPS = 4  # of a process, scored in a check
 
 
@@ -56,7 +59,9 @@ class VLLMSampler(Sampler):
     ):  # fmt: skip
         super().__init__(policy, max_new_tokens, bf16)
         if not 0.01 <= policy.temperature <= 2:
-            raise UserError(f"vLLM samples at temperatures from 0.01 to 2 only, not {policy.temperature}")
+            raise UserError(
+                f"vLLM samples at temperatures from 0.01 to 2 only, not {policy.temperature}"
+            )
         cuda = policy.suppressed_ids.device.type == "cuda"
         self.dtype = torch.bfloat16 if cuda and bf16 else torch.float32
         self.max_model_len = max_model_len or derived_max_model_len(policy, images, max_new_tokens)
@@ -64,7 +69,9 @@ class VLLMSampler(Sampler):
             gpu_memory_utilization=gpu_memory_utilization or derived_gpu_memory_utilization(policy), enable_sleep_mode=True
         )  # fmt: skip
         if not cuda:
-            torch._dynamo.config.disable = True  # compiling vLLM's helpers in the first call would take longer than it saves
+            torch._dynamo.config.disable = (
+                True  # compiling vLLM's helpers in the first call would take longer than it saves
+            )
             device_settings = dict(
                 kv_cache_memory_bytes=GIB, enforce_eager=True,
                 block_size=32,  # the n actions of a short prompt share whole blocks of its KV cache
@@ -83,8 +90,12 @@ class VLLMSampler(Sampler):
                 **device_settings,
             )  # fmt: skip
         except (VLLMError, ValueError, RuntimeError, NotImplementedError) as error:
-            raise UserError(f"vLLM cannot start ({first_line(error)}); --rollout transformers does without") from error
-        torch.set_num_threads = set_num_threads  # vLLM's CPU build puts a function there that only warns
+            raise UserError(
+                f"vLLM cannot start ({first_line(error)}); --rollout transformers does without"
+            ) from error
+        torch.set_num_threads = (
+            set_num_threads  # vLLM's CPU build puts a function there that only warns
+        )
         (self.inside,) = self.llm.apply_model(lambda model: model)  # vLLM's own model
         self._parameters = {name for name, _ in self.inside.named_parameters()}
         self._load_weights, self.inside.load_weights = self.inside.load_weights, self._recording
@@ -95,12 +106,25 @@ class VLLMSampler(Sampler):
 
     def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
         """n actions for each prompt (Eq 4), with their log-probabilities. The same seed gives the same actions."""
-        own = [random.Random(f"{seed} {prompt.state.id}").getrandbits(62) for prompt in prompts]  # the n actions' seeds follow it
-        return self._generate(prompts, [self._parameters_of(n=n, temperature=self.policy.temperature, seed=s, logprobs=0) for s in own])
+        own = [
+            random.Random(f"{seed} {prompt.state.id}").getrandbits(62) for prompt in prompts
+        ]  # the n actions' seeds follow it
+        return self._generate(
+            prompts,
+            [
+                self._parameters_of(n=n, temperature=self.policy.temperature, seed=s, logprobs=0)
+                for s in own
+            ],
+        )
 
     def greedy(self, prompts: list[Prompt]) -> list[Action]:
         """The most probable token each time: one action for each prompt."""
-        return [actions[0] for actions in self._generate(prompts, [self._parameters_of(temperature=0.0)] * len(prompts))]
+        return [
+            actions[0]
+            for actions in self._generate(
+                prompts, [self._parameters_of(temperature=0.0)] * len(prompts)
+            )
+        ]
 
     def _parameters_of(self, **settings) -> SamplingParams:
         return SamplingParams(
@@ -108,7 +132,9 @@ class VLLMSampler(Sampler):
             ignore_eos=True, stop_token_ids=[self.policy.eos_id], **settings,
         )  # fmt: skip
 
-    def _generate(self, prompts: list[Prompt], parameters: list[SamplingParams]) -> list[list[Action]]:
+    def _generate(
+        self, prompts: list[Prompt], parameters: list[SamplingParams]
+    ) -> list[list[Action]]:
         requests = []
         for prompt in prompts:
             room = self.max_model_len - len(prompt.input_ids)
@@ -118,7 +144,14 @@ class VLLMSampler(Sampler):
                     f"--max-model-len {self.max_model_len}: raise it, lower --max-new-tokens, or use smaller images"
                 )
             request = {"prompt": self.policy.prompt_text(prompt.state)}
-            requests.append(request | ({"multi_modal_data": {"image": list(prompt.state.images)}} if prompt.state.images else {}))
+            requests.append(
+                request
+                | (
+                    {"multi_modal_data": {"image": list(prompt.state.images)}}
+                    if prompt.state.images
+                    else {}
+                )
+            )
         try:
             outputs = self.llm.generate(requests, parameters, use_tqdm=False)
         except (VLLMError, ValueError) as error:
@@ -129,16 +162,24 @@ class VLLMSampler(Sampler):
 
     def _action(self, completion) -> Action:
         tokens = list(completion.token_ids)
-        logps = [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)] if completion.logprobs else None
+        logps = (
+            [step[token].logprob for step, token in zip(completion.logprobs, tokens, strict=True)]
+            if completion.logprobs
+            else None
+        )
         text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
-        return Action(tokens, text, POLICY, truncated=completion.finish_reason == "length", logps=logps)
+        return Action(
+            tokens, text, POLICY, truncated=completion.finish_reason == "length", logps=logps
+        )
 
     # ------------------------------------------------------------------------------------------ weights and memory
 
     def sleep(self) -> None:
         """Leaves the GPU to the trainer until `sync_weights`. A CPU has no such thing."""
         if self.policy.suppressed_ids.device.type == "cuda":
-            self.llm.sleep(level=1)  # level 2 would drop the weights, and with some models more than `sync_weights` brings back
+            self.llm.sleep(
+                level=1
+            )  # level 2 would drop the weights, and with some models more than `sync_weights` brings back
             self._asleep = True
 
     def sync_weights(self) -> None:
@@ -153,10 +194,16 @@ class VLLMSampler(Sampler):
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._weights()})
         except (ValueError, KeyError) as error:
-            raise UserError(f"vLLM does not know a weight of the policy: {first_line(error)}") from error
+            raise UserError(
+                f"vLLM does not know a weight of the policy: {first_line(error)}"
+            ) from error
         if missing := self._parameters - self._loaded:
-            raise UserError(f"the weight sync left {len(missing)} of vLLM's parameters as they were, e.g. {min(missing)}")
-        if self.policy.model.config.tie_word_embeddings:  # on a CPU the head computes with a repacked copy, which the reload forgets
+            raise UserError(
+                f"the weight sync left {len(missing)} of vLLM's parameters as they were, e.g. {min(missing)}"
+            )
+        if (
+            self.policy.model.config.tie_word_embeddings
+        ):  # on a CPU the head computes with a repacked copy, which the reload forgets
             head = self.inside.language_model.lm_head
             head.quant_method.process_weights_after_loading(head)
         self._drop_caches()
@@ -196,10 +243,21 @@ class VLLMSampler(Sampler):
         policy = self.policy
         limits, own = self.pixel_limits(), dict(policy.processor.image_processor.size)
         if any(limits[edge] != own[edge] for edge in ("shortest_edge", "longest_edge")):
-            raise UserError(f"parity: images are resized to {limits} pixels by vLLM, to {own} by the policy")
-        groups = [(group.prompt, sampled) for group in groups[:PARITY_GROUPS] if (sampled := [a for a in group.actions if a.logps])]
-        batch = pack([prompt for prompt, _ in groups], [[action.tokens for action in sampled] for _, sampled in groups])
-        theirs = torch.tensor([logp for _, sampled in groups for action in sampled for logp in action.logps])
+            raise UserError(
+                f"parity: images are resized to {limits} pixels by vLLM, to {own} by the policy"
+            )
+        groups = [
+            (group.prompt, sampled)
+            for group in groups[:PARITY_GROUPS]
+            if (sampled := [a for a in group.actions if a.logps])
+        ]
+        batch = pack(
+            [prompt for prompt, _ in groups],
+            [[action.tokens for action in sampled] for _, sampled in groups],
+        )
+        theirs = torch.tensor(
+            [logp for _, sampled in groups for action in sampled for logp in action.logps]
+        )
         device = policy.suppressed_ids.device
         with torch.no_grad(), autocast(device, self.bf16):
             ours = policy(batch.to(device)).cpu()[batch.action_mask]
@@ -216,14 +274,25 @@ class VLLMSampler(Sampler):
     def pixel_limits(self) -> dict[str, int]:
         """The processor's limits as the engine uses them: {"shortest_edge": fewest pixels, "longest_edge": most}."""
         info = self.llm.llm_engine.renderer.get_mm_processor().info
-        return dict(info.get_image_processor(**self.llm.model_config.multimodal_config.mm_processor_kwargs).size)
+        return dict(
+            info.get_image_processor(
+                **self.llm.model_config.multimodal_config.mm_processor_kwargs
+            ).size
+        )
 
 
 def check_prompt(prompt: Prompt, found: list[int], image_token_id: int) -> None:
     """UserError unless vLLM's prompt is the trainer's, token by token."""
     expected = prompt.input_ids.tolist()
     if found != expected:
-        first = next((i for i, (left, right) in enumerate(zip(found, expected, strict=False)) if left != right), min(len(found), len(expected)))
+        first = next(
+            (
+                i
+                for i, (left, right) in enumerate(zip(found, expected, strict=False))
+                if left != right
+            ),
+            min(len(found), len(expected)),
+        )
         raise UserError(
             f"parity: state {prompt.state.id} has another prompt in vLLM ({len(found)} tokens, {found.count(image_token_id)} of images) than in the "
             f"policy ({len(expected)}, {expected.count(image_token_id)}); first difference at {first}. Likely causes: pixel limits, chat template"
@@ -252,7 +321,10 @@ def suppressing(ids: list[int]) -> type[LogitsProcessor]:
 def derived_max_model_len(policy: Policy, images: int, max_new_tokens: int) -> int:
     """Tokens of the longest prompt with an action: images of the largest size, words, the action; at most what the model knows."""
     vision = policy.model.config.vision_config
-    image_tokens = policy.processor.image_processor.size["longest_edge"] // (vision.patch_size * vision.spatial_merge_size) ** 2
+    image_tokens = (
+        policy.processor.image_processor.size["longest_edge"]
+        // (vision.patch_size * vision.spatial_merge_size) ** 2
+    )
     needed = images * image_tokens + TEXT_TOKENS + max_new_tokens
     return min(needed, policy.model.config.text_config.max_position_embeddings)
 
@@ -266,7 +338,9 @@ def derived_gpu_memory_utilization(policy: Policy) -> float:
     if device.type != "cuda":
         return 0.0
     free, total = torch.cuda.mem_get_info(device)
-    to_come = 12 * sum(own(parameter).numel() for parameter in policy.parameters() if parameter.requires_grad)
+    to_come = 12 * sum(
+        own(parameter).numel() for parameter in policy.parameters() if parameter.requires_grad
+    )
     share = (free - to_come) / total - 0.05
     if share < 0.05:
         raise UserError(
@@ -278,4 +352,6 @@ def derived_gpu_memory_utilization(policy: Policy) -> float:
 
 def first_line(error: Exception) -> str:
     """What went wrong, of an error that may fill a screen."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
+    return next(
+        (line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__
+    )[:300]

@@ -32,9 +32,13 @@ def writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(
+            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+        ) from error
     except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):  # torch.save on a full disk
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(
+            error
+        ):  # torch.save on a full disk
             raise UserError(f"cannot write {path}: is the disk full?") from error
         raise
 
@@ -42,7 +46,9 @@ def writing(path: Path):
 def must_be_new(path: Path) -> None:
     """UserError if there is something at the place of a new run."""
     if path.exists():
-        raise UserError(f"{path} exists: continue it with --resume {path}, or choose another --name")
+        raise UserError(
+            f"{path} exists: continue it with --resume {path}, or choose another --name"
+        )
 
 
 def create(root: str, name: str, config: dict) -> Path:
@@ -65,7 +71,9 @@ def read_config(path: Path) -> dict:
     try:
         return dict(json.loads((path / "config.json").read_text()))
     except (OSError, ValueError, TypeError):
-        raise UserError(f"{path} is no run of this program: its config.json is missing or not readable") from None
+        raise UserError(
+            f"{path} is no run of this program: its config.json is missing or not readable"
+        ) from None
 
 
 def write_aside(path: Path, text: str) -> None:
@@ -110,13 +118,17 @@ def sync(path: Path) -> None:
     os.close(handle)
 
 
-def save_checkpoint(path: Path, step: int, policy, weights: dict, optimizer: dict, processes: int = 1) -> None:
+def save_checkpoint(
+    path: Path, step: int, policy, weights: dict, optimizer: dict, processes: int = 1
+) -> None:
     """Writes checkpoint-STEP, points `model` at it, and removes the older ones. UserError if it cannot be written.
 
     weights, optimizer: whole tensors, by name and as a state dict; so another number of processes, or none of them, can read it.
     """
     with writing(path):
-        _save_checkpoint(path, policy, weights, {"step": step, "processes": processes, "optimizer": optimizer})
+        _save_checkpoint(
+            path, policy, weights, {"step": step, "processes": processes, "optimizer": optimizer}
+        )
 
 
 def _save_checkpoint(path: Path, policy, weights: dict, trainer: dict) -> None:
@@ -128,7 +140,11 @@ def _save_checkpoint(path: Path, policy, weights: dict, trainer: dict) -> None:
 
     policy.save(aside, weights)
     torch.save(trainer, aside / "trainer.pt")
-    for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:  # before the name says that it is complete
+    for file in [
+        *path.glob("*.jsonl"),
+        *aside.iterdir(),
+        aside,
+    ]:  # before the name says that it is complete
         sync(file)
     os.rename(aside, final)
     link = path / "model.tmp"
@@ -142,12 +158,16 @@ def _save_checkpoint(path: Path, policy, weights: dict, trainer: dict) -> None:
 
 def checkpoints(path: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [found for found in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", found.name)]
+    found = [
+        found for found in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", found.name)
+    ]
     return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
 
 
 def last_checkpoint(path: Path) -> Path:
     """The newest complete checkpoint. UserError if there is none."""
     if not (found := checkpoints(path)):
-        raise UserError(f"{path} was stopped before its first checkpoint: start again with another --name")
+        raise UserError(
+            f"{path} was stopped before its first checkpoint: start again with another --name"
+        )
     return found[-1]

@@ -124,7 +124,9 @@ class Sampler:
         """Ends it, while the process group that it may use is still there."""
 
 
-def make_sampler(rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine) -> Sampler:
+def make_sampler(
+    rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine
+) -> Sampler:
     """The sampler by its name: "vllm", "transformers", or "auto", vLLM where it can run, and it says which on stderr.
 
     model: where the policy's config and processor came from. engine: further settings of VLLMSampler. UserError if it cannot run here.
@@ -207,25 +209,35 @@ class TransformersSampler(Sampler):
         with the others alone.
         """
         responses = [[] for _ in inputs["input_ids"]]
-        rows = torch.arange(len(responses), device=inputs["input_ids"].device)  # which responses are still being written
+        rows = torch.arange(
+            len(responses), device=inputs["input_ids"].device
+        )  # which responses are still being written
         left = self.max_new_tokens
         while len(rows):
             width = inputs["input_ids"].shape[1]
             settings.max_new_tokens = left
             half = StoppingCriteriaList([HalfFinished(width, settings.eos_token_id)])
             # synced_gpus: the parameters of a sharded policy are all here, and other processes need not keep step.
-            ids = self.policy.model.generate(**inputs, generation_config=settings, stopping_criteria=half, synced_gpus=False)  # (rows, width + t)
+            ids = self.policy.model.generate(
+                **inputs, generation_config=settings, stopping_criteria=half, synced_gpus=False
+            )  # (rows, width + t)
             written = ids[:, width:]
             for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
                 responses[row] += tokens
             left -= written.shape[1]
             keep = (written != settings.eos_token_id).all(-1).nonzero()[:, 0] if left else rows[:0]
-            rows, cache, positions = rows[keep], inputs["past_key_values"], inputs["position_ids"][:, keep]
+            rows, cache, positions = (
+                rows[keep],
+                inputs["past_key_values"],
+                inputs["position_ids"][:, keep],
+            )
             cache.batch_select_indices(keep)
             ahead = torch.arange(1, written.shape[1] + 1, device=rows.device)
             inputs = {
                 "input_ids": ids[keep],
-                "attention_mask": F.pad(inputs["attention_mask"][keep], (0, written.shape[1]), value=1),
+                "attention_mask": F.pad(
+                    inputs["attention_mask"][keep], (0, written.shape[1]), value=1
+                ),
                 "position_ids": torch.cat([positions, positions[..., -1:] + ahead], dim=-1),
                 "past_key_values": cache,
             }
@@ -235,7 +247,12 @@ class TransformersSampler(Sampler):
         truncated = self.policy.eos_id not in tokens
         if not truncated:  # what follows EOS is padding
             tokens = tokens[: tokens.index(self.policy.eos_id) + 1]
-        return Action(tokens, self.policy.tokenizer.decode(tokens, skip_special_tokens=True), POLICY, truncated)
+        return Action(
+            tokens,
+            self.policy.tokenizer.decode(tokens, skip_special_tokens=True),
+            POLICY,
+            truncated,
+        )
 
 
 class HalfFinished(StoppingCriteria):
@@ -259,7 +276,9 @@ def generating(policy: Policy, seed: int | None):
     """Without gradients, in eval mode (checkpointing forbids the KV cache), with random numbers of its own."""
     device = policy.suppressed_ids.device
     training, own = policy.training, policy.model.generation_config
-    policy.model.generation_config = GenerationConfig()  # `generate` takes from there what it is not told
+    policy.model.generation_config = (
+        GenerationConfig()
+    )  # `generate` takes from there what it is not told
     policy.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -282,9 +301,19 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
     positions = torch.zeros(3, len(prompts), width, dtype=torch.long)  # (3, B, W)
     for row, prompt in enumerate(prompts):
         pad = width - len(prompt.input_ids)
-        ids[row, pad:], mask[row, pad:], positions[:, row, pad:] = prompt.input_ids, 1, prompt.position_ids
-    order = (mask.cumsum(-1) - 1).clamp(min=0)[None]  # (1, B, W): `generate` wants the plain order in front
-    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": torch.cat([order, positions])}
+        ids[row, pad:], mask[row, pad:], positions[:, row, pad:] = (
+            prompt.input_ids,
+            1,
+            prompt.position_ids,
+        )
+    order = (mask.cumsum(-1) - 1).clamp(min=0)[
+        None
+    ]  # (1, B, W): `generate` wants the plain order in front
+    inputs = {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "position_ids": torch.cat([order, positions]),
+    }
     inputs = {name: value.to(device) for name, value in inputs.items()}
     images = {}
     for name in ("pixel_values", "image_grid_thw"):
@@ -307,14 +336,32 @@ def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: i
     Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
     """
     banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    tokens = [token for token in policy.tokenizer(sample.text, add_special_tokens=False).input_ids if token not in banned]
-    truncated = len(tokens) >= max_new_tokens or (sample.truncated and len(tokens) > 0)  # no room for EOS, or it never came
+    tokens = [
+        token
+        for token in policy.tokenizer(sample.text, add_special_tokens=False).input_ids
+        if token not in banned
+    ]
+    truncated = len(tokens) >= max_new_tokens or (
+        sample.truncated and len(tokens) > 0
+    )  # no room for EOS, or it never came
     tokens = tokens[:max_new_tokens] if truncated else [*tokens, policy.eos_id]
-    return Action(tokens, policy.tokenizer.decode(tokens, skip_special_tokens=True), source, truncated, sample.logp)
+    return Action(
+        tokens,
+        policy.tokenizer.decode(tokens, skip_special_tokens=True),
+        source,
+        truncated,
+        sample.logp,
+    )
 
 
 def total_groups(
-    states: list[State], sampler: Sampler, experts: list[Expert], n: int, seed: int, expert_seed: int, lap=lambda phase: None
+    states: list[State],
+    sampler: Sampler,
+    experts: list[Expert],
+    n: int,
+    seed: int,
+    expert_seed: int,
+    lap=lambda phase: None,
 ) -> list[Group]:
     """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
 
@@ -329,12 +376,18 @@ def total_groups(
     lap("rollout")
     for expert in experts:  # Eq 5
         for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
-            actions += [expert_action(policy, sample, expert.name, sampler.max_new_tokens) for sample in samples]  # Eq 6
+            actions += [
+                expert_action(policy, sample, expert.name, sampler.max_new_tokens)
+                for sample in samples
+            ]  # Eq 6
     lap("experts")
     groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
     for group in groups:  # Eq 7
         group.format = [format_reward(action.text) for action in group.actions]
-        group.accuracy = [accuracy_reward(action.text, group.state.answer, group.state.kind) for action in group.actions]
+        group.accuracy = [
+            accuracy_reward(action.text, group.state.answer, group.state.kind)
+            for action in group.actions
+        ]
     lap("rewards")
     return groups
 
@@ -342,7 +395,13 @@ def total_groups(
 # ---------------------------------------------------------------------------------------------- selection
 
 
-def select_top_g(rewards, g: int, ties: str = "policy_first", selection: str = "top", rng: random.Random | None = None) -> list[int]:
+def select_top_g(
+    rewards,
+    g: int,
+    ties: str = "policy_first",
+    selection: str = "top",
+    rng: random.Random | None = None,
+) -> list[int]:
     """The indices of the g actions to keep, by reward, descending (Section 3.2, "Action Selection").
 
     rewards: (M,), the policy's actions first. ties: "policy_first" is a stable sort, so that among equal rewards the policy's
@@ -354,7 +413,9 @@ def select_top_g(rewards, g: int, ties: str = "policy_first", selection: str = "
     if not 1 <= g <= len(rewards):
         raise ValueError(f"cannot keep {g} of {len(rewards)} actions")
     if ties not in ("policy_first", "random") or selection not in ("top", "random"):
-        raise ValueError(f"ties are policy_first or random, not {ties!r}; selection is top or random, not {selection!r}")
+        raise ValueError(
+            f"ties are policy_first or random, not {ties!r}; selection is top or random, not {selection!r}"
+        )
     order = list(range(len(rewards)))
     if "random" in (ties, selection):
         (rng or random).shuffle(order)
@@ -363,7 +424,9 @@ def select_top_g(rewards, g: int, ties: str = "policy_first", selection: str = "
     return order[:g]
 
 
-def select(groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random) -> None:
+def select(
+    groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random
+) -> None:
     """Sets `kept` and `advantages` (Eq 1) of each group. A group of fewer than g actions keeps them all.
 
     baseline: whose mean and std Eq 1 takes, those of all the "candidates" or those of the "selected".
@@ -372,13 +435,22 @@ def select(groups: list[Group], g: int, baseline: str, ties: str, selection: str
         group.kept = select_top_g(group.rewards, min(g, len(group.actions)), ties, selection, rng)
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)
-        group.advantages = grpo.group_advantages(kept, rewards if baseline == "candidates" else None).tolist()
+        group.advantages = grpo.group_advantages(
+            kept, rewards if baseline == "candidates" else None
+        ).tolist()
 
 
 def add_expert_logps(groups: list[Group], experts: list[Expert]) -> None:
     """Sets `expert_logps` of each group, the densities that Appendix A's weights need. Unknown ones stay None, never 0."""
     for group in groups:
-        present = [expert for expert in experts if any(action.source == expert.name for action in group.actions)]
-        logps = [[expert.logp(group.state, action) for expert in present] for action in group.kept_actions]  # (G, m)
+        present = [
+            expert
+            for expert in experts
+            if any(action.source == expert.name for action in group.actions)
+        ]
+        logps = [
+            [expert.logp(group.state, action) for expert in present]
+            for action in group.kept_actions
+        ]  # (G, m)
         if not any(logp is None for row in logps for logp in row):
             group.expert_logps = logps

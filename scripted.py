@@ -44,8 +44,12 @@ class ScriptedExpert:
 
     def logp(self, state: State, action: Action) -> float:
         density = self.density(state)
-        if action.truncated:  # cut at the length limit, every text that begins like this has become this action
-            probability = sum(p for text, p in density.items() if f"{text} ".startswith(f"{action.text} "))
+        if (
+            action.truncated
+        ):  # cut at the length limit, every text that begins like this has become this action
+            probability = sum(
+                p for text, p in density.items() if f"{text} ".startswith(f"{action.text} ")
+            )
         else:
             probability = density.get(action.text, 0.0)
         return math.log(probability) if probability else -math.inf
@@ -53,11 +57,15 @@ class ScriptedExpert:
     def density(self, state: State) -> dict[str, float]:
         """Its responses to this state, each with its probability: the right one, and every plausible mistake."""
         if not isinstance(state, blocks.BlocksState):
-            raise ValueError(f"the scripted expert '{self.name}' knows the blocks world only, not the state '{state.id}'")
+            raise ValueError(
+                f"the scripted expert '{self.name}' knows the blocks world only, not the state '{state.id}'"
+            )
         return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
 
 
-@lru_cache(maxsize=4096)  # a state's density is asked for once to sample, and once for each kept action
+@lru_cache(
+    maxsize=4096
+)  # a state's density is asked for once to sample, and once for each kept action
 def _density(name: str, set_name: str, problem) -> dict[str, float]:
     def response(seen) -> str:
         return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"

@@ -48,7 +48,11 @@ METHODS = {"cot": "reason", "answer": "answer"}  # and what the prompt asks for 
 class Config(Settings):
     """All settings of a run: those of settings.py, and this one."""
 
-    method: str = option("cot", "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT)", tuple(METHODS))
+    method: str = option(
+        "cot",
+        "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT)",
+        tuple(METHODS),
+    )
 
 
 def paper(task: str, size: str) -> dict:
@@ -115,27 +119,40 @@ def examples(policy: Policy, states: list[State], method: str, max_tokens: int) 
     return made
 
 
-def update(config: Config, policy, optimizer, batch: list[Example], world: World, lr: float) -> dict:
+def update(
+    config: Config, policy, optimizer, batch: list[Example], world: World, lr: float
+) -> dict:
     """One step of AdamW on this process's share of a batch.
 
     policy: as World.data_parallel returns it. Returns the batch's loss in nats per token, over all processes, how many
     tokens were learnt, and the norm of the gradient before clipping.
     """
     device = world.device
-    total = sum(world.gather([len(example.tokens) for example in batch]))  # target tokens, over all processes
-    order = sorted(range(len(batch)), key=lambda i: len(batch[i].tokens))  # similar lengths together: less padding
-    micro = [[batch[i] for i in order[start : start + config.micro_batch]] for start in range(0, len(order), config.micro_batch)]
+    total = sum(
+        world.gather([len(example.tokens) for example in batch])
+    )  # target tokens, over all processes
+    order = sorted(
+        range(len(batch)), key=lambda i: len(batch[i].tokens)
+    )  # similar lengths together: less padding
+    micro = [
+        [batch[i] for i in order[start : start + config.micro_batch]]
+        for start in range(0, len(order), config.micro_batch)
+    ]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.zero_grad(set_to_none=True)
     nats = torch.zeros((), device=device)  # read once, at the end: reading waits for the GPU
     for i, part in enumerate(micro):
         with accumulating(policy, last=i == len(micro) - 1):
-            packed = pack([example.prompt for example in part], [[example.tokens] for example in part]).to(device)
+            packed = pack(
+                [example.prompt for example in part], [[example.tokens] for example in part]
+            ).to(device)
             with autocast(device, config.bf16):
                 logp = policy(packed)  # (B, 1, T), 0 where there is no token
             loss = -logp.sum() / total
-            (loss * world.size).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over tokens
+            (
+                loss * world.size
+            ).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over tokens
         nats += loss.detach()
     norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
@@ -155,32 +172,52 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     tests = test_sets(config, mode) if config.eval_every else {}
     try:
         start = runs.last_checkpoint(resume) if resume else config.start
-        policy = Policy.load(start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels)
+        policy = Policy.load(
+            start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels
+        )
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
-    config = dataclasses.replace(config, states=len(questions))  # what there is; config.json keeps what was asked for
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    config = dataclasses.replace(
+        config, states=len(questions)
+    )  # what there is; config.json keeps what was asked for
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
+    )
     done = ekipl.restore(optimizer, resume, world) if resume else 0
     learner = world.data_parallel(policy)
     sampler = settings.sampler_of(config, policy, str(start))
 
-    bar = tqdm(total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True)
+    bar = tqdm(
+        total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True
+    )
     if done == 0 and config.eval_every:
-        ekipl.log(path, [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}], [], bar, world)
+        ekipl.log(
+            path,
+            [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}],
+            [],
+            bar,
+            world,
+        )
     sampler.sleep()
     for step in range(done, config.steps):
         clock = [time.perf_counter()]
         share = world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
-        batch = examples(policy, [questions[i] for i in share], config.method, config.max_new_tokens)
+        batch = examples(
+            policy, [questions[i] for i in share], config.method, config.max_new_tokens
+        )
         lr = ekipl.learning_rate(config, step)
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= update(config, learner, optimizer, batch, world, lr)
         truncated = world.gather([float(example.truncated) for example in batch])
         clock.append(time.perf_counter())
-        record |= {"truncated": sum(truncated) / len(truncated), "lr": lr, "seconds/update": clock[1] - clock[0]}
+        record |= {
+            "truncated": sum(truncated) / len(truncated),
+            "lr": lr,
+            "seconds/update": clock[1] - clock[0],
+        }
         last = step + 1 == config.steps
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             sampler.sync_weights()
@@ -192,7 +229,9 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             ekipl.save(path, step + 1, policy, optimizer, world)
     bar.close()
     sampler.close()
-    if world.rank == 0 and done == config.steps:  # killed after the last checkpoint, perhaps before the picture
+    if (
+        world.rank == 0 and done == config.steps
+    ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
     return path
 

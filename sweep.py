@@ -57,7 +57,10 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest."""
     rest = ("--skip", str(stage1))
     experts = expert_specs(config.experts, offline=True)
-    ours = [Row("Vision-EKIPL", "ekipl.py"), Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1")]
+    ours = [
+        Row("Vision-EKIPL", "ekipl.py"),
+        Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1"),
+    ]
     return [
         *(Row(expert.partition("@")[0], model=expert) for expert in experts),
         Row("Zero-shot", model=config.start),
@@ -87,7 +90,12 @@ def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
         **{f"expert-{name.partition('@')[0]}": ("--experts", name) for name in experts},
         "GRPO": ("--experts", "none"),
         # as many candidates as with the experts, all the policy's: what selection alone is worth
-        "GRPO-best": ("--experts", "none", "--num-samples", str(config.num_samples * (len(experts) + 1))),
+        "GRPO-best": (
+            "--experts",
+            "none",
+            "--num-samples",
+            str(config.num_samples * (len(experts) + 1)),
+        ),
     }
     return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
 
@@ -98,10 +106,24 @@ def stages(config: ekipl.Config, stage1: int) -> list[Row]:
     rows = []
     for size in (stage1 * 2 // 5, stage1, stage1 * 8 // 5, stage1 * 2):
         rows.append(Row(f"Stage-1-{size}", "sft.py", ("--limit", str(size)), listed=False))
-        rows.append(Row(f"Reason-RFT-{size}", "ekipl.py", ("--experts", "none", "--skip", str(size)), after=f"Stage-1-{size}"))
+        rows.append(
+            Row(
+                f"Reason-RFT-{size}",
+                "ekipl.py",
+                ("--experts", "none", "--skip", str(size)),
+                after=f"Stage-1-{size}",
+            )
+        )
     for expert in expert_specs(config.experts, offline=True):
         flags = ("--experts", expert, "--skip", str(stage1))
-        rows.append(Row(f"Vision-EKIPL-{stage1}-{expert.partition('@')[0]}", "ekipl.py", flags, after=f"Stage-1-{stage1}"))
+        rows.append(
+            Row(
+                f"Vision-EKIPL-{stage1}-{expert.partition('@')[0]}",
+                "ekipl.py",
+                flags,
+                after=f"Stage-1-{stage1}",
+            )
+        )
     return rows
 
 
@@ -124,11 +146,17 @@ class Task:
 
 def known(program: str, flags: list[str]) -> list[str]:
     """Of ekipl.py's flags, with their values, those that the program has: sft.py knows nothing of experts."""
-    names = {setting.name for setting in dataclasses.fields(sft.Config if program == "sft.py" else ekipl.Config)}
+    names = {
+        setting.name
+        for setting in dataclasses.fields(sft.Config if program == "sft.py" else ekipl.Config)
+    }
     kept, keep = [], True
     for word in flags:
         if word.startswith("--"):
-            keep = word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_") in names
+            keep = (
+                word.partition("=")[0].removeprefix("--").removeprefix("no-").replace("-", "_")
+                in names
+            )
         kept += [word] if keep else []
     return kept
 
@@ -137,22 +165,64 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
     """One task for each row and seed; what trains nothing has one alone."""
     made, root, config = [], Path(args.runs) / args.preset, args.config
     asked = ["--states", str(args.test_states), "--pass-k", args.pass_k]
-    for setting in ("max_new_tokens", "data", "data_cache", "rollout", "min_pixels", "max_pixels", "cache"):
-        asked += [f"--{setting.replace('_', '-')}", str(getattr(config, setting))] if getattr(config, setting) else []
+    for setting in (
+        "max_new_tokens",
+        "data",
+        "data_cache",
+        "rollout",
+        "min_pixels",
+        "max_pixels",
+        "cache",
+    ):
+        asked += (
+            [f"--{setting.replace('_', '-')}", str(getattr(config, setting))]
+            if getattr(config, setting)
+            else []
+        )
     asked += ["--offline"] if config.offline else []
     for row in rows:
         for seed in args.seeds if row.program else args.seeds[:1]:
             name = f"{row.name}-seed{seed}" if row.program else row.name
             path, commands = root / name, []
             if row.program:
-                flags = ["--preset", args.preset, "--seed", str(seed), "--runs", str(root), "--name", name, *known(row.program, extra), *row.flags]
-                flags += ["--model", str(root / f"{row.after}-seed{seed}" / "model")] if row.after else []
+                flags = [
+                    "--preset",
+                    args.preset,
+                    "--seed",
+                    str(seed),
+                    "--runs",
+                    str(root),
+                    "--name",
+                    name,
+                    *known(row.program, extra),
+                    *row.flags,
+                ]
+                flags += (
+                    ["--model", str(root / f"{row.after}-seed{seed}" / "model")]
+                    if row.after
+                    else []
+                )
                 commands.append([row.program, *flags])
             model = str(path / "model") if row.program else row.model
             mode = ["--mode", "answer"] if "answer" in row.flags else []
             if row.listed:
-                commands.append(["evaluate.py", model, "--sets", *SETS[config.task], *asked, *mode, "--out", str(path / "predictions")])
-            made.append(Task(name, path, commands, f"{row.after}-seed{seed}" if row.after else "", row.listed))
+                commands.append(
+                    [
+                        "evaluate.py",
+                        model,
+                        "--sets",
+                        *SETS[config.task],
+                        *asked,
+                        *mode,
+                        "--out",
+                        str(path / "predictions"),
+                    ]
+                )
+            made.append(
+                Task(
+                    name, path, commands, f"{row.after}-seed{seed}" if row.after else "", row.listed
+                )
+            )
     return made
 
 
@@ -163,7 +233,11 @@ def marks(task: Task) -> list[Path]:
 
 def program(name: str, processes: int) -> list[str]:
     """What starts a program of this directory, under torchrun if it is to have several processes."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)] if processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if processes > 1
+        else []
+    )
     return [sys.executable, *torchrun, str(HERE / name)]
 
 
@@ -177,7 +251,9 @@ def carry_out(task: Task, before: Future | None, threads: int, processes: int) -
         log = task.path.with_name(f"{task.name}.log")
         said = shlex.join(command)
         if mark.exists() and mark.read_text() != said:
-            raise UserError(f"{task.path} was made by another command ({mark.read_text()}): choose another --runs")
+            raise UserError(
+                f"{task.path} was made by another command ({mark.read_text()}): choose another --runs"
+            )
         if mark.exists():
             continue
         if command[0] != "evaluate.py" and task.path.exists():  # it was stopped
@@ -189,7 +265,13 @@ def carry_out(task: Task, before: Future | None, threads: int, processes: int) -
             stale.unlink(missing_ok=True)
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with open(log, "a") as file:
-            done = subprocess.run([*program(command[0], processes), *command[1:]], stdout=file, stderr=subprocess.STDOUT, env=environment, check=False)
+            done = subprocess.run(
+                [*program(command[0], processes), *command[1:]],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                check=False,
+            )
         if done.returncode:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             raise UserError(f"{task.name}: {last[0] if last else 'no word'} (log: {log})")
@@ -200,8 +282,12 @@ def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
     """`jobs` tasks at a time, each after the one it starts from. Returns what went wrong."""
     problems, futures, threads = [], {}, max(1, (os.cpu_count() or 1) // (jobs * processes))
     with ThreadPoolExecutor(jobs) as pool:
-        for task in made:  # a task stands behind the one it waits for, so that one of them is always running
-            futures[task.name] = pool.submit(carry_out, task, futures.get(task.waits_for), threads, processes)
+        for task in (
+            made
+        ):  # a task stands behind the one it waits for, so that one of them is always running
+            futures[task.name] = pool.submit(
+                carry_out, task, futures.get(task.waits_for), threads, processes
+            )
         bar = tqdm(as_completed(futures.values()), total=len(futures), desc="sweep")
         for future in bar:
             if error := future.exception():
@@ -215,31 +301,64 @@ def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------- results
 
 LAST = 10  # steps, over which the ablation's figures are averaged
-FIGURES = ("expert_share", "dead_groups", "kl", "ess_share", "weight_var", "weight_q95", "bias_bound")
+FIGURES = (
+    "expert_share",
+    "dead_groups",
+    "kl",
+    "ess_share",
+    "weight_var",
+    "weight_q95",
+    "bias_bound",
+)
 
 
 def comparison(finished: list[Task], out: Path) -> None:
     """A Markdown table: accuracy on the test sets, and the diagnostics' means over the last ten steps; mean over seeds."""
     found: dict[str, dict[str, list[float]]] = {}
     for task in finished:
-        scores = {name: evaluate.score_predictions(ps)["accuracy"] for name, ps in evaluate.read_predictions(task.path / "predictions").items()}
-        records = [record for record in runs.read(task.path / "metrics.jsonl") if "loss" in record][-LAST:]
-        scores |= {name: statistics.fmean(r[name] for r in records) for name in FIGURES if all(r.get(name) is not None for r in records)}
+        scores = {
+            name: evaluate.score_predictions(ps)["accuracy"]
+            for name, ps in evaluate.read_predictions(task.path / "predictions").items()
+        }
+        records = [record for record in runs.read(task.path / "metrics.jsonl") if "loss" in record][
+            -LAST:
+        ]
+        scores |= {
+            name: statistics.fmean(r[name] for r in records)
+            for name in FIGURES
+            if all(r.get(name) is not None for r in records)
+        }
         for name, value in scores.items():
             found.setdefault(curves.method_of(task.name), {}).setdefault(name, []).append(value)
     columns = list(dict.fromkeys(name for row in found.values() for name in row))
     lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
     for name, row in found.items():
-        cells = [f"{statistics.fmean(row[c]) * (100 if '-' in c else 1):.{1 if '-' in c else 3}f}" if c in row else "-" for c in columns]
+        cells = [
+            f"{statistics.fmean(row[c]) * (100 if '-' in c else 1):.{1 if '-' in c else 3}f}"
+            if c in row
+            else "-"
+            for c in columns
+        ]
         lines.append(f"| {name} | {max(map(len, row.values()))} | " + " | ".join(cells) + " |")
-    lines += ["", f"Accuracy on test sets in %; the other figures are means over the last {LAST} steps of training."]
+    lines += [
+        "",
+        f"Accuracy on test sets in %; the other figures are means over the last {LAST} steps of training.",
+    ]
     out.write_text("\n".join(lines) + "\n")
 
 
 def slim(record: dict) -> dict:
     """What tables and pictures are made of, in five digits: small enough to be kept with the code."""
-    kept = [key for key in record if key in (*curves.PANELS, "step", "states", "loss") or key.startswith(("share/", "eval/", "seconds/"))]
-    return {key: float(f"{record[key]:.5g}") if isinstance(record[key], float) else record[key] for key in kept}
+    kept = [
+        key
+        for key in record
+        if key in (*curves.PANELS, "step", "states", "loss")
+        or key.startswith(("share/", "eval/", "seconds/"))
+    ]
+    return {
+        key: float(f"{record[key]:.5g}") if isinstance(record[key], float) else record[key]
+        for key in kept
+    }
 
 
 def results(kind: str, finished: list[Task], out: Path) -> None:
@@ -248,7 +367,12 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
     listed = [task for task in finished if task.listed]
     for task in finished:
         if (task.path / "metrics.jsonl").exists():
-            (out / f"{task.name}.jsonl").write_text("".join(json.dumps(slim(record)) + "\n" for record in runs.read(task.path / "metrics.jsonl")))
+            (out / f"{task.name}.jsonl").write_text(
+                "".join(
+                    json.dumps(slim(record)) + "\n"
+                    for record in runs.read(task.path / "metrics.jsonl")
+                )
+            )
     if kind != "table1":
         comparison(listed, out / f"{kind}.md")
         print((out / f"{kind}.md").read_text())
@@ -259,39 +383,89 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], epilog="Other flags are those of ekipl.py and go to the training runs.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog="Other flags are those of ekipl.py and go to the training runs.",
+        allow_abbrev=False,
+    )
     parser.add_argument("list", choices=LISTS, help="which rows")
-    parser.add_argument("--preset", choices=ekipl.PRESETS, default="blocks", help="task, data, model and settings (default blocks: counting)")
+    parser.add_argument(
+        "--preset",
+        choices=ekipl.PRESETS,
+        default="blocks",
+        help="task, data, model and settings (default blocks: counting)",
+    )
     parser.add_argument("--seeds", default="0,1,2", metavar="SEED,SEED", help="default 0,1,2")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; each gets its share of the cores (default 1)")
-    parser.add_argument("--processes", type=int, default=1, help="of each run: torchrun's --nproc_per_node, one for each GPU (default 1)")
-    parser.add_argument("--stage1", type=int, default=1600, help="questions of SFT before RL (default 1600, Reason-RFT's)")
-    parser.add_argument("--test-states", type=int, default=300, help="questions of each test set (default 300)")
-    parser.add_argument("--pass-k", default="", metavar="K,K", help="also Pass@k, as in evaluate.py")
-    parser.add_argument("--runs", default="runs/sweep", help="where the runs are made (default runs/sweep)")
-    parser.add_argument("--out", type=Path, help="where tables, figures and metrics go (default RUNS/PRESET/results)")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        help="runs at a time; each gets its share of the cores (default 1)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=int,
+        default=1,
+        help="of each run: torchrun's --nproc_per_node, one for each GPU (default 1)",
+    )
+    parser.add_argument(
+        "--stage1",
+        type=int,
+        default=1600,
+        help="questions of SFT before RL (default 1600, Reason-RFT's)",
+    )
+    parser.add_argument(
+        "--test-states", type=int, default=300, help="questions of each test set (default 300)"
+    )
+    parser.add_argument(
+        "--pass-k", default="", metavar="K,K", help="also Pass@k, as in evaluate.py"
+    )
+    parser.add_argument(
+        "--runs", default="runs/sweep", help="where the runs are made (default runs/sweep)"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        help="where tables, figures and metrics go (default RUNS/PRESET/results)",
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args, extra = parser.parse_known_args()
     try:
-        if not re.fullmatch(r"\d+(,\d+)*", args.seeds) or min(args.jobs, args.processes, args.stage1, args.test_states) < 1:
-            raise UserError("--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1")
+        if (
+            not re.fullmatch(r"\d+(,\d+)*", args.seeds)
+            or min(args.jobs, args.processes, args.stage1, args.test_states) < 1
+        ):
+            raise UserError(
+                "--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1"
+            )
         args.seeds = [int(seed) for seed in args.seeds.split(",")]
         if own := {"--seed", "--name", "--resume"} & {word.partition("=")[0] for word in extra}:
             raise UserError(f"{min(own)} is sweep.py's to choose, run by run")
         args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
         keyless = args.dry_run or args.config.offline
-        ekipl.check(dataclasses.replace(args.config, offline=keyless), args.processes, resuming=False)
+        ekipl.check(
+            dataclasses.replace(args.config, offline=keyless), args.processes, resuming=False
+        )
         made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
         if args.dry_run:
-            start = f"torchrun --standalone --nproc_per_node {args.processes}" if args.processes > 1 else "python"
-            print(*(f"{start} {shlex.join(command)}" for task in made for command in task.commands), sep="\n")
+            start = (
+                f"torchrun --standalone --nproc_per_node {args.processes}"
+                if args.processes > 1
+                else "python"
+            )
+            print(
+                *(f"{start} {shlex.join(command)}" for task in made for command in task.commands),
+                sep="\n",
+            )
             return
         problems = carry_all_out(made, args.jobs, args.processes)
         finished = [task for task in made if all(mark.exists() for mark in marks(task))]
         if any(task.listed for task in finished):
             results(args.list, finished, args.out or Path(args.runs) / args.preset / "results")
         if problems:
-            raise UserError(f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}; the same command tries them again")
+            raise UserError(
+                f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}; the same command tries them again"
+            )
     except UserError as error:
         print(f"sweep.py: error: {error}", file=sys.stderr)
         sys.exit(2)

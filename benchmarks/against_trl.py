@@ -29,7 +29,13 @@ PHASES = ("rollout", "train", "step")
 
 
 def take_turns(
-    work: Workload, path: Path, sides: list[str], runs: int, threads: int, together: bool, profile: bool = False
+    work: Workload,
+    path: Path,
+    sides: list[str],
+    runs: int,
+    threads: int,
+    together: bool,
+    profile: bool = False,
 ) -> dict[str, list[dict]]:
     """The records of each side, a side's first ("warm-up") among them. together: all processes live at once, else one at a time."""
     last = ["memory"] + ["profile"] * profile
@@ -57,7 +63,11 @@ def take_turns(
 
 def report(side: str, number: int, record: dict) -> None:
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in record["seconds"].items())
-    print(f"  {number} {side:5} {record['kind']:7} {seconds}, gradient {record['grad_norm']:.6f}", file=sys.stderr, flush=True)
+    print(
+        f"  {number} {side:5} {record['kind']:7} {seconds}, gradient {record['grad_norm']:.6f}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def spread(values: list[float]) -> dict[str, float]:
@@ -70,17 +80,29 @@ def agreement(records: dict[str, list[dict]]) -> dict[str, dict[str, float]]:
     result = {}
     for side in [side for side in records if side != "ours"]:
         ours, theirs = records["ours"], records[side]
-        norms = [abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in zip(ours, theirs)]
-        result[side] = {"logp": float(numpy.abs(ours[0]["logp"] - theirs[0]["logp"]).max()), "grad_norm": max(norms)}
+        norms = [
+            abs(a["grad_norm"] - b["grad_norm"]) / a["grad_norm"] for a, b in zip(ours, theirs)
+        ]
+        result[side] = {
+            "logp": float(numpy.abs(ours[0]["logp"] - theirs[0]["logp"]).max()),
+            "grad_norm": max(norms),
+        }
     return result
 
 
-def summary(work: Workload, path: Path, records: dict[str, list[dict]], prompt: int, device: str) -> dict:
+def summary(
+    work: Workload, path: Path, records: dict[str, list[dict]], prompt: int, device: str
+) -> dict:
     """What the tables show: seconds, ratios against ours, memory, rates. prompt: tokens of one, on average."""
     model, tokens = workload.empty_model(path), work.states * work.group_size * work.action_tokens
     rate = workload.matrix_rate(device)
-    once, repeated = (workload.step_cost(work, model.config, prompt, times) for times in (False, True))
-    timed = {side: [record["seconds"] for record in made if record["kind"] == "time"] for side, made in records.items()}
+    once, repeated = (
+        workload.step_cost(work, model.config, prompt, times) for times in (False, True)
+    )
+    timed = {
+        side: [record["seconds"] for record in made if record["kind"] == "time"]
+        for side, made in records.items()
+    }
     result = {
         "workload": dataclasses.asdict(work), "prompt_tokens": prompt, "parameters": sum(p.numel() for p in model.parameters()),
         "matrix_tflops": rate / 1e12, "agreement": agreement(records) if "ours" in records else {}, "sides": {}, "ratios": {},
@@ -95,7 +117,10 @@ def summary(work: Workload, path: Path, records: dict[str, list[dict]], prompt: 
             "train_tokens": cost.tokens, "mfu": once.flops / train / rate, "own_mfu": cost.flops / train / rate,
         }  # fmt: skip
         if side != "ours" and "ours" in timed:
-            result["ratios"][side] = {phase: spread([b[phase] / a[phase] for a, b in zip(timed["ours"], seconds)]) for phase in PHASES}
+            result["ratios"][side] = {
+                phase: spread([b[phase] / a[phase] for a, b in zip(timed["ours"], seconds)])
+                for phase in PHASES
+            }
     return result
 
 
@@ -106,18 +131,30 @@ def three(values: dict[str, float]) -> str:
 
 def table(result: dict) -> str:
     """Markdown, as in README.md."""
-    lines = ["| | rollout, s | train, s | step, s | train: peak, GB | rollout: peak, GB | train: action tokens/s | MFU | own MFU |"]
+    lines = [
+        "| | rollout, s | train, s | step, s | train: peak, GB | rollout: peak, GB | train: action tokens/s | MFU | own MFU |"
+    ]
     lines += ["|---" * 9 + "|"]
     for side, row in result["sides"].items():
         peak, rate = row["peak_gb"], row["action_tokens_per_second"]["train"]
-        cells = [*(three(row[phase]) for phase in PHASES), f"{peak['train']:.2f}", f"{peak['rollout']:.2f}", f"{rate:,.0f}"]
+        cells = [
+            *(three(row[phase]) for phase in PHASES),
+            f"{peak['train']:.2f}",
+            f"{peak['rollout']:.2f}",
+            f"{rate:,.0f}",
+        ]
         lines.append(f"| {side} | {' | '.join(cells)} | {row['mfu']:.2f} | {row['own_mfu']:.2f} |")
     if result["ratios"]:
-        lines += ["", "| times ours | rollout | train | step | largest difference of a log-prob, nats | of the gradient's norm |"]
+        lines += [
+            "",
+            "| times ours | rollout | train | step | largest difference of a log-prob, nats | of the gradient's norm |",
+        ]
         lines += ["|---" * 6 + "|"]
     for side, row in result["ratios"].items():
         same = result["agreement"][side]
-        lines.append(f"| {side} | {' | '.join(three(row[phase]) for phase in PHASES)} | {same['logp']:.1e} | {same['grad_norm']:.1e} |")
+        lines.append(
+            f"| {side} | {' | '.join(three(row[phase]) for phase in PHASES)} | {same['logp']:.1e} | {same['grad_norm']:.1e} |"
+        )
     return "\n".join(lines)
 
 
@@ -133,7 +170,9 @@ def profile_table(records: dict[str, list[dict]], rows: int = 12) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="A training step and a rollout: ours, TRL's, plain PyTorch.")
+    parser = argparse.ArgumentParser(
+        description="A training step and a rollout: ours, TRL's, plain PyTorch."
+    )
     parser.add_argument("--model", choices=WORKLOADS, default="tiny")
     parser.add_argument("--sides", default="ours,trl,plain", help="some of them, comma-separated")
     parser.add_argument("--runs", type=int, default=5)
@@ -142,12 +181,25 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, help="states in a forward pass")
     parser.add_argument("--group-size", type=int, help="G = N")
     parser.add_argument("--action-tokens", type=int, help="T")
-    parser.add_argument("--train-only", action="store_true", help="no rollout: the training step alone")
-    parser.add_argument("--profile", action="store_true", help="one more step of each side: the seconds of its operators")
+    parser.add_argument(
+        "--train-only", action="store_true", help="no rollout: the training step alone"
+    )
+    parser.add_argument(
+        "--profile",
+        action="store_true",
+        help="one more step of each side: the seconds of its operators",
+    )
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
-    changes = {name: getattr(args, name) for name in ("states", "micro_batch", "group_size", "action_tokens")}
-    work = dataclasses.replace(WORKLOADS[args.model], **{name: value for name, value in changes.items() if value}, rollout=not args.train_only)
+    changes = {
+        name: getattr(args, name)
+        for name in ("states", "micro_batch", "group_size", "action_tokens")
+    }
+    work = dataclasses.replace(
+        WORKLOADS[args.model],
+        **{name: value for name, value in changes.items() if value},
+        rollout=not args.train_only,
+    )
     sides, device = args.sides.split(","), "cuda" if torch.cuda.is_available() else "cpu"
     if unknown := set(sides) - set(SIDES):
         parser.error(f"no side {', '.join(sorted(unknown))}; there are {', '.join(SIDES)}")
@@ -158,14 +210,32 @@ def main() -> None:
         path = Path(folder) / "model"
         workload.save_model(work, path)
         processor = workload.AutoProcessor.from_pretrained(path)
-        prompts = [prompt_tokens(state, processor) for state in workload.make_states(work, processor)]
-        records = take_turns(work, path, sides, args.runs, args.threads, together=work.model != "2b", profile=args.profile)
-        result = workload.machine() | summary(work, path, records, round(statistics.mean(prompts)), device)
+        prompts = [
+            prompt_tokens(state, processor) for state in workload.make_states(work, processor)
+        ]
+        records = take_turns(
+            work,
+            path,
+            sides,
+            args.runs,
+            args.threads,
+            together=work.model != "2b",
+            profile=args.profile,
+        )
+        result = workload.machine() | summary(
+            work, path, records, round(statistics.mean(prompts)), device
+        )
     if "trl" in sides:
         result["trl"] = version("trl")
-    print(f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}, trl {result.get('trl')}")
-    print(f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens,")
-    print(f"{work.image_tokens} of them image, {work.group_size} actions of {work.action_tokens} tokens")
+    print(
+        f"{result['machine']}, {result['date']}, torch {result['torch']}, transformers {result['transformers']}, trl {result.get('trl')}"
+    )
+    print(
+        f"{work.model}: {result['parameters'] / 1e6:.1f} M parameters, {work.states} states of {result['prompt_tokens']} prompt tokens,"
+    )
+    print(
+        f"{work.image_tokens} of them image, {work.group_size} actions of {work.action_tokens} tokens"
+    )
     print(f"matrix products: {result['matrix_tflops']:.2f} TFLOP/s\n")
     print(table(result))
     if args.profile:
@@ -174,12 +244,18 @@ def main() -> None:
     worst = max((row["logp"] for row in result["agreement"].values()), default=0.0)
     bound = 1e-4 if device == "cpu" else 0.1  # bfloat16
     if worst > bound:
-        sys.exit(f"the sides do not compute the same: log-probs differ by {worst:.1e}, more than {bound}")
+        sys.exit(
+            f"the sides do not compute the same: log-probs differ by {worst:.1e}, more than {bound}"
+        )
 
 
 def prompt_tokens(state, processor) -> int:
-    text = processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
-    return processor(text=[text], images=list(state.images), return_tensors="pt")["input_ids"].shape[1]
+    text = processor.apply_chat_template(
+        state.messages(), tokenize=False, add_generation_prompt=True
+    )
+    return processor(text=[text], images=list(state.images), return_tensors="pt")[
+        "input_ids"
+    ].shape[1]
 
 
 if __name__ == "__main__":

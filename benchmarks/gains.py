@@ -23,11 +23,12 @@ from transformers import AttentionInterface, DynamicLayer, StoppingCriteria
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import workload  # noqa: E402
+from against_trl import spread, three  # noqa: E402
+
 import attention  # noqa: E402
 import ekipl  # noqa: E402
 import sampling  # noqa: E402
-import workload  # noqa: E402
-from against_trl import spread, three  # noqa: E402
 from data import training_states  # noqa: E402
 from distributed import World  # noqa: E402
 from experts import make_experts  # noqa: E402
@@ -62,9 +63,14 @@ def prefilled_n_times(prompts, n, policy, prefilled=sampling.prefilled):
 
 def pack_with_own_prompts(prompts, actions):
     """Each action behind a prompt and a picture of its own."""
-    batch = pack([prompt for prompt, group in zip(prompts, actions) for _ in group], [[action] for group in actions for action in group])
+    batch = pack(
+        [prompt for prompt, group in zip(prompts, actions) for _ in group],
+        [[action] for group in actions for action in group],
+    )
     shape = (len(prompts), len(actions[0]), -1)
-    return dataclasses.replace(batch, token_at=batch.token_at.view(shape), action_mask=batch.action_mask.view(shape))
+    return dataclasses.replace(
+        batch, token_at=batch.token_at.view(shape), action_mask=batch.action_mask.view(shape)
+    )
 
 
 def pack_with_equal_actions(prompts, actions):
@@ -78,15 +84,27 @@ def pack_with_equal_actions(prompts, actions):
 
 
 ROLLOUT = {
-    "finished rows leave as soon as half have finished": lambda step: patch.object(sampling, "HalfFinished", NeverEarly),
-    "keys and values have room for the next tokens": lambda step: patch.object(sampling, "RoomyLayer", DynamicLayer),
-    "query heads share their keys": lambda step: patch.dict(AttentionInterface._global_mapping, {attention.SHARED_PREFIX: repeated_keys}),
-    "prompt and picture are encoded once, not N times": lambda step: patch.object(sampling, "prefilled", prefilled_n_times),
+    "finished rows leave as soon as half have finished": lambda step: patch.object(
+        sampling, "HalfFinished", NeverEarly
+    ),
+    "keys and values have room for the next tokens": lambda step: patch.object(
+        sampling, "RoomyLayer", DynamicLayer
+    ),
+    "query heads share their keys": lambda step: patch.dict(
+        AttentionInterface._global_mapping, {attention.SHARED_PREFIX: repeated_keys}
+    ),
+    "prompt and picture are encoded once, not N times": lambda step: patch.object(
+        sampling, "prefilled", prefilled_n_times
+    ),
 }
 UPDATE = {
     "actions share their prompt": lambda step: patch.object(ekipl, "pack", pack_with_own_prompts),
-    "equal actions are scored once": lambda step: patch.object(ekipl, "pack", pack_with_equal_actions),
-    "pictures and words are prepared once, not for each pass": lambda step: patch.object(ekipl, "pack", step.prepared_again),
+    "equal actions are scored once": lambda step: patch.object(
+        ekipl, "pack", pack_with_equal_actions
+    ),
+    "pictures and words are prepared once, not for each pass": lambda step: patch.object(
+        ekipl, "pack", step.prepared_again
+    ),
 }
 
 
@@ -102,13 +120,24 @@ class Step:
         ekipl.deterministic(self.world)
         self.policy = Policy.load(config.start).to(self.world.device)
         self.reference = Policy.load(config.start).to(self.world.device).requires_grad_(False)
-        self.sampler = sampling.TransformersSampler(self.policy, config.max_new_tokens, bf16=config.bf16)
+        self.sampler = sampling.TransformersSampler(
+            self.policy, config.max_new_tokens, bf16=config.bf16
+        )
         questions, order = training_states(config)
         self.states = [questions[i] for i in order[: config.batch_size]]
         self.prompts = self.policy.encode(self.states)
         experts = make_experts(config.experts, config, densities=False)
-        self.groups = sampling.total_groups(self.states, self.sampler, experts, config.num_samples, 0, 0)
-        sampling.select(self.groups, config.group_size, config.advantage, "policy_first", config.selection, random.Random(0))
+        self.groups = sampling.total_groups(
+            self.states, self.sampler, experts, config.num_samples, 0, 0
+        )
+        sampling.select(
+            self.groups,
+            config.group_size,
+            config.advantage,
+            "policy_first",
+            config.selection,
+            random.Random(0),
+        )
 
     def prepared_again(self, prompts, actions):
         """ekipl.pack behind two more runs of the processor: the reference's and the policy's."""
@@ -120,13 +149,19 @@ class Step:
         """Seconds per 1,000 tokens."""
         start = time.perf_counter()
         groups = self.sampler.sample(self.prompts, self.config.num_samples, seed)
-        return 1000 * (time.perf_counter() - start) / sum(len(action.tokens) for group in groups for action in group)
+        return (
+            1000
+            * (time.perf_counter() - start)
+            / sum(len(action.tokens) for group in groups for action in group)
+        )
 
     def update(self, seed: int) -> float:
         """Seconds of packing, reference, forward, backward, clipping, AdamW, at a learning rate of 0."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0)
         start = time.perf_counter()
-        updated = ekipl.update(self.config, self.policy, self.reference, optimizer, self.groups, self.world, 0.0)
+        updated = ekipl.update(
+            self.config, self.policy, self.reference, optimizer, self.groups, self.world, 0.0
+        )
         seconds = time.perf_counter() - start
         self.norms.append(updated["grad_norm"])
         return seconds
@@ -144,13 +179,18 @@ def measure(step: Step, runs: int) -> list[dict]:
         for name in variants:
             ratios = [other / ours for ours, other in zip(made[""][1:], made[name][1:])]
             rows.append({"phase": phase, "measure": name, "ratio": spread(ratios)})
-    assert math.isclose(min(step.norms), max(step.norms), rel_tol=1e-4), f"the variants' gradients differ: {step.norms}"
+    assert math.isclose(min(step.norms), max(step.norms), rel_tol=1e-4), (
+        f"the variants' gradients differ: {step.norms}"
+    )
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, as in README.md."""
-    lines = ["| phase | measure | times the seconds without it: min / median / max |", "|---|---|---|"]
+    lines = [
+        "| phase | measure | times the seconds without it: min / median / max |",
+        "|---|---|---|",
+    ]
     for row in rows:
         lines.append(f"| {row['phase']} | {row['measure']} | {three(row['ratio'])} |")
     return "\n".join(lines)
@@ -158,15 +198,27 @@ def table(rows: list[dict]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="What each measure against a slow step is worth.")
-    parser.add_argument("--preset", default="blocks", choices=[name for name in ekipl.PRESETS if name.startswith("blocks")])
+    parser.add_argument(
+        "--preset",
+        default="blocks",
+        choices=[name for name in ekipl.PRESETS if name.startswith("blocks")],
+    )
     parser.add_argument("--batch-size", type=int, help="states, instead of the preset's")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     args = parser.parse_args()
-    flags = ["--preset", args.preset, *(["--batch-size", str(args.batch_size)] if args.batch_size else [])]
+    flags = [
+        "--preset",
+        args.preset,
+        *(["--batch-size", str(args.batch_size)] if args.batch_size else []),
+    ]
     config, _ = ekipl.parse(flags)
-    result = workload.machine() | {"preset": args.preset, "runs": args.runs, "rows": measure(Step(config, args.threads), args.runs)}
+    result = workload.machine() | {
+        "preset": args.preset,
+        "runs": args.runs,
+        "rows": measure(Step(config, args.threads), args.runs),
+    }
     print(table(result["rows"]))
     workload.write(args.out, result)
 

@@ -25,18 +25,27 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import runs as directories  # noqa: E402
 import workload  # noqa: E402
 from against_trl import spread  # noqa: E402
+
+import runs as directories  # noqa: E402
 from sweep import program  # noqa: E402
 
 LEFT_OUT = {"seconds/evaluation", "seconds/logging"}
 
 
-def start(out: Path, name: str, batch: int, steps: int, processes: int, rest: list[str]) -> subprocess.Popen:
+def start(
+    out: Path, name: str, batch: int, steps: int, processes: int, rest: list[str]
+) -> subprocess.Popen:
     size = ["--batch-size", str(batch), "--states", str(batch * steps), "--eval-every", "0"]
     command = [*program("ekipl.py", processes), *size, "--runs", str(out), "--name", name, *rest]
-    return subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def seconds(out: Path, made: dict[str, subprocess.Popen]) -> float:
@@ -46,14 +55,25 @@ def seconds(out: Path, made: dict[str, subprocess.Popen]) -> float:
         errors = process.communicate()[1]
         if process.returncode:
             raise RuntimeError(f"{name}: {errors[-2000:]}")
-        records = [record for record in directories.read(out / name / "metrics.jsonl") if "loss" in record][1:]
-        phases = [sum(value for key, value in record.items() if key.startswith("seconds/") and key not in LEFT_OUT) for record in records]
+        records = [
+            record for record in directories.read(out / name / "metrics.jsonl") if "loss" in record
+        ][1:]
+        phases = [
+            sum(
+                value
+                for key, value in record.items()
+                if key.startswith("seconds/") and key not in LEFT_OUT
+            )
+            for record in records
+        ]
         found.append(statistics.median(phases))
     return max(found)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Data-parallel efficiency. Further flags go to ekipl.py.")
+    parser = argparse.ArgumentParser(
+        description="Data-parallel efficiency. Further flags go to ekipl.py."
+    )
     parser.add_argument("--processes", type=int, default=2, help="P")
     parser.add_argument("--batch-size", type=int, default=64, help="states of the global batch")
     parser.add_argument("--steps", type=int, default=8)
@@ -65,14 +85,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for turn in tqdm(range(args.turns)):
             out = Path(folder) / str(turn)
-            made["one"].append(seconds(out, {"one": start(out, "one", args.batch_size, args.steps, 1, rest)}))
-            made["shared"].append(seconds(out, {"shared": start(out, "shared", args.batch_size, args.steps, P, rest)}))
-            apart = {f"apart-{i}": start(out, f"apart-{i}", share, args.steps, 1, [*rest, "--seed", str(i)]) for i in range(P)}
+            made["one"].append(
+                seconds(out, {"one": start(out, "one", args.batch_size, args.steps, 1, rest)})
+            )
+            made["shared"].append(
+                seconds(out, {"shared": start(out, "shared", args.batch_size, args.steps, P, rest)})
+            )
+            apart = {
+                f"apart-{i}": start(
+                    out, f"apart-{i}", share, args.steps, 1, [*rest, "--seed", str(i)]
+                )
+                for i in range(P)
+            }
             made["apart"].append(seconds(out, apart))
-    result = workload.machine() | {"processes": P, "batch_size": args.batch_size, "steps": args.steps, "turns": args.turns}
+    result = workload.machine() | {
+        "processes": P,
+        "batch_size": args.batch_size,
+        "steps": args.steps,
+        "turns": args.turns,
+    }
     result |= {"seconds": {name: spread(values) for name, values in made.items()}}
     result["speed_up"] = spread([one / shared for one, shared in zip(made["one"], made["shared"])])
-    result["efficiency"] = spread([apart / shared for apart, shared in zip(made["apart"], made["shared"])])
+    result["efficiency"] = spread(
+        [apart / shared for apart, shared in zip(made["apart"], made["shared"])]
+    )
     for name in ("seconds", "speed_up", "efficiency"):
         print(name, result[name])
     workload.write(args.out, result)

@@ -16,16 +16,16 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
+import workload
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging
+from workload import Recorder, Workload
 
-import workload
-from ekipl import Config, update
 from distributed import World
+from ekipl import Config, update
 from grpo import ekipl_loss, group_advantages
 from policy import Policy, pack
 from sampling import Action, Group, TransformersSampler, autocast, select
-from workload import Recorder, Workload
 
 
 class Worker:
@@ -34,7 +34,9 @@ class Worker:
     def __init__(self, side: str, work: Workload, path: Path, steps: list[str], threads: int):
         context = get_context("spawn")
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(side, work, path, steps, threads, theirs), daemon=True)
+        self.process = context.Process(
+            target=serve, args=(side, work, path, steps, threads, theirs), daemon=True
+        )
         self.process.start()
         theirs.close()  # else the end of the process would not end our waiting
         self.connection.recv()  # everything is loaded
@@ -48,7 +50,9 @@ class Worker:
         self.process.join()
 
 
-def serve(side: str, work: Workload, path: Path, steps: list[str], threads: int, connection) -> None:
+def serve(
+    side: str, work: Workload, path: Path, steps: list[str], threads: int, connection
+) -> None:
     logging.set_verbosity_error()
     torch.set_num_threads(threads)
     torch.manual_seed(work.seed)
@@ -75,7 +79,9 @@ class Turns:
 
     def end(self, recorder: Recorder, logp: torch.Tensor | None, grad_norm: float) -> None:
         """logp: (B, G, T)."""
-        self.news = recorder.record(logp=None if logp is None else logp.float().cpu().numpy(), grad_norm=grad_norm)
+        self.news = recorder.record(
+            logp=None if logp is None else logp.float().cpu().numpy(), grad_norm=grad_norm
+        )
 
 
 # ---------------------------------------------------------------------------------------------- ours
@@ -92,11 +98,18 @@ def ours(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     reference = Policy.load(path).to(world.device).requires_grad_(False)
     roller = Policy(policy.model, policy.processor).to(world.device).train()
     roller.eos_id = int(policy.suppressed_ids[0])  # never sampled: every action gets all its tokens
-    for scorer in (policy, reference):  # TRL scores all words, special tokens too; here as well, so that the numbers can be compared
+    for scorer in (
+        policy,
+        reference,
+    ):  # TRL scores all words, special tokens too; here as well, so that the numbers can be compared
         scorer.suppressed_ids = scorer.suppressed_ids[:0]
     sampler = TransformersSampler(roller, work.action_tokens, bf16=config.bf16)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
-    states, tokens, rewards = workload.make_states(work, policy.processor), workload.make_actions(work, policy.tokenizer), workload.make_rewards(work)
+    states, tokens, rewards = (
+        workload.make_states(work, policy.processor),
+        workload.make_actions(work, policy.tokenizer),
+        workload.make_rewards(work),
+    )
     for number, kind in enumerate(steps):
         logp = None
         if number == 0:
@@ -106,11 +119,15 @@ def ours(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
         with recorder.phase("rollout"):
             prompts = roller.encode(states)
             sampled = sampler.sample(prompts, work.group_size, seed=number) if work.rollout else []
-        assert all(len(action.tokens) == work.action_tokens for group in sampled for action in group)
+        assert all(
+            len(action.tokens) == work.action_tokens for group in sampled for action in group
+        )
         groups = []
         for b, prompt in enumerate(prompts):
             actions = [Action(ids, "", "policy") for ids in tokens[b]]
-            groups.append(Group(states[b], prompt, actions, format=rewards[b], accuracy=[0.0] * len(actions)))
+            groups.append(
+                Group(states[b], prompt, actions, format=rewards[b], accuracy=[0.0] * len(actions))
+            )
         select(groups, work.group_size, config.advantage, "policy_first", config.selection, None)
         with recorder.phase("train"):
             updated = update(config, policy, reference, optimizer, groups, world, work.lr)
@@ -125,7 +142,10 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     device = torch.device(turns.device)
     processor = AutoProcessor.from_pretrained(path)
     processor.tokenizer.padding_side = "left"
-    model, reference = (AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).to(device) for _ in range(2))
+    model, reference = (
+        AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).to(device)
+        for _ in range(2)
+    )
     model.generation_config = GenerationConfig()
     if work.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,23 +156,49 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     )  # fmt: skip
     optimizer = torch.optim.AdamW(model.parameters(), lr=work.lr, weight_decay=0.0)
     states = workload.make_states(work, processor)
-    actions = torch.tensor(workload.make_actions(work, processor.tokenizer), device=device)  # (B, G, T)
-    advantages = group_advantages(torch.tensor(workload.make_rewards(work), device=device))  # (B, G)
+    actions = torch.tensor(
+        workload.make_actions(work, processor.tokenizer), device=device
+    )  # (B, G, T)
+    advantages = group_advantages(
+        torch.tensor(workload.make_rewards(work), device=device)
+    )  # (B, G)
 
     def inputs(chosen):
-        text = [processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True) for state in chosen]
-        return processor(text=text, images=[image for state in chosen for image in state.images], padding=True, return_tensors="pt").to(device)
+        text = [
+            processor.apply_chat_template(
+                state.messages(), tokenize=False, add_generation_prompt=True
+            )
+            for state in chosen
+        ]
+        return processor(
+            text=text,
+            images=[image for state in chosen for image in state.images],
+            padding=True,
+            return_tensors="pt",
+        ).to(device)
 
     def logps(network, prompts, ids):
         """(b, G, T) of b prompts, each of them G times."""
         rows = ids.flatten(0, 1)  # (b G, T)
-        batch = {name: prompts[name].repeat_interleave(G, 0) for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")}
-        batch["pixel_values"] = prompts["pixel_values"].unflatten(0, (len(ids), -1)).repeat_interleave(G, 0).flatten(0, 1)  # pictures are of one size
+        batch = {
+            name: prompts[name].repeat_interleave(G, 0)
+            for name in ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
+        }
+        batch["pixel_values"] = (
+            prompts["pixel_values"]
+            .unflatten(0, (len(ids), -1))
+            .repeat_interleave(G, 0)
+            .flatten(0, 1)
+        )  # pictures are of one size
         batch["input_ids"] = torch.cat([batch["input_ids"], rows], 1)
         batch["attention_mask"] = torch.cat([batch["attention_mask"], torch.ones_like(rows)], 1)
-        batch["mm_token_type_ids"] = torch.cat([batch["mm_token_type_ids"], torch.zeros_like(rows)], 1)
+        batch["mm_token_type_ids"] = torch.cat(
+            [batch["mm_token_type_ids"], torch.zeros_like(rows)], 1
+        )
         with autocast(device, True):
-            logits = network(**batch, logits_to_keep=T + 1, use_cache=False).logits[:, :-1]  # (b G, T, V)
+            logits = network(**batch, logits_to_keep=T + 1, use_cache=False).logits[
+                :, :-1
+            ]  # (b G, T, V)
         return logits.float().log_softmax(-1).gather(-1, rows[..., None]).view(ids.shape)
 
     for number, kind in enumerate(steps):
@@ -164,15 +210,23 @@ def plain(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
                 if work.rollout:
                     model.generate(**inputs(states), generation_config=settings)
             model.train()
-            parts = [inputs(states[b : b + work.micro_batch]) for b in range(0, work.states, work.micro_batch)]
+            parts = [
+                inputs(states[b : b + work.micro_batch])
+                for b in range(0, work.states, work.micro_batch)
+            ]
         with recorder.phase("train"):
             optimizer.zero_grad(set_to_none=True)
-            for part, ids, advantage in zip(parts, actions.split(work.micro_batch), advantages.split(work.micro_batch)):
+            for part, ids, advantage in zip(
+                parts, actions.split(work.micro_batch), advantages.split(work.micro_batch)
+            ):
                 with torch.no_grad():
                     ref = logps(reference, part, ids)
                 logp = logps(model, part, ids)
                 mask = torch.ones_like(ids, dtype=torch.bool)
-                (ekipl_loss(logp, logp.detach(), ref, mask, advantage, beta=work.beta)[0] / work.states).backward()
+                (
+                    ekipl_loss(logp, logp.detach(), ref, mask, advantage, beta=work.beta)[0]
+                    / work.states
+                ).backward()
                 if number == 0:
                     first = logp.detach() if first is None else torch.cat([first, logp.detach()])
             norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -197,7 +251,11 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     from trl import GRPOConfig, GRPOTrainer
 
     processor = AutoProcessor.from_pretrained(path)
-    states, tokens, rewards = workload.make_states(work, processor), workload.make_actions(work, processor.tokenizer), workload.make_rewards(work)
+    states, tokens, rewards = (
+        workload.make_states(work, processor),
+        workload.make_actions(work, processor.tokenizer),
+        workload.make_rewards(work),
+    )
     G, T = work.group_size, work.action_tokens
     settings = GRPOConfig(
         output_dir=str(path / "trl"), max_steps=len(steps), use_cpu=turns.device == "cpu", bf16=turns.device == "cuda",
@@ -208,9 +266,17 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
         logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True, dataloader_pin_memory=False, seed=work.seed,
         model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
     )  # fmt: skip
-    rows = [{"prompt": [{"role": "user", "content": state.messages()[0]["content"][-1]["text"]}], "images": list(state.images)} for state in states]
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": state.messages()[0]["content"][-1]["text"]}],
+            "images": list(state.images),
+        }
+        for state in states
+    ]
     flat = [reward for group in rewards for reward in group]
-    trainer = GRPOTrainer(str(path), lambda completions, **_: flat, settings, Dataset.from_list(rows))  # it loads model and processor itself
+    trainer = GRPOTrainer(
+        str(path), lambda completions, **_: flat, settings, Dataset.from_list(rows)
+    )  # it loads model and processor itself
     trainer.remove_callback(PrinterCallback)
     now: dict = {}  # of this step
 
@@ -223,7 +289,11 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
 
         setattr(owner, name, inside)
 
-    generate, score, clip = trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies, trainer._clip_grad_norm
+    generate, score, clip = (
+        trainer._generate_single_turn,
+        trainer._get_per_token_logps_and_entropies,
+        trainer._clip_grad_norm,
+    )
 
     def fixed_actions(*arguments, **named):
         sampled = generate(*arguments, **named)[0] if work.rollout else []
@@ -233,7 +303,10 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
     def keep_logps(model, input_ids, *arguments, **named):
         if torch.is_grad_enabled():  # the training pass, timed in compute_loss
             result = score(model, input_ids, *arguments, **named)
-            now["logps"] |= {tuple(ids): logp for ids, logp in zip(input_ids[:, -T:].tolist(), result[0].detach())}  # rows are shuffled
+            now["logps"] |= {
+                tuple(ids): logp
+                for ids, logp in zip(input_ids[:, -T:].tolist(), result[0].detach())
+            }  # rows are shuffled
             return result
         with now["recorder"].phase("train"):
             return score(model, input_ids, *arguments, **named)
@@ -243,7 +316,11 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
             now["norm"] = clip(model)
         return now["norm"]
 
-    trainer._generate_single_turn, trainer._get_per_token_logps_and_entropies, trainer._clip_grad_norm = fixed_actions, keep_logps, keep_norm
+    (
+        trainer._generate_single_turn,
+        trainer._get_per_token_logps_and_entropies,
+        trainer._clip_grad_norm,
+    ) = fixed_actions, keep_logps, keep_norm
     timed(trainer, "_generate", "rollout")
     timed(trainer, "compute_loss", "train")
     timed(trainer.accelerator, "backward", "train")
@@ -261,7 +338,9 @@ def trl(work: Workload, path: Path, steps: list[str], turns: Turns) -> None:
             now["optimizer"].__exit__(None, None, None)
 
         def on_step_end(self, args, state, control, **_):
-            logp = torch.stack([torch.stack([now["logps"][tuple(ids)] for ids in group]) for group in tokens])  # (B, G, T)
+            logp = torch.stack(
+                [torch.stack([now["logps"][tuple(ids)] for ids in group]) for group in tokens]
+            )  # (B, G, T)
             turns.end(now["recorder"], logp if state.global_step == 1 else None, float(now["norm"]))
 
     trainer.add_callback(Turn())

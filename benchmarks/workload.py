@@ -35,13 +35,17 @@ IDS = {
 # The made models: 33 million parameters, and Qwen2-VL-2B's own config (Qwen/Qwen2-VL-2B-Instruct, config.json).
 MADE = {
     "mid": dict(
-        text=dict(hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=6),
+        text=dict(
+            hidden_size=384, intermediate_size=1536, num_hidden_layers=10, num_attention_heads=6
+        ),
         rope=dict(rope_theta=1e4, mrope_section=[8, 12, 12]),
         vision=dict(depth=8, embed_dim=256, num_heads=4),
         initializer_range=0.05,  # log-probabilities that differ by nats from token to token, so that an error shows in them
     ),
     "2b": dict(
-        text=dict(hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12),
+        text=dict(
+            hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12
+        ),
         rope=dict(rope_theta=1e6, mrope_section=[16, 24, 24]),
         vision=dict(depth=32, embed_dim=1280, num_heads=16),
         initializer_range=0.02,
@@ -68,9 +72,34 @@ class Workload:
 
 
 WORKLOADS = {
-    "tiny": Workload("tiny", states=8, micro_batch=8, group_size=8, image_tokens=16, action_tokens=40, vocabulary=256),
-    "mid": Workload("mid", states=1, micro_batch=1, group_size=8, image_tokens=400, action_tokens=128, vocabulary=8192),
-    "2b": Workload("2b", states=2, micro_batch=1, group_size=8, image_tokens=1225, action_tokens=512, vocabulary=151936, gradient_checkpointing=True),
+    "tiny": Workload(
+        "tiny",
+        states=8,
+        micro_batch=8,
+        group_size=8,
+        image_tokens=16,
+        action_tokens=40,
+        vocabulary=256,
+    ),
+    "mid": Workload(
+        "mid",
+        states=1,
+        micro_batch=1,
+        group_size=8,
+        image_tokens=400,
+        action_tokens=128,
+        vocabulary=8192,
+    ),
+    "2b": Workload(
+        "2b",
+        states=2,
+        micro_batch=1,
+        group_size=8,
+        image_tokens=1225,
+        action_tokens=512,
+        vocabulary=151936,
+        gradient_checkpointing=True,
+    ),
 }
 
 
@@ -87,10 +116,14 @@ def save_model(work: Workload, path: Path) -> None:
             model.resize_token_embeddings(work.vocabulary)
     else:
         processor.image_processor.patch_size = 14
-        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # up to two billion random numbers
+        with torch.device(
+            "cuda" if torch.cuda.is_available() else "cpu"
+        ):  # up to two billion random numbers
             model = Qwen2VLForConditionalGeneration(made_config(work, processor.tokenizer))
         if work.model == "2b":
-            model = model.to(torch.bfloat16)  # half the disk; every side loads the same float32 from it
+            model = model.to(
+                torch.bfloat16
+            )  # half the disk; every side loads the same float32 from it
     side = pixels(work, processor)
     processor.image_processor.size = {"shortest_edge": side * side, "longest_edge": side * side}
     model.save_pretrained(path)
@@ -129,7 +162,9 @@ def pixels(work: Workload, processor) -> int:
     """The side of a workload's pictures, in pixels."""
     side = math.isqrt(work.image_tokens)
     if side * side != work.image_tokens:
-        raise ValueError(f"pictures are square: image_tokens must be a square number, not {work.image_tokens}")
+        raise ValueError(
+            f"pictures are square: image_tokens must be a square number, not {work.image_tokens}"
+        )
     return side * processor.image_processor.patch_size * processor.image_processor.merge_size
 
 
@@ -137,15 +172,31 @@ def make_states(work: Workload, processor) -> list[State]:
     """Questions of the blocks world, their pictures enlarged to the workload's size."""
     questions, side = BlocksSet("counting-train", work.states), pixels(work, processor)
     states = [questions[i] for i in range(work.states)]
-    return [State(state.id, (state.images[0].resize((side, side)),), state.question, state.answer, state.kind) for state in states]
+    return [
+        State(
+            state.id,
+            (state.images[0].resize((side, side)),),
+            state.question,
+            state.answer,
+            state.kind,
+        )
+        for state in states
+    ]
 
 
 def make_actions(work: Workload, tokenizer) -> list[list[list[int]]]:
     """actions[b][g]: T - 1 random words and EOS."""
-    rng, special = random.Random(work.seed), set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    rng, special = (
+        random.Random(work.seed),
+        set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder),
+    )
     words = sorted(set(tokenizer.get_vocab().values()) - special)
     return [
-        [[*rng.choices(words, k=work.action_tokens - 1), tokenizer.eos_token_id] for _ in range(work.group_size)] for _ in range(work.states)
+        [
+            [*rng.choices(words, k=work.action_tokens - 1), tokenizer.eos_token_id]
+            for _ in range(work.group_size)
+        ]
+        for _ in range(work.states)
     ]
 
 
@@ -175,24 +226,42 @@ def step_cost(work: Workload, config: Qwen2VLConfig, prompt_tokens: int, repeate
     H, I, E, V = text.hidden_size, text.intermediate_size, vision.embed_dim, text.vocab_size
     kv = H // text.num_attention_heads * text.num_key_value_heads
     times = G if repeated else 1
-    patches = times * work.image_tokens * vision.spatial_merge_size**2  # of one state, as the next three
+    patches = (
+        times * work.image_tokens * vision.spatial_merge_size**2
+    )  # of one state, as the next three
     tokens = times * P + G * T
     pairs = times * P * (P + 1) // 2 + G * (P * T + T * (T + 1) // 2)
     scored = G * T  # the LM head is needed for the actions' tokens only
 
     layer = 2 * H * H + 2 * H * kv + 3 * H * I  # weights of a layer
     forward = text.num_hidden_layers * (2 * layer * tokens + 4 * H * pairs) + 2 * H * V * scored
-    window = work.image_tokens * vision.spatial_merge_size**2  # patches of one picture attend to each other
+    window = (
+        work.image_tokens * vision.spatial_merge_size**2
+    )  # patches of one picture attend to each other
     merged = (E * vision.spatial_merge_size**2) ** 2 + E * vision.spatial_merge_size**2 * H
     embed = 3 * vision.temporal_patch_size * vision.patch_size**2 * E
-    forward += patches * (vision.depth * (2 * (4 + 2 * vision.mlp_ratio) * E * E + 4 * E * window) + 2 * embed)
+    forward += patches * (
+        vision.depth * (2 * (4 + 2 * vision.mlp_ratio) * E * E + 4 * E * window) + 2 * embed
+    )
     forward += patches // vision.spatial_merge_size**2 * 2 * merged
 
-    kept = text.num_hidden_layers * tokens * (10 * H + 4 * kv + 4 * I)  # inputs of norms, projections, attention and MLP
+    kept = (
+        text.num_hidden_layers * tokens * (10 * H + 4 * kv + 4 * I)
+    )  # inputs of norms, projections, attention and MLP
     kept += vision.depth * patches * (10 + 2 * vision.mlp_ratio) * E
-    logits = (work.micro_batch * scored if repeated else min(LOGIT_CHUNK, work.micro_batch * scored)) * V
-    weights = text.num_hidden_layers * layer + V * H + vision.depth * (4 + 2 * vision.mlp_ratio) * E * E + merged + embed
-    held = 4.0 * (work.micro_batch * kept + 3 * logits + weights)  # logits, their softmax, its gradient
+    logits = (
+        work.micro_batch * scored if repeated else min(LOGIT_CHUNK, work.micro_batch * scored)
+    ) * V
+    weights = (
+        text.num_hidden_layers * layer
+        + V * H
+        + vision.depth * (4 + 2 * vision.mlp_ratio) * E * E
+        + merged
+        + embed
+    )
+    held = 4.0 * (
+        work.micro_batch * kept + 3 * logits + weights
+    )  # logits, their softmax, its gradient
     return Cost(B * tokens, B * pairs, B * patches, 4.0 * B * forward, held)
 
 
@@ -230,7 +299,9 @@ class Memory:
         if self.device == "cuda":
             self.start = torch.cuda.memory_allocated()
         else:
-            ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, or it would hide what comes
+            ctypes.CDLL(None).malloc_trim(
+                0
+            )  # what was freed goes back to the system, or it would hide what comes
             self.start = resident("VmRSS")
         self.reset()
 
@@ -241,11 +312,17 @@ class Memory:
             Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to VmRSS
 
     def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM")) - self.start
+        return (
+            torch.cuda.max_memory_allocated() if self.device == "cuda" else resident("VmHWM")
+        ) - self.start
 
 
 def resident(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name + ":"))
+    line = next(
+        line
+        for line in Path("/proc/self/status").read_text().splitlines()
+        if line.startswith(name + ":")
+    )
     return int(line.split()[1]) * 1024
 
 
@@ -263,19 +340,31 @@ class Recorder:
         """May be entered several times in a step: times add up, of peaks the largest counts."""
         if self.memory:
             self.memory.reset()
-        with torch.profiler.profile() if self.kind == "profile" and name == "train" else nullcontext() as profiler:
+        with (
+            torch.profiler.profile()
+            if self.kind == "profile" and name == "train"
+            else nullcontext() as profiler
+        ):
             start = clock(self.device)
             yield
             self.seconds[name] = self.seconds.get(name, 0.0) + clock(self.device) - start
         for event in profiler.key_averages() if profiler else ():
-            total = event.self_device_time_total if self.device == "cuda" else event.self_cpu_time_total
+            total = (
+                event.self_device_time_total if self.device == "cuda" else event.self_cpu_time_total
+            )
             self.operators[event.key] = self.operators.get(event.key, 0.0) + total / 1e6
         if self.memory:
             self.bytes[name] = max(self.bytes.get(name, 0), self.memory.peak())
 
     def record(self, **more) -> dict:
         self.seconds["step"] = clock(self.device) - self.begin
-        return {"kind": self.kind, "seconds": self.seconds, "bytes": self.bytes, "operators": self.operators, **more}
+        return {
+            "kind": self.kind,
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "operators": self.operators,
+            **more,
+        }
 
 
 def machine() -> dict:
@@ -283,14 +372,22 @@ def machine() -> dict:
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
     else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+        lines = (
+            Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+        )
+        name = next(
+            (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
+            platform.machine(),
+        )
         name += f", {torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "transformers": version("transformers")}
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+    }
     return {"machine": name, "date": time.strftime("%Y-%m-%d")} | versions
 
 
 def write(path: Path | None, result: dict) -> None:
     if path:
         path.write_text(json.dumps(result, indent=1) + "\n")
-

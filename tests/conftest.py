@@ -8,7 +8,9 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import forkserver
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch: tests run beside each other, and threads that wait for each other are slow
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # before PyTorch: tests run beside each other, and threads that wait for each other are slow
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -43,12 +45,23 @@ def in_two_processes(function, *arguments, timeout: float = 300) -> list:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with ProcessPoolExecutor(2, mp_context=context) as pool:
-        both = [pool.submit(as_rank, rank, port, dict(os.environ), function, arguments) for rank in range(2)]
+        both = [
+            pool.submit(as_rank, rank, port, dict(os.environ), function, arguments)
+            for rank in range(2)
+        ]
         return [future.result(timeout) for future in both]
 
 
 def as_rank(rank: int, port: int, environment: dict, function, arguments):
-    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ.update(
+        environment,
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+    )
     try:
         return function(*arguments)
     finally:
@@ -57,9 +70,7 @@ def as_rank(rank: int, port: int, environment: dict, function, arguments):
 
 
 # The processor repeats an image token without spaces between: only a special token survives that as a token.
-SPECIAL = (
-    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
-)
+SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
 WORDS = (
     "user assistant how many red blue cubes spheres are there in the first second image ? . , "
     "0 1 2 3 4 5 6 7 8 9 a number or letter sequence of functions Reason step by between then give final answer "
@@ -83,7 +94,9 @@ def random_tokenizer(known=WORDS) -> PreTrainedTokenizerFast:
     )
 
 
-def random_model(tokenizer, *, unused_ids: int = 9, seed: int = 0) -> Qwen2VLForConditionalGeneration:
+def random_model(
+    tokenizer, *, unused_ids: int = 9, seed: int = 0
+) -> Qwen2VLForConditionalGeneration:
     """A vocabulary larger than the tokenizer's, as in the real checkpoints, which pad theirs."""
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (
         ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
@@ -106,9 +119,14 @@ def random_model(tokenizer, *, unused_ids: int = 9, seed: int = 0) -> Qwen2VLFor
 
 
 def random_processor(tokenizer) -> Qwen2VLProcessor:
-    size = dict(patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=64 * 64)
+    size = dict(
+        patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=64 * 64
+    )
     return Qwen2VLProcessor(
-        Qwen2VLImageProcessor(**size), tokenizer, Qwen2VLVideoProcessor(**size), chat_template=TEMPLATE
+        Qwen2VLImageProcessor(**size),
+        tokenizer,
+        Qwen2VLVideoProcessor(**size),
+        chat_template=TEMPLATE,
     )
 
 
@@ -149,5 +167,7 @@ def agrees(counts: dict, probabilities: dict) -> bool:
             rare[0], rare[1] = rare[0] + counts.get(outcome, 0), rare[1] + n * probability
     bins += [tuple(rare)] if rare[1] >= 5 else []
     df = len(bins) - 1
-    limit = df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3  # Wilson-Hilferty; a normal's quantile
+    limit = (
+        df * (1 - 2 / (9 * df) + 3.72 * (2 / (9 * df)) ** 0.5) ** 3
+    )  # Wilson-Hilferty; a normal's quantile
     return sum((seen - expected) ** 2 / expected for seen, expected in bins) < limit

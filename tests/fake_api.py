@@ -15,19 +15,46 @@ KEY = "sk-planted-0123456789abcdef"  # must be found nowhere
 
 def chat(texts, finish="stop", logprobs=True, model="tiny-2026-01-01", usage=(100, 20)) -> dict:
     """A chat completion."""
+
     def choice(index, text):
-        told = {"content": [{"token": word, "logprob": -0.5, "bytes": None, "top_logprobs": []} for word in (text or "").split()]}
+        told = {
+            "content": [
+                {"token": word, "logprob": -0.5, "bytes": None, "top_logprobs": []}
+                for word in (text or "").split()
+            ]
+        }
         message = {"role": "assistant", "content": text, "refusal": None}
-        return {"index": index, "finish_reason": finish, "message": message, "logprobs": told if logprobs else None}
+        return {
+            "index": index,
+            "finish_reason": finish,
+            "message": message,
+            "logprobs": told if logprobs else None,
+        }
 
     tokens = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
-    return {"id": "c", "object": "chat.completion", "created": 0, "model": model, "usage": tokens, "choices": list(itertools.starmap(choice, enumerate(texts)))}
+    return {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "usage": tokens,
+        "choices": list(itertools.starmap(choice, enumerate(texts))),
+    }
 
 
 def content(texts, finish="STOP", usage=(100, 20, 150)) -> dict:
     """Gemini's answer; usage: prompt, candidates, total (with thoughts)."""
-    candidates = [{"content": {"role": "model", "parts": [{"text": text}] if text else []}, "finishReason": finish, "index": i} for i, text in enumerate(texts)]
-    tokens = dict(zip(("promptTokenCount", "candidatesTokenCount", "totalTokenCount"), usage, strict=True))
+    candidates = [
+        {
+            "content": {"role": "model", "parts": [{"text": text}] if text else []},
+            "finishReason": finish,
+            "index": i,
+        }
+        for i, text in enumerate(texts)
+    ]
+    tokens = dict(
+        zip(("promptTokenCount", "candidatesTokenCount", "totalTokenCount"), usage, strict=True)
+    )
     return {"candidates": candidates, "usageMetadata": tokens, "modelVersion": "gemini-tiny-001"}
 
 
@@ -38,9 +65,15 @@ class Server(ThreadingHTTPServer):
     def __init__(self, script=(), answer="<think> {i} </think> <answer> 3 </answer>"):
         super().__init__(("127.0.0.1", 0), Handler)
         self.script, self.answer = list(script), answer
-        self.bodies, self.headers, self.answered = [], [], 0  # of requests; and how many got a whole answer
+        self.bodies, self.headers, self.answered = (
+            [],
+            [],
+            0,
+        )  # of requests; and how many got a whole answer
         self.lock, self.stop = threading.Lock(), threading.Event()
-        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+        ).start()
 
     @property
     def port(self) -> int:
@@ -57,8 +90,13 @@ class Server(ThreadingHTTPServer):
     def good(self, body: dict) -> dict:
         """As many answers as asked for, each another text."""
         if "messages" in body:
-            return chat([self.answer.format(i=i) for i in range(body["n"])], logprobs=body.get("logprobs", False))
-        return content([self.answer.format(i=i) for i in range(body["generationConfig"]["candidateCount"])])
+            return chat(
+                [self.answer.format(i=i) for i in range(body["n"])],
+                logprobs=body.get("logprobs", False),
+            )
+        return content(
+            [self.answer.format(i=i) for i in range(body["generationConfig"]["candidateCount"])]
+        )
 
     def handle_error(self, request, client_address):
         """Clients that hang up are part of the tests."""
@@ -79,7 +117,9 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.bodies)
             server.bodies.append(body)
             server.headers.append(dict(self.headers))
-            behaviour = server.script[min(number, len(server.script) - 1)] if server.script else "good"
+            behaviour = (
+                server.script[min(number, len(server.script) - 1)] if server.script else "good"
+            )
         if callable(behaviour):
             behaviour = behaviour(body)
         if isinstance(behaviour, (int, float)):
@@ -92,9 +132,17 @@ class Handler(BaseHTTPRequestHandler):
         if behaviour == "good":
             behaviour = server.good(body)
         status, headers, reply = behaviour if isinstance(behaviour, tuple) else (200, {}, behaviour)
-        data = (b'{"choices": [' if reply == "cut" else reply.encode()) if isinstance(reply, str) else json.dumps(reply).encode()
+        data = (
+            (b'{"choices": [' if reply == "cut" else reply.encode())
+            if isinstance(reply, str)
+            else json.dumps(reply).encode()
+        )
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data) + 999 * (reply == "cut")), **headers}.items():
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(data) + 999 * (reply == "cut")),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
@@ -109,4 +157,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def error(status: int, message: str, **headers) -> tuple:
     """An error as both vendors write it."""
-    return status, headers, {"error": {"message": message, "code": status, "status": "X", "type": "x", "param": None}}
+    return (
+        status,
+        headers,
+        {"error": {"message": message, "code": status, "status": "X", "type": "x", "param": None}},
+    )

@@ -39,18 +39,36 @@ def record(task: str, i: int, train: bool) -> dict:
     answer = {
         "counting": str(i % 10),
         "structure": ["A", "12.5", "2\\sqrt{3}", "C"][i % 4],
-        "transformation": ["change_size(0, small)", "change_color(1, 'red'), change_position(0, 'front_left')"][i % 2],
+        "transformation": [
+            "change_size(0, small)",
+            "change_color(1, 'red'), change_position(0, 'front_left')",
+        ][i % 2],
     }[task]
     if task == "transformation":
         image = [f"{task}/{i}.png", f"{task}/{i + 1}.png"]
-    made = {"id": i, "image": image, "problem": f"how many red objects are there ? {i}", "solution" if i % 3 else "answer": answer}
+    made = {
+        "id": i,
+        "image": image,
+        "problem": f"how many red objects are there ? {i}",
+        "solution" if i % 3 else "answer": answer,
+    }
     if train:
         thought = "count every red object"
-        made["cot"] = [thought, f"<think>\n{thought}\n</think>", f"<think>{thought}</think>\n<answer>{answer}</answer>"][i % 3]
+        made["cot"] = [
+            thought,
+            f"<think>\n{thought}\n</think>",
+            f"<think>{thought}</think>\n<answer>{answer}</answer>",
+        ][i % 3]
     return made
 
 
-def make(directory: Path, size: int = 12, zipped: bool = True, prefix: str = "train_images/", broken: bool = True) -> Path:
+def make(
+    directory: Path,
+    size: int = 12,
+    zipped: bool = True,
+    prefix: str = "train_images/",
+    broken: bool = True,
+) -> Path:
     """The data set at `directory`: `size` good records in each file; of counting-train also those of `BROKEN`."""
     images = {"train": {}, "test": {}}
     for name, file in data.FILES.items():
@@ -59,7 +77,10 @@ def make(directory: Path, size: int = 12, zipped: bool = True, prefix: str = "tr
         records = [record(task, i, split == "train") for i in range(size)]
         if name == "counting-train" and broken:
             for i, change in enumerate(BROKEN.values()):
-                records.insert(3 * i, {**record(task, 3, True), **change} if isinstance(change, dict) else change)
+                records.insert(
+                    3 * i,
+                    {**record(task, 3, True), **change} if isinstance(change, dict) else change,
+                )
         images[split] |= {f"{task}/{i}.png": png(i) for i in range(size + 1)}
         (directory / file).parent.mkdir(parents=True, exist_ok=True)
         (directory / file).write_text(json.dumps(records))
@@ -70,6 +91,8 @@ def make(directory: Path, size: int = 12, zipped: bool = True, prefix: str = "tr
                 for name, content in files.items():
                     archive.writestr(prefix.replace("train", split) + name, content)
         for name, content in files.items() if not zipped else ():
-            (directory / "images" / f"{split}_images" / name).parent.mkdir(parents=True, exist_ok=True)
+            (directory / "images" / f"{split}_images" / name).parent.mkdir(
+                parents=True, exist_ok=True
+            )
             (directory / "images" / f"{split}_images" / name).write_bytes(content)
     return directory

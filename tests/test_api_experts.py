@@ -15,6 +15,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import in_two_processes
+from fake_api import KEY, Server, chat, content, error
 from PIL import Image
 
 import apis
@@ -24,9 +26,7 @@ import experts
 import runs
 from blocks import BlocksSet
 from cache import Cache
-from conftest import in_two_processes
 from experts import ApiExpert, make_experts
-from fake_api import KEY, Server, chat, content, error
 from runs import UserError
 from sampling import Action, Sample, expert_action
 
@@ -61,7 +61,15 @@ def ask(tmp_path):
     """An expert of this name, with a cache of its own."""
 
     def make(name: str, densities: bool = False, **changes) -> ApiExpert:
-        settings = dict(cache=str(tmp_path / "cache.sqlite"), offline=False, expert_tokens=64, expert_requests=4, expert_deadline=8.0, expert_failures=5, price="")
+        settings = dict(
+            cache=str(tmp_path / "cache.sqlite"),
+            offline=False,
+            expert_tokens=64,
+            expert_requests=4,
+            expert_deadline=8.0,
+            expert_failures=5,
+            price="",
+        )
         return make_experts(name, SimpleNamespace(**{**settings, **changes}), densities)[0]
 
     return make
@@ -88,13 +96,22 @@ def test_n_answers_come_from_one_request_and_are_kept(serve, ask, vendor):
     assert texts(expert.sample([STATE], 8)[0]) == good(8)
     assert len(server.bodies) == 1
     entries = expert.cache.entries()
-    assert [entry["text"] for entry in entries] == good(8) and [entry["index"] for entry in entries] == list(range(8))
+    assert [entry["text"] for entry in entries] == good(8) and [
+        entry["index"] for entry in entries
+    ] == list(range(8))
     assert {entry["finish"] for entry in entries} == {"stop"}
-    assert {entry["model"] for entry in entries} == {"tiny-2026-01-01" if vendor == "openai" else "gemini-tiny-001"}  # who answered
+    assert {entry["model"] for entry in entries} == {
+        "tiny-2026-01-01" if vendor == "openai" else "gemini-tiny-001"
+    }  # who answered
     (call,) = expert.cache.calls()
-    assert (call["input_tokens"], call["output_tokens"]) == (100, 20 if vendor == "openai" else 50)  # thoughts are paid too
+    assert (call["input_tokens"], call["output_tokens"]) == (
+        100,
+        20 if vendor == "openai" else 50,
+    )  # thoughts are paid too
     counts = expert.metrics()
-    assert counts["requests"] == 1 and counts["cost"] == pytest.approx((10 * 100 + 100 * call["output_tokens"]) / 1e6)
+    assert counts["requests"] == 1 and counts["cost"] == pytest.approx(
+        (10 * 100 + 100 * call["output_tokens"]) / 1e6
+    )
     assert expert.cache.faults() == []
 
 
@@ -105,14 +122,25 @@ def test_the_prompt_is_the_policys_images_first_and_nothing_more(serve, ask, ven
     (body,) = server.bodies
     if vendor == "openai":
         (message,) = body["messages"]
-        pictures = [part["image_url"]["url"].removeprefix("data:image/png;base64,") for part in message["content"][:-1]]
+        pictures = [
+            part["image_url"]["url"].removeprefix("data:image/png;base64,")
+            for part in message["content"][:-1]
+        ]
         text, n, temperature = message["content"][-1]["text"], body["n"], body["temperature"]
     else:
         (message,) = body["contents"]
         pictures = [part["inlineData"]["data"] for part in message["parts"][:-1]]
-        text, n, temperature = message["parts"][-1]["text"], body["generationConfig"]["candidateCount"], body["generationConfig"]["temperature"]
+        text, n, temperature = (
+            message["parts"][-1]["text"],
+            body["generationConfig"]["candidateCount"],
+            body["generationConfig"]["temperature"],
+        )
     assert message["role"] == "user" and (n, temperature) == (2, 1.0)
-    assert text == f"{TWO_PICTURES.question} {TWO_PICTURES.request}" == TWO_PICTURES.messages()[0]["content"][-1]["text"]
+    assert (
+        text
+        == f"{TWO_PICTURES.question} {TWO_PICTURES.request}"
+        == TWO_PICTURES.messages()[0]["content"][-1]["text"]
+    )
     sent = [Image.open(io.BytesIO(base64.b64decode(picture))) for picture in pictures]
     assert [image.tobytes() for image in sent] == [image.tobytes() for image in TWO_PICTURES.images]
 
@@ -122,7 +150,9 @@ def test_a_second_expert_finds_all_in_the_cache_and_asks_only_for_more(serve, as
     server = serve()
     first = ask(getattr(server, vendor)).sample([STATE], 4, seed=1)
     expert = ask(getattr(server, vendor))
-    assert expert.sample([STATE], 4, seed=2) == first and len(server.bodies) == 1  # whatever the seed
+    assert (
+        expert.sample([STATE], 4, seed=2) == first and len(server.bodies) == 1
+    )  # whatever the seed
     assert expert.metrics()["cache_hits"] == 4
     assert expert.sample([STATE], 2) == [first[0][:2]] and len(server.bodies) == 1
     assert expert.sample([STATE], 6)[0][:4] == first[0] and len(server.bodies) == 2
@@ -141,8 +171,13 @@ def test_what_an_answer_depends_on_is_its_key(serve, ask):
         ask(server.openai).content(COUNTING[1]), ask(other.openai).content(STATE), ask(server.gemini).content(STATE),
         ask(server.openai, expert_tokens=65).content(STATE),
     ]  # fmt: skip
-    assert all(content != base for content in contents) and ask(server.openai, expert_deadline=1.0).content(STATE) == base
-    assert ask(server.openai).content(replace(STATE, images=(picture.copy(),), id="x", answer="9")) == base and KEY not in json.dumps(base)
+    assert (
+        all(content != base for content in contents)
+        and ask(server.openai, expert_deadline=1.0).content(STATE) == base
+    )
+    assert ask(server.openai).content(
+        replace(STATE, images=(picture.copy(),), id="x", answer="9")
+    ) == base and KEY not in json.dumps(base)
 
 
 @vendors
@@ -158,7 +193,9 @@ def test_fewer_candidates_than_asked_are_made_up_for(serve, ask, vendor):
     ("gemini", "Multiple candidates is not enabled for this model"), ("gemini", "Only one candidate can be specified"),
     ("openai", "Invalid value for 'n': only 1 is supported"),
 ])  # fmt: skip
-def test_models_that_take_fewer_candidates_are_asked_again_for_the_rest(serve, ask, vendor, message):
+def test_models_that_take_fewer_candidates_are_asked_again_for_the_rest(
+    serve, ask, vendor, message
+):
     def only_one(body):
         n = body["n"] if vendor == "openai" else body["generationConfig"]["candidateCount"]
         return "good" if n == 1 else error(400, message)
@@ -168,15 +205,27 @@ def test_models_that_take_fewer_candidates_are_asked_again_for_the_rest(serve, a
     assert len(expert.sample([STATE], 4)[0]) == 4
     refused = len(server.bodies) - 4
     assert refused == 2  # 4, then 2
-    assert len(expert.sample([COUNTING[1]], 4)[0]) == 4 and len(server.bodies) == 4 + refused + 4  # it has learnt
+    assert (
+        len(expert.sample([COUNTING[1]], 4)[0]) == 4 and len(server.bodies) == 4 + refused + 4
+    )  # it has learnt
 
 
 def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(serve, ask):
-    server = serve(lambda body: error(400, "logprobs are not supported with this model") if body.get("logprobs") else "good")
+    server = serve(
+        lambda body: (
+            error(400, "logprobs are not supported with this model")
+            if body.get("logprobs")
+            else "good"
+        )
+    )
     told, untold = ask(serve().openai), ask(server.openai)
     assert [sample.logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
-    assert [sample.logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(server.bodies) == 2
-    assert [sample.logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(server.bodies) == 3
+    assert [sample.logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
+        server.bodies
+    ) == 2
+    assert [sample.logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(
+        server.bodies
+    ) == 3
     own, others = Action([1], "a", told.name, logp=-2.0), Action([1], "a", "policy", logp=None)
     assert told.logp(STATE, own) == -2.0 and told.logp(STATE, others) == -math.inf
 
@@ -213,7 +262,12 @@ def test_a_fault_costs_the_state_its_expert_and_nothing_more(serve, ask, caplog,
     expert = ask(getattr(server, vendor))
     assert expert.sample([STATE], 4) == [[]]
     (line,) = [record.getMessage() for record in caplog.records]
-    assert f"{vendor}:tiny: 1 of 1 states go on without its actions" in line and says in line and "\n" not in line and len(line) < 400
+    assert (
+        f"{vendor}:tiny: 1 of 1 states go on without its actions" in line
+        and says in line
+        and "\n" not in line
+        and len(line) < 400
+    )
     assert len(server.bodies) == requests  # one layer of retries
     counts = expert.metrics()
     assert counts["failures"] == 1 and counts["states_without"] == 1
@@ -224,11 +278,17 @@ def test_a_fault_costs_the_state_its_expert_and_nothing_more(serve, ask, caplog,
 
 @vendors
 @pytest.mark.parametrize("status", [401, 403, 404, 400])
-def test_an_error_that_lasts_is_told_at_once_if_the_expert_never_answered(serve, ask, vendor, status):
+def test_an_error_that_lasts_is_told_at_once_if_the_expert_never_answered(
+    serve, ask, vendor, status
+):
     server = serve(error(status, f"wrong key {KEY}"))
     with pytest.raises(UserError) as told:
         ask(getattr(server, vendor)).sample([STATE], 2)
-    assert f"{vendor}:tiny" in str(told.value) and "wrong key [key]" in str(told.value) and KEY not in str(told.value)
+    assert (
+        f"{vendor}:tiny" in str(told.value)
+        and "wrong key [key]" in str(told.value)
+        and KEY not in str(told.value)
+    )
 
 
 @vendors
@@ -236,7 +296,11 @@ def test_a_key_that_is_withdrawn_later_does_not_stop_the_run(serve, ask, caplog,
     server = serve("good", error(401, f"wrong key {KEY}"))
     expert = ask(getattr(server, vendor))
     assert len(expert.sample([STATE], 2)[0]) == 2
-    assert expert.sample([COUNTING[1]], 2) == [[]] and "wrong key [key]" in caplog.text and KEY not in caplog.text
+    assert (
+        expert.sample([COUNTING[1]], 2) == [[]]
+        and "wrong key [key]" in caplog.text
+        and KEY not in caplog.text
+    )
 
 
 @pytest.mark.parametrize("vendor, behaviour, finish", [
@@ -246,7 +310,9 @@ def test_a_key_that_is_withdrawn_later_does_not_stop_the_run(serve, ask, caplog,
     ("gemini", content(["", ""], finish="MAX_TOKENS"), "max_tokens"),
     ("gemini", {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {"promptTokenCount": 9, "totalTokenCount": 9}}, "prompt_prohibited_content"),
 ])  # fmt: skip
-def test_a_blocked_answer_is_no_action_and_is_never_asked_for_again(serve, ask, vendor, behaviour, finish):
+def test_a_blocked_answer_is_no_action_and_is_never_asked_for_again(
+    serve, ask, vendor, behaviour, finish
+):
     server = serve(behaviour)
     expert = ask(getattr(server, vendor))
     assert expert.sample([STATE], 2) == [[]] and expert.metrics()["blocked"] == 2
@@ -266,12 +332,20 @@ def test_an_answer_cut_by_the_api_has_no_eos(serve, ask, blocks_policy):
     server = serve(chat(["<think> 1 plus"], finish="length"))
     ((sample,),) = ask(server.openai).sample([STATE], 1)
     action = expert_action(blocks_policy, sample, "e", 10)
-    assert action.truncated and blocks_policy.eos_id not in action.tokens and action.text == "<think> 1 plus"
-    assert expert_action(blocks_policy, Sample("<|im_end|>", truncated=True), "e", 10).tokens == [blocks_policy.eos_id]
+    assert (
+        action.truncated
+        and blocks_policy.eos_id not in action.tokens
+        and action.text == "<think> 1 plus"
+    )
+    assert expert_action(blocks_policy, Sample("<|im_end|>", truncated=True), "e", 10).tokens == [
+        blocks_policy.eos_id
+    ]
 
 
 @vendors
-def test_a_server_that_never_answers_holds_a_step_no_longer_than_the_deadline(serve, ask, caplog, vendor):
+def test_a_server_that_never_answers_holds_a_step_no_longer_than_the_deadline(
+    serve, ask, caplog, vendor
+):
     server = serve("hang")
     expert, started = ask(getattr(server, vendor), expert_deadline=1.0), time.monotonic()
     assert expert.sample([COUNTING[i] for i in range(6)], 2) == [[]] * 6
@@ -293,17 +367,24 @@ def test_slow_answers_miss_their_step_and_are_kept(serve, ask, caplog):
     assert texts(expert.sample([STATE], 2)[0]) == good(2) and len(server.bodies) == 1
 
 
-def test_an_expert_is_switched_off_after_failures_in_a_row_and_comes_back(serve, ask, caplog, monkeypatch):
+def test_an_expert_is_switched_off_after_failures_in_a_row_and_comes_back(
+    serve, ask, caplog, monkeypatch
+):
     monkeypatch.setattr(experts, "PAUSE", 1.0)
     server = serve(error(500, "overloaded", **{"x-should-retry": "false"}))
     expert = ask(server.openai, expert_failures=3, expert_requests=1)
     assert expert.sample([COUNTING[i] for i in range(5)], 2) == [[]] * 5
-    assert len(server.bodies) == 3 and caplog.text.count("switched off for 1 s after 3 failures in a row") == 1
+    assert (
+        len(server.bodies) == 3
+        and caplog.text.count("switched off for 1 s after 3 failures in a row") == 1
+    )
     time.sleep(1.1)
     server.script = ["good"]
     assert all(len(samples) == 2 for samples in expert.sample([COUNTING[i] for i in range(5)], 2))
     server.script = [error(500, "overloaded", **{"x-should-retry": "false"})]
-    assert expert.sample([COUNTING[9]], 2) == [[]] and not expert.off  # successes start the count anew
+    assert (
+        expert.sample([COUNTING[9]], 2) == [[]] and not expert.off
+    )  # successes start the count anew
 
 
 def test_cached_answers_are_used_while_the_expert_is_off(serve, ask):
@@ -353,7 +434,11 @@ def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
         "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); time.sleep(0.5)"
     )
     started = time.monotonic()
-    subprocess.run([sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai], check=True, timeout=200)
+    subprocess.run(
+        [sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai],
+        check=True,
+        timeout=200,
+    )
     assert len(server.bodies) == 1 and time.monotonic() - started < 150
 
 
@@ -366,7 +451,9 @@ def test_offline_answers_from_the_cache_and_names_the_first_missing_entry(serve,
     monkeypatch.delenv("OPENAI_API_KEY")
     expert = ask(server.openai, offline=True)
     assert expert.sample([STATE, COUNTING[1]], 3) == bought
-    with pytest.raises(UserError, match=f"no answer 0 of {server.openai} to state {COUNTING[2].id}"):
+    with pytest.raises(
+        UserError, match=f"no answer 0 of {server.openai} to state {COUNTING[2].id}"
+    ):
         expert.sample([STATE, COUNTING[2], COUNTING[3]], 3)
     with pytest.raises(UserError, match=f"no answer 3 of .* to state {STATE.id}"):
         expert.sample([STATE], 4)
@@ -395,15 +482,25 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
     monkeypatch.setenv("GOOGLE_API_KEY", KEY)
     assert apis.key_of("gemini", apis.ENDPOINTS["gemini"]) == KEY
     monkeypatch.delenv("OPENAI_API_KEY")
-    assert experts.expert_specs("openai:org/model@http://127.0.0.1:8000/v1,quick") == ["openai:org/model@http://127.0.0.1:8000/v1", "quick"]
+    assert experts.expert_specs("openai:org/model@http://127.0.0.1:8000/v1,quick") == [
+        "openai:org/model@http://127.0.0.1:8000/v1",
+        "quick",
+    ]
 
 
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path):
     code = f"import sys, ekipl; settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
     code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    ekipl.make_experts(names, settings)\n"
     code += "    print([name for name in ('openai', 'google.generativeai', 'vllm') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines() == ["[]", "[]", "['openai']", "['openai', 'google.generativeai']"], done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines() == [
+        "[]",
+        "[]",
+        "['openai']",
+        "['openai', 'google.generativeai']",
+    ], done.stderr
 
 
 def test_two_gemini_experts_keep_their_own_servers(serve, tmp_path):
@@ -417,9 +514,21 @@ def test_two_gemini_experts_keep_their_own_servers(serve, tmp_path):
 
 
 def test_prices_and_cost():
-    assert apis.price_of("gpt-4o-2024-08-06") == apis.price_of("gpt-4o") != apis.price_of("gpt-4o-mini")
-    assert apis.price_of("gpt-4o-audio") is None and apis.price_of("tiny") is None and apis.price_of("tiny", (1.0, 2.0)) == (1.0, 2.0)
-    assert apis.dollars((2.5, 10.0), 1000, 100) == pytest.approx(0.0035) and apis.dollars(None, 1, 1) is None and apis.dollars((1, 1), None, 1) is None
+    assert (
+        apis.price_of("gpt-4o-2024-08-06")
+        == apis.price_of("gpt-4o")
+        != apis.price_of("gpt-4o-mini")
+    )
+    assert (
+        apis.price_of("gpt-4o-audio") is None
+        and apis.price_of("tiny") is None
+        and apis.price_of("tiny", (1.0, 2.0)) == (1.0, 2.0)
+    )
+    assert (
+        apis.dollars((2.5, 10.0), 1000, 100) == pytest.approx(0.0035)
+        and apis.dollars(None, 1, 1) is None
+        and apis.dollars((1, 1), None, 1) is None
+    )
     assert experts.parse_price("2.5,10") == (2.5, 10.0) and experts.parse_price("") is None
     for wrong in ("2.5", "a,b", "1,2,3", "-1,2", "nan,1"):
         with pytest.raises(ValueError, match="--price"):
@@ -434,7 +543,15 @@ SMALL = dict(
 
 
 def config(tmp_path, names: str, **changes) -> ekipl.Config:
-    return ekipl.Config(**{**SMALL, "runs": str(tmp_path), "cache": str(tmp_path / "cache.sqlite"), "experts": names, **changes})
+    return ekipl.Config(
+        **{
+            **SMALL,
+            "runs": str(tmp_path),
+            "cache": str(tmp_path / "cache.sqlite"),
+            "experts": names,
+            **changes,
+        }
+    )
 
 
 def trained(configuration: ekipl.Config) -> tuple[list[dict], list[dict]]:
@@ -446,16 +563,30 @@ def test_a_run_with_an_api_is_replayed_from_the_cache_without_a_request(serve, t
     server = serve()
     first = trained(config(tmp_path, f"careful,{server.openai}", log_groups=4, price="1,1"))
     assert len(server.bodies) == 12 and sum(record["api/requests"] for record in first[0]) == 12
-    assert sum(record["api/cost"] for record in first[0]) == pytest.approx(12 * 120 / 1e6) and first[0][0]["api/latency"] > 0
-    assert {action["source"] for group in first[1] for action in group["actions"]} == {"policy", "careful", "openai:tiny"}
-    second = trained(config(tmp_path, f"careful,{server.openai}", log_groups=4, name="again", offline=True))
+    assert (
+        sum(record["api/cost"] for record in first[0]) == pytest.approx(12 * 120 / 1e6)
+        and first[0][0]["api/latency"] > 0
+    )
+    assert {action["source"] for group in first[1] for action in group["actions"]} == {
+        "policy",
+        "careful",
+        "openai:tiny",
+    }
+    second = trained(
+        config(tmp_path, f"careful,{server.openai}", log_groups=4, name="again", offline=True)
+    )
     assert len(server.bodies) == 12 and sum(record["api/cache_hits"] for record in second[0]) == 24
     assert second[1] == first[1]  # the same actions, rewards and advantages
-    timeless = [[{k: v for k, v in r.items() if not k.startswith(("seconds/", "api/"))} for r in records] for records in (first[0], second[0])]
+    timeless = [
+        [{k: v for k, v in r.items() if not k.startswith(("seconds/", "api/"))} for r in records]
+        for records in (first[0], second[0])
+    ]
     assert timeless[0] == timeless[1]
 
 
-def test_requests_of_the_next_two_steps_run_while_the_first_one_trains(serve, tmp_path, monkeypatch):
+def test_requests_of_the_next_two_steps_run_while_the_first_one_trains(
+    serve, tmp_path, monkeypatch
+):
     server, update, seen = serve(), ekipl.update, []
 
     def slow_update(*arguments):
@@ -470,11 +601,21 @@ def test_requests_of_the_next_two_steps_run_while_the_first_one_trains(serve, tm
     assert seen[0] == 12 and len(server.bodies) == 16  # of four steps, three
 
 
-@pytest.mark.parametrize("changes", [{}, {"updates_per_batch": 2}, {"estimator": "is"}, {"estimator": "snis"}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"updates_per_batch": 2}, {"estimator": "is"}, {"estimator": "snis"}], ids=str
+)
 def test_training_goes_on_while_an_api_fails_for_some_states(serve, tmp_path, changes):
     calls = iter(range(100))
-    server = serve(lambda body: "good" if next(calls) % 3 == 0 else error(500, "overloaded", **{"x-should-retry": "false"}))
-    records, groups = trained(config(tmp_path, f"quick,{server.openai}", expert_failures=99, log_groups=4, **changes))
+    server = serve(
+        lambda body: (
+            "good"
+            if next(calls) % 3 == 0
+            else error(500, "overloaded", **{"x-should-retry": "false"})
+        )
+    )
+    records, groups = trained(
+        config(tmp_path, f"quick,{server.openai}", expert_failures=99, log_groups=4, **changes)
+    )
     assert len(records) == 3 and sum(record["api/states_without"] for record in records) > 0
     assert {len(group["actions"]) for group in groups} == {4, 6}
     assert all(math.isfinite(record["loss"]) for record in records)
@@ -483,11 +624,15 @@ def test_training_goes_on_while_an_api_fails_for_some_states(serve, tmp_path, ch
 def test_training_goes_on_without_an_api_that_never_answers(serve, tmp_path, caplog):
     server, started = serve("hang"), time.monotonic()
     records, _ = trained(config(tmp_path, server.openai, expert_deadline=1.0, expert_failures=4))
-    assert len(records) == 3 and all(record["api/states_without"] == 4 and record["expert_share"] == 0 for record in records)
+    assert len(records) == 3 and all(
+        record["api/states_without"] == 4 and record["expert_share"] == 0 for record in records
+    )
     assert "switched off" in caplog.text and time.monotonic() - started < 150
 
 
-def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(serve, tmp_path, caplog):
+def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(
+    serve, tmp_path, caplog
+):
     with pytest.raises(UserError, match="gemini:x tells none"):
         ekipl.check(config(tmp_path, "gemini:x", estimator="is"), 1, False)
     silent = serve(lambda body: chat(good(body["n"]), logprobs=False))
@@ -505,10 +650,17 @@ def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog)
 
     def echo(body):  # the first ones and every third are answered; the others throw the key back
         number = next(calls)
-        return "good" if number < 2 or number % 3 == 0 else error((500, 403)[number % 2], f"you sent {KEY}", **{"x-should-retry": "false"})
+        return (
+            "good"
+            if number < 2 or number % 3 == 0
+            else error((500, 403)[number % 2], f"you sent {KEY}", **{"x-should-retry": "false"})
+        )
 
     server = serve(echo)
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()
+    ]
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
     for main, command in ((ekipl.main, ["ekipl.py"]), (collect.main, ["experts.py", "collect"])):
         monkeypatch.setattr(sys, "argv", [*command, *flags, "--experts", names])
@@ -527,18 +679,30 @@ def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog)
 def test_a_missing_key_is_told_in_one_line_before_a_model_is_loaded(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY")
     monkeypatch.setattr(ekipl.Policy, "load", None)
-    monkeypatch.setattr(sys, "argv", ["ekipl.py", "--experts", "openai:gpt-4o", "--runs", str(tmp_path)])
+    monkeypatch.setattr(
+        sys, "argv", ["ekipl.py", "--experts", "openai:gpt-4o", "--runs", str(tmp_path)]
+    )
     with pytest.raises(SystemExit) as stop:
         ekipl.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err.strip() == "ekipl.py: error: openai experts need a key in the environment: export OPENAI_API_KEY"
+    assert (
+        capsys.readouterr().err.strip()
+        == "ekipl.py: error: openai experts need a key in the environment: export OPENAI_API_KEY"
+    )
 
 
 def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
     # Two processes; the server answers every second request and never the others.
     calls = iter(range(1000))
     server = serve(lambda body: ("good", "hang")[next(calls) % 2])
-    settings = {**SMALL, "states": 16, "runs": tmp_path, "cache": tmp_path / "c.sqlite", "experts": server.openai, "expert_deadline": 2}
+    settings = {
+        **SMALL,
+        "states": 16,
+        "runs": tmp_path,
+        "cache": tmp_path / "c.sqlite",
+        "experts": server.openai,
+        "expert_deadline": 2,
+    }
     in_two_processes(ekipl.run, [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()])
     records = runs.read(tmp_path / "run" / "metrics.jsonl")
     assert len(records) == 4 and sum(record["api/states_without"] for record in records) > 0
@@ -550,7 +714,14 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
 def command(*arguments, **settings) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "experts.py"), *map(str, arguments)]
-    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment, **settings)
+    return subprocess.Popen(
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        **settings,
+    )
 
 
 @pytest.fixture
@@ -571,14 +742,25 @@ def tell(capsys, monkeypatch):
 
 def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):
     server = serve()
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}.items()
+    ]
     code, out, err = tell("collect", *flags, "--experts", server.openai, "--limit", 5)
-    assert (code, len(server.bodies)) == (0, 5) and "bought 10 answers with 5 requests" in out and "5/5" in err
+    assert (
+        (code, len(server.bodies)) == (0, 5)
+        and "bought 10 answers with 5 requests" in out
+        and "5/5" in err
+    )
     questions, order = ekipl.training_states(config(tmp_path, server.openai))
     with_answers = Cache(tmp_path / "cache.sqlite", read_only=True)
     expert = ApiExpert(server.openai, with_answers, config(tmp_path, server.openai))
-    assert [expert.complete(questions[i], 2) for i in range(12)] == [True] * 5 + [False] * 7  # what a run with --limit 5 asks
-    assert [state.id for state in collect.states_to_ask(config(tmp_path, server.openai))] == [questions[i].id for i in order]
+    assert [expert.complete(questions[i], 2) for i in range(12)] == [True] * 5 + [
+        False
+    ] * 7  # what a run with --limit 5 asks
+    assert [state.id for state in collect.states_to_ask(config(tmp_path, server.openai))] == [
+        questions[i].id for i in order
+    ]
     assert tell("collect", *flags, "--experts", server.openai)[0] == 0 and len(server.bodies) == 12
     trained(config(tmp_path, server.openai))
     assert len(server.bodies) == 12
@@ -586,11 +768,18 @@ def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serv
     assert code == 0 and "24 answers of 12 states in 12 calls, answered by tiny-2026-01-01" in out
     code, out, _ = tell("export", tmp_path / "cache.sqlite")
     lines = [json.loads(line) for line in out.splitlines()]
-    assert len(lines) == 24 and lines[0]["text"] == good(1)[0] and lines[0]["expert"] == server.openai and lines[0]["messages"]
+    assert (
+        len(lines) == 24
+        and lines[0]["text"] == good(1)[0]
+        and lines[0]["expert"] == server.openai
+        and lines[0]["messages"]
+    )
     assert tell("verify", tmp_path / "cache.sqlite")[0] == 0
 
 
-def test_a_dry_run_asks_nothing_needs_no_key_and_counts_what_is_missing(serve, tell, tmp_path, monkeypatch):
+def test_a_dry_run_asks_nothing_needs_no_key_and_counts_what_is_missing(
+    serve, tell, tmp_path, monkeypatch
+):
     server = serve()
     flags = ["--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai]
     tell("collect", *flags, "--limit", 4)
@@ -599,14 +788,30 @@ def test_a_dry_run_asks_nothing_needs_no_key_and_counts_what_is_missing(serve, t
     assert code == 0 and len(server.bodies) == 4, err
     assert "64 states, 4 of them in the cache: 60 requests for 480 answers" in out
     # 20 tokens out for 8 answers, as the calls in the cache had.
-    assert "0.001 million out (2 an answer, as in the cache)" in out and "dollars" in out and "hours" in out
+    assert (
+        "0.001 million out (2 an answer, as in the cache)" in out
+        and "dollars" in out
+        and "hours" in out
+    )
     code, out, err = tell("collect", *flags[:2], "--experts", "openai:gpt-4o", "--dry-run")
     assert code == 0 and f"prices of {apis.PRICES_OF}" in out, err
 
 
 def test_a_budget_is_never_overspent_and_the_rest_can_follow(serve, tell, tmp_path):
     server = serve()
-    flags = ["collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai, "--limit", 12, "--expert-tokens", 10]
+    flags = [
+        "collect",
+        "--states",
+        64,
+        "--cache",
+        tmp_path / "cache.sqlite",
+        "--experts",
+        server.openai,
+        "--limit",
+        12,
+        "--expert-tokens",
+        10,
+    ]
     # A call costs 100 in and 20 out; at worst 8 answers of 10 tokens for a prompt of some 270: 0.35 USD at 1000 a million.
     code, out, _ = tell(*flags, "--price", "1000,1000", "--budget", 1.0)
     assert code == 0 and "stopped at the budget" in out and 0 < len(server.bodies) < 12
@@ -616,23 +821,52 @@ def test_a_budget_is_never_overspent_and_the_rest_can_follow(serve, tell, tmp_pa
     assert code == 2 and "--budget needs a price" in err
 
 
-@pytest.mark.parametrize("behaviour, says", [(error(401, "wrong key"), "wrong key"), (error(500, "down", **{"x-should-retry": "false"}), "again and again")])
-def test_collect_stops_in_one_line_if_the_api_will_not_answer(serve, tell, tmp_path, behaviour, says):
+@pytest.mark.parametrize(
+    "behaviour, says",
+    [
+        (error(401, "wrong key"), "wrong key"),
+        (error(500, "down", **{"x-should-retry": "false"}), "again and again"),
+    ],
+)
+def test_collect_stops_in_one_line_if_the_api_will_not_answer(
+    serve, tell, tmp_path, behaviour, says
+):
     server = serve(behaviour)
-    code, _, err = tell("collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai)
+    code, _, err = tell(
+        "collect", "--states", 64, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai
+    )
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("experts.py: error:") and says in last and "Traceback" not in err
+    assert (
+        code == 2
+        and last.startswith("experts.py: error:")
+        and says in last
+        and "Traceback" not in err
+    )
     assert len(server.bodies) < 20
 
 
 def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tell, tmp_path):
     calls = iter(range(1000))
 
-    def slowly(body):  # ten are answered, the next wait: the process is killed while they are on their way
+    def slowly(
+        body,
+    ):  # ten are answered, the next wait: the process is killed while they are on their way
         return "good" if next(calls) < 10 else "hang"
 
     server = serve(slowly)
-    flags = ["collect", "--states", 64, "--limit", 24, "--cache", tmp_path / "cache.sqlite", "--experts", server.openai, "--num-samples", 4]
+    flags = [
+        "collect",
+        "--states",
+        64,
+        "--limit",
+        24,
+        "--cache",
+        tmp_path / "cache.sqlite",
+        "--experts",
+        server.openai,
+        "--num-samples",
+        4,
+    ]
     process = command(*flags)
     deadline = time.monotonic() + 90
     while len(server.bodies) < 18 and time.monotonic() < deadline:

@@ -24,7 +24,9 @@ import processes  # noqa: E402
 import sides  # noqa: E402
 import workload  # noqa: E402
 
-SMALL = dataclasses.replace(workload.WORKLOADS["tiny"], states=2, micro_batch=1, group_size=3, action_tokens=4)
+SMALL = dataclasses.replace(
+    workload.WORKLOADS["tiny"], states=2, micro_batch=1, group_size=3, action_tokens=4
+)
 
 
 class Threaded(sides.Worker):
@@ -32,7 +34,9 @@ class Threaded(sides.Worker):
 
     def __init__(self, side, work, path, steps, threads):
         self.connection, theirs = Pipe()
-        self.process = threading.Thread(target=sides.serve, args=(side, work, path, steps, threads, theirs))
+        self.process = threading.Thread(
+            target=sides.serve, args=(side, work, path, steps, threads, theirs)
+        )
         self.process.start()
         self.connection.recv()
 
@@ -51,16 +55,23 @@ def small_model(tmp_path_factory):
 
 
 def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_threads, small_model):
-    records = against_trl.take_turns(SMALL, small_model, ["ours", "plain"], 2, 1, together=True, profile=True)
+    records = against_trl.take_turns(
+        SMALL, small_model, ["ours", "plain"], 2, 1, together=True, profile=True
+    )
     kinds = ["warm-up", "time", "time", "memory", "profile"]
-    assert {side: [record["kind"] for record in made] for side, made in records.items()} == {"ours": kinds, "plain": kinds}
+    assert {side: [record["kind"] for record in made] for side, made in records.items()} == {
+        "ours": kinds,
+        "plain": kinds,
+    }
     assert records["ours"][0]["logp"].shape == (2, 3, 4)
     same = against_trl.agreement(records)["plain"]
     assert same["logp"] < 1e-4 and same["grad_norm"] < 1e-4
     profile = against_trl.profile_table(records)
     assert "aten::addmm" in profile or "aten::mm" in profile
     result = workload.machine() | against_trl.summary(SMALL, small_model, records, 50, "cpu")
-    low, middle, high = (result["ratios"]["plain"]["train"][name] for name in ("min", "median", "max"))
+    low, middle, high = (
+        result["ratios"]["plain"]["train"][name] for name in ("min", "median", "max")
+    )
     assert 0 < low <= middle <= high
     assert "| plain | " in against_trl.table(result)
 
@@ -68,7 +79,9 @@ def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_thread
 def test_sides_that_do_not_compute_the_same_are_told(small_model):
     record = {"grad_norm": 1.0, "logp": torch.zeros(2, 3, 4).numpy()}
     other = {"grad_norm": 1.1, "logp": record["logp"] - 0.5}
-    assert against_trl.agreement({"ours": [record], "plain": [other]})["plain"] == pytest.approx({"logp": 0.5, "grad_norm": 0.1})
+    assert against_trl.agreement({"ours": [record], "plain": [other]})["plain"] == pytest.approx(
+        {"logp": 0.5, "grad_norm": 0.1}
+    )
 
 
 def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, capsys):
@@ -78,27 +91,49 @@ def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["growth.py", *flags, str(out)])
     growth.main()
     points = json.loads(out.read_text())["axes"]["group_size"]
-    assert [(point["value"], point["side"]) for point in points] == [(1, "ours"), (1, "plain"), (3, "ours"), (3, "plain")]
+    assert [(point["value"], point["side"]) for point in points] == [
+        (1, "ours"),
+        (1, "plain"),
+        (3, "ours"),
+        (3, "plain"),
+    ]
     assert all(point["seconds"] > 0 and point["bytes"] > 0 for point in points)
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"
     assert "of the law" in capsys.readouterr().out
 
 
 def test_a_group_passes_prompt_and_picture_once_or_g_times():
-    config, work = workload.empty_model(workload.TINY).config, dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2)
+    config, work = (
+        workload.empty_model(workload.TINY).config,
+        dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2),
+    )
     once, repeated = (workload.step_cost(work, config, 3, times) for times in (False, True))
-    assert (once.tokens, once.pairs, once.patches) == (3 + 4, 6 + 2 * (4 + 5), 64)  # prompt 1 + 2 + 3; an action's tokens see 4 and 5
+    assert (once.tokens, once.pairs, once.patches) == (
+        3 + 4,
+        6 + 2 * (4 + 5),
+        64,
+    )  # prompt 1 + 2 + 3; an action's tokens see 4 and 5
     assert (repeated.tokens, repeated.pairs, repeated.patches) == (10, 2 * 15, 128)  # 1 + ... + 5
-    once, repeated = (workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, times) for times in (False, True))
+    once, repeated = (
+        workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, times)
+        for times in (False, True)
+    )
     assert once == repeated
 
 
 def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
     work = dataclasses.replace(SMALL, states=1, micro_batch=1, group_size=1, action_tokens=64)
-    model = workload.Qwen2VLForConditionalGeneration.from_pretrained(small_model, dtype=torch.float32, attn_implementation="eager")
+    model = workload.Qwen2VLForConditionalGeneration.from_pretrained(
+        small_model, dtype=torch.float32, attn_implementation="eager"
+    )
     processor = workload.AutoProcessor.from_pretrained(small_model)
-    state, actions = workload.make_states(work, processor)[0], torch.tensor(workload.make_actions(work, processor.tokenizer)[0])
-    text = processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+    state, actions = (
+        workload.make_states(work, processor)[0],
+        torch.tensor(workload.make_actions(work, processor.tokenizer)[0]),
+    )
+    text = processor.apply_chat_template(
+        state.messages(), tokenize=False, add_generation_prompt=True
+    )
     inputs = processor(text=[text], images=list(state.images), return_tensors="pt")
     P, T = inputs["input_ids"].shape[1], work.action_tokens
     inputs["input_ids"] = torch.cat([inputs["input_ids"], actions], 1)
@@ -106,15 +141,26 @@ def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
     inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, T))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(**inputs, logits_to_keep=T)
-    text_config, cost = model.config.text_config, workload.step_cost(work, model.config, P, repeated=False)
-    above_diagonal = (P + T) ** 2 - cost.pairs  # eager attention computes them, and throws them away
-    expected = cost.flops / 4 + text_config.num_hidden_layers * 4 * text_config.hidden_size * above_diagonal
+    text_config, cost = (
+        model.config.text_config,
+        workload.step_cost(work, model.config, P, repeated=False),
+    )
+    above_diagonal = (
+        P + T
+    ) ** 2 - cost.pairs  # eager attention computes them, and throws them away
+    expected = (
+        cost.flops / 4
+        + text_config.num_hidden_layers * 4 * text_config.hidden_size * above_diagonal
+    )
     assert counter.get_total_flops() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_fit_finds_the_constants_of_points_that_follow_the_law():
     made = ((1e9, 100), (4e9, 300), (9e9, 500))
-    points = [{"seconds": 0.5 + flops / 2e9, "bytes": 3 * held, "flops": flops, "law_bytes": held} for flops, held in made]
+    points = [
+        {"seconds": 0.5 + flops / 2e9, "bytes": 3 * held, "flops": flops, "law_bytes": held}
+        for flops, held in made
+    ]
     fitted = growth.fit(points)
     assert fitted == pytest.approx({"constant": 0.5, "rate": 2e9, "factor": 3.0})
     assert growth.law(points[1], fitted) == pytest.approx((2.5, 900))
@@ -132,11 +178,15 @@ def test_every_action_has_its_tokens_and_ends_with_eos_and_no_group_is_dead():
 
 @pytest.mark.parametrize("name", ["mid", "2b"])
 def test_the_made_models_have_the_sizes_that_are_told(name):
-    config = workload.made_config(workload.WORKLOADS[name], workload.AutoProcessor.from_pretrained(workload.TINY).tokenizer)
+    config = workload.made_config(
+        workload.WORKLOADS[name], workload.AutoProcessor.from_pretrained(workload.TINY).tokenizer
+    )
     with torch.device("meta"):
         model = workload.Qwen2VLForConditionalGeneration(config)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
-    assert millions == pytest.approx({"mid": 32.85, "2b": 2209}[name], rel=0.001)  # Qwen2-VL-2B: 2.21 billion
+    assert millions == pytest.approx(
+        {"mid": 32.85, "2b": 2209}[name], rel=0.001
+    )  # Qwen2-VL-2B: 2.21 billion
 
 
 def test_pictures_that_cannot_be_square_are_refused():
@@ -154,24 +204,39 @@ def test_the_tables_of_its_readme_are_those_of_the_committed_figures():
 
 
 def test_every_measure_can_be_taken_away_and_the_gradient_stays_the_same(one_thread):
-    config, _ = ekipl.parse(["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"])
+    config, _ = ekipl.parse(
+        ["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"]
+    )
     step = gains.Step(config, 1)
     rows = gains.measure(step, 1)  # raises if a variant's gradient differs
-    assert [row["measure"] for row in rows] == [*gains.ROLLOUT, *gains.UPDATE] and all(row["ratio"]["min"] > 0 for row in rows)
-    assert sampling.HalfFinished is not gains.NeverEarly and ekipl.pack is policy.pack  # and put back
+    assert [row["measure"] for row in rows] == [*gains.ROLLOUT, *gains.UPDATE] and all(
+        row["ratio"]["min"] > 0 for row in rows
+    )
+    assert (
+        sampling.HalfFinished is not gains.NeverEarly and ekipl.pack is policy.pack
+    )  # and put back
 
 
 def test_what_gains_takes_away_is_gone(one_thread):
-    config, _ = ekipl.parse(["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"])
+    config, _ = ekipl.parse(
+        ["--batch-size", "4", "--num-samples", "3", "--group-size", "4", "--max-new-tokens", "12"]
+    )
     step = gains.Step(config, 1)
     prompts, actions = [group.prompt for group in step.groups[:2]], [[[1, 2], [1, 2], [1, 3]]] * 2
-    once, each, own = (pack(prompts, actions) for pack in (policy.pack, gains.pack_with_equal_actions, gains.pack_with_own_prompts))
+    once, each, own = (
+        pack(prompts, actions)
+        for pack in (policy.pack, gains.pack_with_equal_actions, gains.pack_with_own_prompts)
+    )
     P = sum(len(prompt.input_ids) for prompt in prompts)
     assert [len(batch.input_ids) for batch in (once, each, own)] == [P + 8, P + 12, 3 * P + 12]
-    assert all(torch.allclose(step.policy(once), step.policy(batch), atol=1e-5) for batch in (each, own))
+    assert all(
+        torch.allclose(step.policy(once), step.policy(batch), atol=1e-5) for batch in (each, own)
+    )
 
 
-def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing(tmp_path, monkeypatch, capsys):
+def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing(
+    tmp_path, monkeypatch, capsys
+):
     started = []
 
     class Run:
@@ -181,22 +246,54 @@ def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing
 
         def __init__(self, command, **kwargs):
             started.append(" ".join(map(str, command)))
-            value = {"one": 4.0, "shared": 2.5, "apart": 2.0}[command[command.index("--name") + 1].split("-")[0]]
+            value = {"one": 4.0, "shared": 2.5, "apart": 2.0}[
+                command[command.index("--name") + 1].split("-")[0]
+            ]
             record = {"loss": 0.0, "seconds/rollout": value, "seconds/logging": 9.0}
-            path = Path(command[command.index("--runs") + 1]) / command[command.index("--name") + 1] / "metrics.jsonl"
+            path = (
+                Path(command[command.index("--runs") + 1])
+                / command[command.index("--name") + 1]
+                / "metrics.jsonl"
+            )
             path.parent.mkdir(parents=True)
-            path.write_text("".join(json.dumps(r) + "\n" for r in [{"eval/a": 1}, {**record, "seconds/rollout": 99.0}, record]))
+            path.write_text(
+                "".join(
+                    json.dumps(r) + "\n"
+                    for r in [{"eval/a": 1}, {**record, "seconds/rollout": 99.0}, record]
+                )
+            )
 
         def communicate(self):
             return "", ""
 
     monkeypatch.setattr(processes.subprocess, "Popen", Run)
-    monkeypatch.setattr(sys, "argv", ["processes.py", "--turns", "2", "--batch-size", "8", "--steps", "3", "--out", str(tmp_path / "out.json"), "--lr", "0"])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "processes.py",
+            "--turns",
+            "2",
+            "--batch-size",
+            "8",
+            "--steps",
+            "3",
+            "--out",
+            str(tmp_path / "out.json"),
+            "--lr",
+            "0",
+        ],
+    )
     processes.main()
     result = json.loads((tmp_path / "out.json").read_text())
     assert result["speed_up"]["median"] == 1.6 and result["efficiency"]["median"] == 0.8
     assert ["nproc_per_node 2" in command for command in started] == [False, True, False, False] * 2
-    assert [command.split("--batch-size ")[1].split()[0] for command in started] == ["8", "8", "4", "4"] * 2
+    assert [command.split("--batch-size ")[1].split()[0] for command in started] == [
+        "8",
+        "8",
+        "4",
+        "4",
+    ] * 2
     assert all("--lr 0" in command and "--eval-every 0" in command for command in started)
 
 
@@ -210,15 +307,27 @@ SAID = (HERE / "README.md").read_text()
 def test_the_readmes_tables_are_those_of_the_committed_figures(name):
     result = json.loads((HERE / f"{name}-cpu.json").read_text())
     assert against_trl.table(result) in SAID
-    assert result["agreement"]["trl"]["logp"] < 1e-4 and result["agreement"]["trl"]["grad_norm"] < 1e-5
-    train, rollout = ([result["ratios"][side][phase]["median"] for side in ("trl", "plain")] for phase in ("train", "rollout"))
+    assert (
+        result["agreement"]["trl"]["logp"] < 1e-4 and result["agreement"]["trl"]["grad_norm"] < 1e-5
+    )
+    train, rollout = (
+        [result["ratios"][side][phase]["median"] for side in ("trl", "plain")]
+        for phase in ("train", "rollout")
+    )
     memory = [result["sides"][side]["peak_gb"]["train"] for side in ("ours", "trl", "plain")]
-    short = " | ".join(f"{value:.2f}" for value in (*train, *rollout)) + " | " + ", ".join(f"{value:.2f}" for value in memory) + " GB"
+    short = (
+        " | ".join(f"{value:.2f}" for value in (*train, *rollout))
+        + " | "
+        + ", ".join(f"{value:.2f}" for value in memory)
+        + " GB"
+    )
     assert short in (ROOT / "README.md").read_text()
 
 
 def test_the_training_step_of_the_mid_case_is_three_times_as_fast_as_trls():
-    ratios = json.loads((HERE / "mid-cpu.json").read_text())["ratios"]["trl"]  # a committed figure: nothing is timed here
+    ratios = json.loads((HERE / "mid-cpu.json").read_text())["ratios"][
+        "trl"
+    ]  # a committed figure: nothing is timed here
     assert ratios["train"]["min"] >= 3 and ratios["rollout"]["min"] >= 1
 
 
@@ -227,5 +336,11 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         assert gains.table(json.loads((HERE / f"{name}-cpu.json").read_text())["rows"]) in SAID
     result = json.loads((HERE / "processes-cpu.json").read_text())
     for name in ("speed_up", "efficiency"):
-        assert f"{result[name]['median']:.2f} ({result[name]['min']:.2f} to {result[name]['max']:.2f})" in SAID
-    assert f"{result['speed_up']['median']:.2f} times as fast as one" in (ROOT / "README.md").read_text()
+        assert (
+            f"{result[name]['median']:.2f} ({result[name]['min']:.2f} to {result[name]['max']:.2f})"
+            in SAID
+        )
+    assert (
+        f"{result['speed_up']['median']:.2f} times as fast as one"
+        in (ROOT / "README.md").read_text()
+    )

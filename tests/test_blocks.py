@@ -32,7 +32,9 @@ def states(name: str, count: int = 80) -> list[blocks.BlocksState]:
 
 def fingerprint(state) -> str:
     parts = [state.id, state.question, state.answer, state.kind, state.thought, repr(state.problem)]
-    return hashlib.sha256("|".join(parts).encode() + b"".join(image.tobytes() for image in state.images)).hexdigest()
+    return hashlib.sha256(
+        "|".join(parts).encode() + b"".join(image.tobytes() for image in state.images)
+    ).hexdigest()
 
 
 def response(thought: str, answer: str) -> str:
@@ -44,7 +46,11 @@ def response(thought: str, answer: str) -> str:
 
 @pytest.mark.parametrize("name", ALL)
 def test_name_seed_and_index_alone_decide_a_state(name):
-    forward, backward, other_size = BlocksSet(name, 9, seed=3), BlocksSet(name, 9, seed=3), BlocksSet(name, 99, seed=3)
+    forward, backward, other_size = (
+        BlocksSet(name, 9, seed=3),
+        BlocksSet(name, 9, seed=3),
+        BlocksSet(name, 99, seed=3),
+    )
     read = [fingerprint(forward[i]) for i in range(9)]
     assert read == [fingerprint(backward[i]) for i in reversed(range(9))][::-1]
     assert fingerprint(other_size[7]) == read[7]
@@ -67,7 +73,9 @@ def test_another_process_makes_the_same_states():
 @pytest.mark.parametrize("task", SETS)
 def test_no_train_question_is_a_test_question(task):
     def questions(name, seed):
-        count = 100 if task == "structure" else 40  # of structure there are few questions, many would be in both
+        count = (
+            100 if task == "structure" else 40
+        )  # of structure there are few questions, many would be in both
         return {(state.question, repr(state.problem)) for state in BlocksSet(name, count, seed)}
 
     train = set().union(*(questions(f"{task}-train", seed) for seed in (0, 1)))
@@ -88,7 +96,9 @@ def test_the_tests_share_of_all_questions_is_as_stated():
     assert share == pytest.approx(blocks.TEST_SHARE, abs=0.04)  # four standard deviations
 
 
-@pytest.mark.parametrize("name", ["counting", "counting-left", "counting-train-x", "nothing", "nothing-train", ""])
+@pytest.mark.parametrize(
+    "name", ["counting", "counting-left", "counting-train-x", "nothing", "nothing-train", ""]
+)
 def test_an_unknown_set_is_an_error_that_names_the_known_ones(name):
     with pytest.raises(ValueError, match="counting-train.*transformation-right"):
         BlocksSet(name, 3)
@@ -98,11 +108,15 @@ def test_an_unknown_set_is_an_error_that_names_the_known_ones(name):
 def test_an_index_outside_the_set_is_an_error(index):
     with pytest.raises(IndexError, match=f"counting-id has 3 states.*{index}"):
         BlocksSet("counting-id", 3)[index]
-    assert len(list(BlocksSet("counting-id", 3))) == len(BlocksSet("counting-id", 3)) == 3  # loops end by that error
+    assert (
+        len(list(BlocksSet("counting-id", 3))) == len(BlocksSet("counting-id", 3)) == 3
+    )  # loops end by that error
 
 
 def test_every_figure_is_asked_about_in_every_way():
-    asked = {(state.problem.asks, state.problem.figure.shape) for state in states("structure-train", 300)}
+    asked = {
+        (state.problem.asks, state.problem.figure.shape) for state in states("structure-train", 300)
+    }
     assert asked == {
         *itertools.product(["sides", "area"], ["square", "rectangle", "triangle", "l-shape"]),
         *itertools.product(["perimeter"], ["square", "rectangle", "l-shape"]),
@@ -125,7 +139,9 @@ def parse_counting(question: str) -> tuple[list[str], int, str]:
     counted = [s.removeprefix("count every ") for s in sentences if s.startswith("count every ")]
     added = [int(s.removeprefix("add ")) for s in sentences if s.startswith("add ")]
     counted += ["object"] * sentences.count("how many are left")
-    assert len(counted) == 1 and len(added) <= 1 and len(removed) + 1 + len(added) == len(sentences)  # all was read
+    assert (
+        len(counted) == 1 and len(added) <= 1 and len(removed) + 1 + len(added) == len(sentences)
+    )  # all was read
     return removed, sum(added), counted[0]
 
 
@@ -133,8 +149,14 @@ def parse_counting(question: str) -> tuple[list[str], int, str]:
 def test_counting_answers_are_right(name):
     for state in states(name):
         removed, add, counted = parse_counting(state.question)
-        left = [thing for thing in state.problem.objects if not any(matches(thing, words) for words in removed)]
-        assert state.answer == str(sum(matches(thing, counted) for thing in left) + add), state.question
+        left = [
+            thing
+            for thing in state.problem.objects
+            if not any(matches(thing, words) for words in removed)
+        ]
+        assert state.answer == str(sum(matches(thing, counted) for thing in left) + add), (
+            state.question
+        )
 
 
 @pytest.mark.parametrize("name, sizes, steps", [
@@ -163,12 +185,17 @@ def test_the_thought_goes_through_every_object_to_the_answer(name, style):
                 step += ["gone"]
             elif matches(thing, counted):
                 count += 1
-                step += ["left" if counted == "object" else "yes", *([str(count)] if style == "careful" else [])]
+                step += [
+                    "left" if counted == "object" else "yes",
+                    *([str(count)] if style == "careful" else []),
+                ]
             else:
                 step += ["no"]
             assert words[: len(step)] == step, state.question
             words = words[len(step) :]
-        assert " ".join(words) == (f"{count} plus {add} is {count + add}" if add else f"total {count}")
+        assert " ".join(words) == (
+            f"{count} plus {add} is {count + add}" if add else f"total {count}"
+        )
 
 
 # ---------------------------------------------------------------------------------------------- structure
@@ -187,20 +214,26 @@ def area(corners: list[tuple[int, int]]) -> float:
             if (y1 < middle) != (y2 < middle):
                 crossings.append(x1 + (x2 - x1) * (middle - y1) / (y2 - y1))
         crossings.sort()
-        total += sum(right - left for left, right in zip(crossings[::2], crossings[1::2], strict=True))
+        total += sum(
+            right - left for left, right in zip(crossings[::2], crossings[1::2], strict=True)
+        )
     return round(total, 6)  # whole or half, but for the rounding of slopes
 
 
 def perimeter(corners: list[tuple[int, int]]) -> int:
     steps = [(abs(x2 - x1), abs(y2 - y1)) for (x1, y1), (x2, y2) in edges(corners)]
-    assert all(min(step) == 0 < max(step) for step in steps)  # it is asked of figures with right angles only
+    assert all(
+        min(step) == 0 < max(step) for step in steps
+    )  # it is asked of figures with right angles only
     return sum(map(max, steps))
 
 
 def sides(corners: list[tuple[int, int]]) -> int:
     """Real corners: where the direction changes."""
     around = zip(corners[-1:] + corners[:-1], corners, corners[1:] + corners[:1], strict=True)
-    return sum((x2 - x1) * (y3 - y2) != (x3 - x2) * (y2 - y1) for (x1, y1), (x2, y2), (x3, y3) in around)
+    return sum(
+        (x2 - x1) * (y3 - y2) != (x3 - x2) * (y2 - y1) for (x1, y1), (x2, y2), (x3, y3) in around
+    )
 
 
 def structure_value(state) -> float:
@@ -211,7 +244,11 @@ def structure_value(state) -> float:
         return perimeter(corners)
     if "what is the area" in question:
         return area(corners)
-    given = int(re.search(r"the area of the rectangle is (\d+) \. how long is the missing side \?", question)[1])
+    given = int(
+        re.search(
+            r"the area of the rectangle is (\d+) \. how long is the missing side \?", question
+        )[1]
+    )
     bottom = [x for x, y in corners if y == 0]  # the one side that the picture shows
     return given / (max(bottom) - min(bottom))
 
@@ -220,11 +257,20 @@ def structure_value(state) -> float:
 def test_structure_answers_and_thoughts_are_right(name):
     for state in states(name, 200):
         value = structure_value(state)
-        choices = dict(re.findall(r"([A-D]) (\d+)", state.question.partition("choose a letter :")[2]))
-        right = [letter for letter, choice in choices.items() if float(choice) == value] if choices else [f"{value:g}"]
+        choices = dict(
+            re.findall(r"([A-D]) (\d+)", state.question.partition("choose a letter :")[2])
+        )
+        right = (
+            [letter for letter, choice in choices.items() if float(choice) == value]
+            if choices
+            else [f"{value:g}"]
+        )
         assert [state.answer] == right, state.question
         assert state.kind == ("discrete" if choices else "math")
-        assert len(set(choices.values())) == len(choices) and sorted(choices) == list("ABCD")[: len(choices)]
+        assert (
+            len(set(choices.values())) == len(choices)
+            and sorted(choices) == list("ABCD")[: len(choices)]
+        )
         end = f" is {value:g}" + (f" choose {state.answer}" if choices else "")
         assert state.thought.endswith(end) and state.problem.think("quick").endswith(end)
 
@@ -244,12 +290,18 @@ def figures(count: int, *shapes: str) -> list[Figure]:
     return [Figure.sample(rng, shapes) for _ in range(count)]
 
 
-@pytest.mark.parametrize("shape", ["square", "rectangle", "triangle", "l-shape", "t-shape", "trapezoid"])
+@pytest.mark.parametrize(
+    "shape", ["square", "rectangle", "triangle", "l-shape", "t-shape", "trapezoid"]
+)
 def test_the_picture_covers_the_figures_unit_squares_and_no_others(shape):
     for figure in figures(6, shape):
         # What differs between two colours is the figure, whatever paper, grid and light look like.
-        red, blue = (np.asarray(draw_figure(replace(figure, color=c))).astype(int) for c in ("red", "blue"))
-        drawn = np.abs(red - blue).max(axis=-1) > 30  # not the faint ringing of scaling the picture down
+        red, blue = (
+            np.asarray(draw_figure(replace(figure, color=c))).astype(int) for c in ("red", "blue")
+        )
+        drawn = (
+            np.abs(red - blue).max(axis=-1) > 30
+        )  # not the faint ringing of scaling the picture down
         assert figure.is_proper()
         corners = [(figure.x + x, figure.y + y) for x, y in figure.corners()]
         for x, y in itertools.product(range(8), range(8)):
@@ -300,14 +352,19 @@ def difference(old: Object, new: Object) -> float:
     """How many functions turn one object into another; infinite where it would have to leap."""
     reach = {old.cell, *(step(old.cell, value) for value in blocks.DIRECTIONS)}
     leap = np.inf if new.cell not in reach else 0
-    return leap + sum(getattr(old, name) != getattr(new, name) for name in ("cell", "size", "color", "shape"))
+    return leap + sum(
+        getattr(old, name) != getattr(new, name) for name in ("cell", "size", "color", "shape")
+    )
 
 
 @pytest.mark.parametrize("name", ["transformation-train", *SETS["transformation"]])
 def test_the_answers_functions_turn_before_into_after(name):
     lengths = set()
     for state in states(name):
-        things, calls = [dict(vars(thing)) for thing in state.problem.before], parse_calls(state.answer)
+        things, calls = (
+            [dict(vars(thing)) for thing in state.problem.before],
+            parse_calls(state.answer),
+        )
         for function, i, value in calls:
             key = "cell" if function == "position" else function
             new = step(things[i]["cell"], value) if function == "position" else value
@@ -324,8 +381,12 @@ def test_the_answers_functions_turn_before_into_after(name):
 def test_no_other_account_of_the_change_is_as_short(name):
     for state in states(name):
         before, after = state.problem.before, state.problem.after
-        assert len({(thing.size, thing.color, thing.shape) for thing in before}) == len(before)  # named by their looks
-        lengths = sorted(sum(map(difference, before, order)) for order in itertools.permutations(after))
+        assert len({(thing.size, thing.color, thing.shape) for thing in before}) == len(
+            before
+        )  # named by their looks
+        lengths = sorted(
+            sum(map(difference, before, order)) for order in itertools.permutations(after)
+        )
         assert lengths[0] == len(parse_calls(state.answer)) < lengths[1]
 
 
@@ -333,12 +394,24 @@ def test_no_other_account_of_the_change_is_as_short(name):
 def test_a_thought_tells_each_objects_change(name):
     for state in states(name, 30):
         for style in STYLES:
-            told = re.split(r" (?=\d+ [a-d]\d )", state.problem.think(style))  # only an object's number stands before a cell
-            for i, (old, new) in enumerate(zip(state.problem.before, state.problem.after, strict=True)):
-                looks = [(getattr(old, name), getattr(new, name)) for name in ("cell", "size", "color", "shape")]
+            told = re.split(
+                r" (?=\d+ [a-d]\d )", state.problem.think(style)
+            )  # only an object's number stands before a cell
+            for i, (old, new) in enumerate(
+                zip(state.problem.before, state.problem.after, strict=True)
+            ):
+                looks = [
+                    (getattr(old, name), getattr(new, name))
+                    for name in ("cell", "size", "color", "shape")
+                ]
                 seen = re.sub(r" change_\w+ \( .*? \)", "", told[i]).split()
-                assert seen == [str(i), *(word for pair in looks for word in pair[style == "quick" :])]
-            assert re.findall(r"change_\w+ \( .*? \)", " ".join(told)) == re.findall(r"change_\w+ \( .*? \)", state.answer)
+                assert seen == [
+                    str(i),
+                    *(word for pair in looks for word in pair[style == "quick" :]),
+                ]
+            assert re.findall(r"change_\w+ \( .*? \)", " ".join(told)) == re.findall(
+                r"change_\w+ \( .*? \)", state.answer
+            )
             assert len(told) == len(state.problem.before)
 
 
@@ -369,7 +442,9 @@ def test_an_object_is_seen_where_it_stands_from_each_side(cell, center, left, ri
 
 @pytest.mark.parametrize("side, turns", [("id", 0), ("left", 1), ("right", -1)])
 def test_the_second_picture_is_the_scene_turned_to_the_viewer(side, turns):
-    cells = np.rot90(np.array(blocks.CELLS).reshape(4, 4), turns)  # the scene's cell at each place of the picture
+    cells = np.rot90(
+        np.array(blocks.CELLS).reshape(4, 4), turns
+    )  # the scene's cell at each place of the picture
     place = {cell: blocks.CELLS[i] for i, cell in enumerate(cells.flat)}
     for state in states(f"transformation-{side}", 20):
         first, second = state.images
@@ -397,7 +472,9 @@ def test_every_word_is_in_the_vocabulary_once():
     for name in ALL:
         for state in states(name):
             seen = [state.problem, *blocks.mistakes(state.problem)]
-            told = [text for s in seen for text in (s.answer(), s.describe(), *map(s.think, STYLES))]
+            told = [
+                text for s in seen for text in (s.answer(), s.describe(), *map(s.think, STYLES))
+            ]
             used.update(" ".join([state.question, state.request, state.thought, *told]).split())
     assert not used - set(words)
 
@@ -405,10 +482,19 @@ def test_every_word_is_in_the_vocabulary_once():
 @pytest.mark.parametrize("name", ALL)
 def test_the_truth_and_both_ways_to_think_earn_full_reward(name):
     for state in states(name, 40):
-        assert accuracy_reward(f"<answer> {state.answer} </answer>", state.answer, state.kind) == 1.0
+        assert (
+            accuracy_reward(f"<answer> {state.answer} </answer>", state.answer, state.kind) == 1.0
+        )
         assert state.thought == state.problem.think("careful")
         for style in STYLES:
-            assert reward(response(state.problem.think(style), state.problem.answer()), state.answer, state.kind) == 2.0
+            assert (
+                reward(
+                    response(state.problem.think(style), state.problem.answer()),
+                    state.answer,
+                    state.kind,
+                )
+                == 2.0
+            )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -418,7 +504,10 @@ def test_mistakes_are_plausible_distinct_and_never_right(name):
         assert seen and len(set(seen)) == len(seen)
         for mistake in seen:
             # By the reward: a length that is 3 % off counts as right.
-            assert accuracy_reward(f"<answer> {mistake.answer()} </answer>", state.answer, state.kind) < 1.0, mistake
+            assert (
+                accuracy_reward(f"<answer> {mistake.answer()} </answer>", state.answer, state.kind)
+                < 1.0
+            ), mistake
             # It is the picture that was misperceived, not the question.
             assert mistake.question() == state.question or state.problem.asks == "missing"
 
@@ -428,7 +517,9 @@ def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
     # Overlooking a notch of 1 in 24 is within the 5 % that the reward forgives.
     problem = blocks.Structure(Figure("l-shape", width, height, notch), "area")
     answers = [mistake.answer() for mistake in blocks.mistakes(problem)]
-    assert answers and all(accuracy_reward(f"<answer> {a} </answer>", problem.answer(), "math") < 1.0 for a in answers)
+    assert answers and all(
+        accuracy_reward(f"<answer> {a} </answer>", problem.answer(), "math") < 1.0 for a in answers
+    )
 
 
 def test_the_sheet_of_examples_is_a_picture(tmp_path):

@@ -10,11 +10,11 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import miniature
 import pytest
 from PIL import Image
 
 import data
-import miniature
 import rewards
 from blocks import BlocksSet
 from data import ImageFiles, ReasonRFTSet, State, prepare, training_states, unpack
@@ -22,11 +22,24 @@ from policy import Policy
 from runs import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-SETTINGS = dict(task="counting", data_cache="", states=12, seed=0, skip=0, limit=0, fraction=1.0, epochs=1, batch_size=2, eval_states=5)
+SETTINGS = dict(
+    task="counting",
+    data_cache="",
+    states=12,
+    seed=0,
+    skip=0,
+    limit=0,
+    fraction=1.0,
+    epochs=1,
+    batch_size=2,
+    eval_states=5,
+)
 
 
 def settings(directory, cache, **changes):
-    return SimpleNamespace(**{**SETTINGS, "data": str(directory), "data_cache": str(cache), **changes})
+    return SimpleNamespace(
+        **{**SETTINGS, "data": str(directory), "data_cache": str(cache), **changes}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -56,19 +69,30 @@ def test_every_file_of_the_real_layout_becomes_states(directory, name):
         assert rewards.reward(target, state.answer, state.kind) == 2.0
     assert len({questions[i].id for i in range(12)}) == 12
     kinds = {questions[i].kind for i in range(12)}
-    assert kinds == {"counting": {"discrete"}, "structure": {"discrete", "math"}, "transformation": {"function"}}[name.split("-")[0]]
+    assert (
+        kinds
+        == {
+            "counting": {"discrete"},
+            "structure": {"discrete", "math"},
+            "transformation": {"function"},
+        }[name.split("-")[0]]
+    )
 
 
 def test_what_cannot_be_used_is_left_out_and_told(directory):
     questions = ReasonRFTSet("counting-train", directory)
-    assert sorted(record["reason"].split(":")[0] for record in questions.left_out) == sorted(miniature.BROKEN)
+    assert sorted(record["reason"].split(":")[0] for record in questions.left_out) == sorted(
+        miniature.BROKEN
+    )
     records = json.loads((directory / data.FILES["counting-train"]).read_text())
     for left_out in questions.left_out:
         change = miniature.BROKEN[left_out["reason"].split(":")[0]]
         record = records[left_out["record"]]
         assert record == change if isinstance(change, str) else change.items() <= record.items()
     report = questions.report()
-    assert f"12 of {12 + len(miniature.BROKEN)} records" in report and all(f"1 {reason}" in report for reason in miniature.BROKEN)
+    assert f"12 of {12 + len(miniature.BROKEN)} records" in report and all(
+        f"1 {reason}" in report for reason in miniature.BROKEN
+    )
 
 
 @pytest.mark.parametrize("task, answer, kind", [
@@ -106,19 +130,27 @@ def test_where_thoughts_are_needed_records_without_one_are_left_out(tmp_path):
     file.write_text(json.dumps(records))
     assert len(ReasonRFTSet("structure-train", directory)) == 12
     questions = ReasonRFTSet("structure-train", directory, thoughts=True)
-    assert [record["reason"] for record in questions.left_out] == ["no usable thought"] and questions.left_out[0]["record"] == 2
+    assert [record["reason"] for record in questions.left_out] == [
+        "no usable thought"
+    ] and questions.left_out[0]["record"] == 2
 
 
 def test_the_order_is_fixed_and_a_record_left_out_does_not_change_it(directory, tmp_path):
-    ids = [state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))]
-    assert ids == [state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))]
+    ids = [
+        state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))
+    ]
+    assert ids == [
+        state.id for state in map(ReasonRFTSet("structure-train", directory).__getitem__, range(12))
+    ]
     assert ids != sorted(ids, key=lambda id: int(id.split("-")[-1]))  # no longer as in the file
     other = miniature.make(tmp_path, zipped=False)
     file = other / data.FILES["structure-train"]
     records = json.loads(file.read_text())
     records[4]["answer"] = records[4]["solution"] = "E"
     file.write_text(json.dumps(records))
-    assert [ReasonRFTSet("structure-train", other)[i].id for i in range(11)] == [id for id in ids if id != "structure-train-4"]
+    assert [ReasonRFTSet("structure-train", other)[i].id for i in range(11)] == [
+        id for id in ids if id != "structure-train-4"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -127,7 +159,9 @@ def test_the_order_is_fixed_and_a_record_left_out_does_not_change_it(directory, 
 def test_an_image_is_opened_when_it_is_used_and_closed_again(directory, monkeypatch):
     opened, open_image = [], Image.open
     state = ReasonRFTSet("transformation-id", directory)[0]
-    monkeypatch.setattr(Image, "open", lambda path, *rest: opened.append(open_image(path, *rest)) or opened[-1])
+    monkeypatch.setattr(
+        Image, "open", lambda path, *rest: opened.append(open_image(path, *rest)) or opened[-1]
+    )
     assert len(state.images) == 2 and state.messages() and not opened
     list(state.images)
     assert len(opened) == 2 and all(getattr(image, "fp", None) is None for image in opened)
@@ -161,7 +195,9 @@ def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, rand
 def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_path, monkeypatch):
     other = miniature.make(tmp_path / "data", zipped=False)
     looked, image_problem = [], data.image_problem
-    monkeypatch.setattr(data, "image_problem", lambda path: looked.append(path.name) or image_problem(path))
+    monkeypatch.setattr(
+        data, "image_problem", lambda path: looked.append(path.name) or image_problem(path)
+    )
     for times in (1, 2):
         questions = ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")
         assert len(looked) == 13 and len(questions) == 12
@@ -175,18 +211,36 @@ def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_p
 
 @pytest.mark.parametrize("mode", data.MODES)
 @pytest.mark.parametrize("name", ["counting-id", "structure-id", "transformation-id"])
-def test_a_prompt_is_one_turn_with_the_images_first_and_asks_for_what_the_mode_says(directory, name, mode):
+def test_a_prompt_is_one_turn_with_the_images_first_and_asks_for_what_the_mode_says(
+    directory, name, mode
+):
     questions = ReasonRFTSet(name, directory, mode)
     for state in map(questions.__getitem__, range(len(questions))):
         (message,) = state.messages()
         *images, text = message["content"]
-        assert message["role"] == "user" and all(part == {"type": "image"} for part in images) and len(images) == len(state.images)
+        assert (
+            message["role"] == "user"
+            and all(part == {"type": "image"} for part in images)
+            and len(images) == len(state.images)
+        )
         text = text["text"]
-        assert text.index(state.question) < text.index(state.request) and "<answer> and </answer>" in text
+        assert (
+            text.index(state.question) < text.index(state.request)
+            and "<answer> and </answer>" in text
+        )
         assert ("<think>" in text) == (mode == "reason")
-        form = "a sequence of functions" if "transformation" in name else "a letter" if state.answer in "ABCD" else "a number"
+        form = (
+            "a sequence of functions"
+            if "transformation" in name
+            else "a letter"
+            if state.answer in "ABCD"
+            else "a number"
+        )
         assert form in state.request
-        rules = [f"{function}(object_id, value): {', '.join(values)}" for function, values in data.FUNCTIONS.items()]
+        rules = [
+            f"{function}(object_id, value): {', '.join(values)}"
+            for function, values in data.FUNCTIONS.items()
+        ]
         assert all((rule in text) == ("transformation" in name) for rule in rules)
         if "transformation" in name:
             assert text.index(rules[-1]) < text.index(state.question)
@@ -199,20 +253,35 @@ def test_both_worlds_have_one_interface(directory, tmp_path):
     for source in ("blocks", directory):
         for mode in data.MODES:
             questions, order = training_states(settings(source, tmp_path), mode)
-            assert len(questions) == 12 and sorted(order) == list(range(12)) and isinstance(questions[3], State)
+            assert (
+                len(questions) == 12
+                and sorted(order) == list(range(12))
+                and isinstance(questions[3], State)
+            )
             assert questions[3].mode == mode and questions.name == "counting-train"
         tests = data.test_sets(settings(source, tmp_path))
-        assert {name: len(states) for name, states in tests.items()} == {"counting-id": 5, "counting-ood": 5}
+        assert {name: len(states) for name, states in tests.items()} == {
+            "counting-id": 5,
+            "counting-ood": 5,
+        }
 
 
 @pytest.mark.parametrize("source", ["blocks", "real"])
-def test_a_share_is_part_of_every_larger_share_and_skipped_states_are_not_asked(directory, tmp_path, source):
+def test_a_share_is_part_of_every_larger_share_and_skipped_states_are_not_asked(
+    directory, tmp_path, source
+):
     def ids(**changes):
-        questions, order = training_states(settings("blocks" if source == "blocks" else directory, tmp_path, **changes))
+        questions, order = training_states(
+            settings("blocks" if source == "blocks" else directory, tmp_path, **changes)
+        )
         return [questions[i].id for i in range(len(questions))]
 
     everything = ids()
-    assert ids(limit=4) == everything[:4] and ids(fraction=0.5) == everything[:6] and ids(fraction=0.5, limit=5) == everything[:5]
+    assert (
+        ids(limit=4) == everything[:4]
+        and ids(fraction=0.5) == everything[:6]
+        and ids(fraction=0.5, limit=5) == everything[:5]
+    )
     assert ids(skip=4) == everything[4:] and ids(skip=4, fraction=0.5) == everything[4:8]
     with pytest.raises(UserError) as error:
         ids(skip=11)
@@ -222,8 +291,15 @@ def test_a_share_is_part_of_every_larger_share_and_skipped_states_are_not_asked(
 def test_every_epoch_asks_everything_once_in_an_order_of_the_seed(tmp_path):
     _, order = training_states(settings("blocks", tmp_path, epochs=3))
     epochs = [order[i : i + 12] for i in (0, 12, 24)]
-    assert all(sorted(epoch) == list(range(12)) for epoch in epochs) and len(set(map(tuple, epochs))) == 3
-    assert order == training_states(settings("blocks", tmp_path, epochs=3))[1] != training_states(settings("blocks", tmp_path, epochs=3, seed=1))[1]
+    assert (
+        all(sorted(epoch) == list(range(12)) for epoch in epochs)
+        and len(set(map(tuple, epochs))) == 3
+    )
+    assert (
+        order
+        == training_states(settings("blocks", tmp_path, epochs=3))[1]
+        != training_states(settings("blocks", tmp_path, epochs=3, seed=1))[1]
+    )
 
 
 def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
@@ -240,9 +316,17 @@ def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
 @pytest.mark.parametrize("prefix", ["", "train_images/", "images/train_images/"])
 def test_an_archive_is_unpacked_whatever_folder_its_names_begin_with(tmp_path, prefix):
     directory = miniature.make(tmp_path / "data", prefix=prefix)
-    assert prepare(str(directory), ["counting-train", "counting-id"], tmp_path / "cache") == directory
-    assert len(ReasonRFTSet("counting-train", directory)) == 12 and len(ReasonRFTSet("counting-id", directory)) == 12
-    assert sorted(path.name for path in (directory / "images").iterdir()) == ["test_images", "train_images"]
+    assert (
+        prepare(str(directory), ["counting-train", "counting-id"], tmp_path / "cache") == directory
+    )
+    assert (
+        len(ReasonRFTSet("counting-train", directory)) == 12
+        and len(ReasonRFTSet("counting-id", directory)) == 12
+    )
+    assert sorted(path.name for path in (directory / "images").iterdir()) == [
+        "test_images",
+        "train_images",
+    ]
 
 
 def archive_of(path: Path, *names: str, content: bytes = b"x" * 50) -> Path:
@@ -252,7 +336,18 @@ def archive_of(path: Path, *names: str, content: bytes = b"x" * 50) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["../evil.png", "/evil.png", "a/../../../evil.png", "..\\evil.png", "C:/evil.png", "train_images/../../evil.png", "train_images"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../evil.png",
+        "/evil.png",
+        "a/../../../evil.png",
+        "..\\evil.png",
+        "C:/evil.png",
+        "train_images/../../evil.png",
+        "train_images",
+    ],
+)
 def test_a_name_that_leads_out_of_the_archive_stops_it_before_anything_is_written(tmp_path, name):
     archive = archive_of(tmp_path / "train_images.zip", "train_images/good.png", name)
     with pytest.raises(UserError) as error:
@@ -280,7 +375,9 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path):
 
 def test_an_archive_that_lies_about_its_sizes_writes_no_more_than_it_said(tmp_path):
     archive = archive_of(tmp_path / "train_images.zip", "a.png", content=b"\0" * 5_000_000)
-    lied = archive.read_bytes().replace((5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little"))
+    lied = archive.read_bytes().replace(
+        (5_000_000).to_bytes(4, "little"), (100).to_bytes(4, "little")
+    )
     archive.write_bytes(lied)
     with pytest.raises(UserError) as error:
         unpack(archive, tmp_path / "images")
@@ -314,7 +411,9 @@ def test_unpacking_that_was_interrupted_begins_anew(tmp_path, monkeypatch):
     monkeypatch.undo()
     prepare(str(directory), ["counting-train"], tmp_path / "cache")
     assert len(ReasonRFTSet("counting-train", directory)) == 12
-    assert not list((directory / "images").rglob("left behind.png")) and [p.name for p in (directory / "images").iterdir()] == ["train_images"]
+    assert not list((directory / "images").rglob("left behind.png")) and [
+        p.name for p in (directory / "images").iterdir()
+    ] == ["train_images"]
 
 
 def test_an_archive_is_unpacked_once(tmp_path, monkeypatch):
@@ -394,7 +493,11 @@ class Hub(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub(tmp_path):
-    handler = type("Served", (Hub,), dict(directory=miniature.make(tmp_path / "hub"), break_off=set(), served=[]))
+    handler = type(
+        "Served",
+        (Hub,),
+        dict(directory=miniature.make(tmp_path / "hub"), break_off=set(), served=[]),
+    )
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield handler, f"http://127.0.0.1:{server.server_port}"
@@ -403,8 +506,21 @@ def hub(tmp_path):
 
 def fetch(tmp_path, endpoint: str) -> subprocess.CompletedProcess:
     """In a process of its own: huggingface_hub reads its settings when it is imported."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "home")}
-    command = [sys.executable, str(ROOT / "data.py"), "--task", "counting", "--data-cache", str(tmp_path / "cache")]
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HOME": str(tmp_path / "home"),
+    }
+    command = [
+        sys.executable,
+        str(ROOT / "data.py"),
+        "--task",
+        "counting",
+        "--data-cache",
+        str(tmp_path / "cache"),
+    ]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
 
 
@@ -412,11 +528,20 @@ def test_a_download_fetches_what_the_task_needs_and_nothing_twice(tmp_path, hub)
     handler, endpoint = hub
     done = fetch(tmp_path, endpoint)
     assert done.returncode == 0, done.stderr
-    assert "counting-train: 12 of 22 records" in done.stdout and "counting-ood: 12 of 12" in done.stdout
+    assert (
+        "counting-train: 12 of 22 records" in done.stdout
+        and "counting-ood: 12 of 12" in done.stdout
+    )
     assert "train_images.zip" in done.stderr  # the bar
-    assert {name for name, _ in handler.served} == {"train_images.zip", "test_images.zip", *(f for n, f in data.FILES.items() if "counting" in n)}
+    assert {name for name, _ in handler.served} == {
+        "train_images.zip",
+        "test_images.zip",
+        *(f for n, f in data.FILES.items() if "counting" in n),
+    }
     handler.served.clear()
-    assert fetch(tmp_path, "http://127.0.0.1:9").stdout == done.stdout and not handler.served  # without a network
+    assert (
+        fetch(tmp_path, "http://127.0.0.1:9").stdout == done.stdout and not handler.served
+    )  # without a network
 
 
 def test_a_download_that_breaks_off_is_told_and_goes_on_where_it_was(tmp_path, hub):
@@ -427,7 +552,9 @@ def test_a_download_that_breaks_off_is_told_and_goes_on_where_it_was(tmp_path, h
     done = fetch(tmp_path, endpoint)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("data.py: error: cannot download train_images.zip") and "try again" in last
+    assert (
+        last.startswith("data.py: error: cannot download train_images.zip") and "try again" in last
+    )
     handler.break_off.clear()
     handler.served.clear()
     assert fetch(tmp_path, endpoint).returncode == 0

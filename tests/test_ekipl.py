@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_two_processes
 from PIL import Image
 
 import ekipl
 import runs
-from conftest import in_two_processes
-from ekipl import Config, World
 from data import State
+from ekipl import Config, World
 from policy import Policy
 from sampling import Action, Group, select
 
@@ -41,7 +41,16 @@ def states_of_two_sizes(count: int) -> list[State]:
     """Every second one has two pictures."""
     sizes = [[(32, 32)], [(64, 32), (32, 48)]]
     return [
-        State(str(i), tuple(Image.linear_gradient("L").rotate(37 * i).resize(size).convert("RGB") for size in sizes[i % 2]), "how many red cubes ?", "1", "discrete")
+        State(
+            str(i),
+            tuple(
+                Image.linear_gradient("L").rotate(37 * i).resize(size).convert("RGB")
+                for size in sizes[i % 2]
+            ),
+            "how many red cubes ?",
+            "1",
+            "discrete",
+        )
         for i in range(count)
     ]
 
@@ -52,7 +61,11 @@ def fixed_groups(policy: Policy, count: int, ragged: bool = False) -> list[Group
     groups = []
     for i, (state, prompt) in enumerate(zip(states, policy.encode(states), strict=True)):
         generator = torch.Generator().manual_seed(i)
-        words = [t for t in range(len(policy.tokenizer)) if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}]
+        words = [
+            t
+            for t in range(len(policy.tokenizer))
+            if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}
+        ]
         sources = ["policy"] * 3 + ["careful"] * 3
         if ragged and i % 3 == 0:  # this state's expert did not answer
             sources = ["policy"] * 3
@@ -68,11 +81,15 @@ def fixed_groups(policy: Policy, count: int, ragged: bool = False) -> list[Group
     select(groups, 4, "candidates", "policy_first", "top", random.Random(0))
     for group in groups:
         experts = [(-3.0 if a.source == "careful" else -torch.inf) for a in group.kept_actions]
-        group.expert_logps = [[logp] if "careful" in {a.source for a in group.actions} else [] for logp in experts]
+        group.expert_logps = [
+            [logp] if "careful" in {a.source for a in group.actions} else [] for logp in experts
+        ]
     return groups
 
 
-def gradient_of(model_dir, world: World, config: Config, count: int = 6, ragged: bool = False) -> dict[str, torch.Tensor]:
+def gradient_of(
+    model_dir, world: World, config: Config, count: int = 6, ragged: bool = False
+) -> dict[str, torch.Tensor]:
     """The gradient that one update on this process's share of `fixed_groups` leaves, before any clipping."""
     policy, reference = Policy.load(model_dir), Policy.load(model_dir)
     with torch.no_grad():  # a reference that differs, so that the KL term has a gradient
@@ -87,35 +104,58 @@ def gradient_of(model_dir, world: World, config: Config, count: int = 6, ragged:
 
 def gradient_here(model_dir, config: Config, count: int) -> dict:
     """In one of two processes; arrays, since tensors would be handed over in shared memory."""
-    return {name: gradient.numpy() for name, gradient in gradient_of(model_dir, World.join("cpu"), config, count).items()}
+    return {
+        name: gradient.numpy()
+        for name, gradient in gradient_of(model_dir, World.join("cpu"), config, count).items()
+    }
 
 
 def assert_same_gradient(left: dict, right: dict) -> None:
     assert left.keys() == right.keys() and any(g.abs().max() > 1e-3 for g in right.values())
     for name in left:
-        torch.testing.assert_close(torch.as_tensor(left[name]), right[name], atol=1e-6, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            torch.as_tensor(left[name]),
+            right[name],
+            atol=1e-6,
+            rtol=1e-5,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def update_config(**changes) -> Config:
-    return Config(**{**dict(batch_size=6, micro_batch=6, group_size=4, max_grad_norm=1e9, beta=0.04), **changes})
+    return Config(
+        **{
+            **dict(batch_size=6, micro_batch=6, group_size=4, max_grad_norm=1e9, beta=0.04),
+            **changes,
+        }
+    )
 
 
 @pytest.fixture(scope="module")
 def whole_batch_gradients(random_model_dir):
     """By estimator, one process, one micro-batch."""
-    return {e: gradient_of(random_model_dir, CPU, update_config(estimator=e)) for e in ("uncorrected", "is", "snis")}
+    return {
+        e: gradient_of(random_model_dir, CPU, update_config(estimator=e))
+        for e in ("uncorrected", "is", "snis")
+    }
 
 
 @pytest.mark.parametrize("estimator", ["uncorrected", "is", "snis"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_micro_batches_do_not_change_the_gradient(random_model_dir, whole_batch_gradients, micro_batch, estimator):
+def test_micro_batches_do_not_change_the_gradient(
+    random_model_dir, whole_batch_gradients, micro_batch, estimator
+):
     config = update_config(micro_batch=micro_batch, estimator=estimator)
-    assert_same_gradient(gradient_of(random_model_dir, CPU, config), whole_batch_gradients[estimator])
+    assert_same_gradient(
+        gradient_of(random_model_dir, CPU, config), whole_batch_gradients[estimator]
+    )
 
 
 def test_micro_batches_do_not_change_the_gradient_of_groups_of_different_sizes(random_model_dir):
     whole = gradient_of(random_model_dir, CPU, update_config(), ragged=True)
-    assert_same_gradient(gradient_of(random_model_dir, CPU, update_config(micro_batch=2), ragged=True), whole)
+    assert_same_gradient(
+        gradient_of(random_model_dir, CPU, update_config(micro_batch=2), ragged=True), whole
+    )
 
 
 def test_estimators_differ(whole_batch_gradients):
@@ -124,27 +164,52 @@ def test_estimators_differ(whole_batch_gradients):
     assert not torch.allclose(a, b) and not torch.allclose(a, c) and not torch.allclose(b, c)
 
 
-def test_gradient_checkpointing_does_not_change_the_gradient(random_model_dir, whole_batch_gradients, monkeypatch):
+def test_gradient_checkpointing_does_not_change_the_gradient(
+    random_model_dir, whole_batch_gradients, monkeypatch
+):
     load = Policy.load
     monkeypatch.setattr(Policy, "load", lambda path: load(path, gradient_checkpointing=True))
-    assert_same_gradient(gradient_of(random_model_dir, CPU, update_config()), whole_batch_gradients["uncorrected"])
+    assert_same_gradient(
+        gradient_of(random_model_dir, CPU, update_config()), whole_batch_gradients["uncorrected"]
+    )
 
 
 def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        *arguments,
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment
+    )
 
 
-@pytest.mark.parametrize("count, micro_batch", [(6, 1), (5, 2)])  # 5: one process has a state more than the other
-def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(random_model_dir, count, micro_batch):
+@pytest.mark.parametrize(
+    "count, micro_batch", [(6, 1), (5, 2)]
+)  # 5: one process has a state more than the other
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
+    random_model_dir, count, micro_batch
+):
     one = gradient_of(random_model_dir, CPU, update_config(batch_size=count), count)
-    for gradient in in_two_processes(gradient_here, random_model_dir, update_config(batch_size=count, micro_batch=micro_batch), count):
+    for gradient in in_two_processes(
+        gradient_here,
+        random_model_dir,
+        update_config(batch_size=count, micro_batch=micro_batch),
+        count,
+    ):
         assert_same_gradient(gradient, one)
 
 
 def test_two_processes_train_and_leave_one_log(tmp_path):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "states": 8, "runs": tmp_path}.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "states": 8, "runs": tmp_path}.items()
+    ]
     done = torchrun("ekipl.py", *flags)
     assert done.returncode == 0, done.stderr
     records = runs.read(tmp_path / "run" / "metrics.jsonl")
@@ -161,7 +226,10 @@ def test_no_process_hangs_when_one_raises(tmp_path):
         "def fails(*arguments):\n    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return sample(*arguments)\n"
         "ekipl.total_groups = fails; sys.argv = sys.argv[1:]; ekipl.main()\n"
     )
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "runs": tmp_path, "eval_every": 0}.items()]
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in {**SMALL, "runs": tmp_path, "eval_every": 0}.items()
+    ]
     done = torchrun(str(script), str(ROOT), *flags, timeout=300)
     assert done.returncode != 0 and "broken on purpose" in done.stderr
 
@@ -174,7 +242,10 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def timeless(path: Path) -> list[dict]:
-    return [{k: v for k, v in r.items() if not k.startswith("seconds/")} for r in runs.read(path / "metrics.jsonl")]
+    return [
+        {k: v for k, v in r.items() if not k.startswith("seconds/")}
+        for r in runs.read(path / "metrics.jsonl")
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -192,11 +263,15 @@ def test_a_run_leaves_what_it_says(finished):
     phases = "preprocessing rollout experts rewards selection packing reference forward backward optimizer sync logging".split()
     for record in records[1:]:
         timed = [key.removeprefix("seconds/") for key in record if key.startswith("seconds/")]
-        assert sorted(timed) == sorted(phases + ["evaluation"] * (record["step"] in (3, 6))) and all(record[f"seconds/{phase}"] >= 0 for phase in phases)
+        assert sorted(timed) == sorted(
+            phases + ["evaluation"] * (record["step"] in (3, 6))
+        ) and all(record[f"seconds/{phase}"] >= 0 for phase in phases)
     group = runs.read(finished / "samples.jsonl")[0]
     assert len(group["actions"]) == 6 and sum(action["kept"] for action in group["actions"]) == 3
     assert {action["source"] for action in group["actions"]} == {"policy", "careful", "quick"}
-    assert all((finished / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "time.png"))
+    assert all(
+        (finished / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "time.png")
+    )
     assert not list(finished.glob("*.tmp")) and len(runs.checkpoints(finished)) == 1
     Policy.load(finished / "model")
 
@@ -216,7 +291,9 @@ def stopped_in_the_step_after(step: int):
         yield
 
 
-@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
+@pytest.mark.parametrize(
+    "stop_after", [3, 4]
+)  # in the middle of two checkpoints, and right after one
 def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, stop_after):
     with stopped_in_the_step_after(stop_after):
         ekipl.train(small(tmp_path), None, CPU)
@@ -240,8 +317,19 @@ def test_resuming_with_other_processes_says_that_the_samples_differ(finished, tm
 
 
 def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
-    flags = [f"--{k.replace('_', '-')}={v}" for k, v in {**SMALL, "states": 4000, "save_every": 1, "eval_every": 0, "runs": tmp_path}.items()]
-    process = subprocess.Popen([sys.executable, "ekipl.py", *flags], cwd=ROOT, stderr=subprocess.DEVNULL)
+    flags = [
+        f"--{k.replace('_', '-')}={v}"
+        for k, v in {
+            **SMALL,
+            "states": 4000,
+            "save_every": 1,
+            "eval_every": 0,
+            "runs": tmp_path,
+        }.items()
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "ekipl.py", *flags], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
     deadline = time.time() + 90
     while not runs.checkpoints(tmp_path / "run") and time.time() < deadline:
         time.sleep(0.1)
@@ -269,8 +357,14 @@ def test_every_method_runs(tmp_path, changes):
     path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
     records = runs.read(path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
-    assert all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
-    sources = {action["source"] for group in runs.read(path / "samples.jsonl") for action in group["actions"]}
+    assert (
+        all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
+    )
+    sources = {
+        action["source"]
+        for group in runs.read(path / "samples.jsonl")
+        for action in group["actions"]
+    }
     assert sources == {"policy", *changes.get("experts", "careful,quick").split(",")} - {"none"}
     if "updates_per_batch" in changes:
         assert max(record["clip_fraction"] for record in records) > 0
@@ -281,16 +375,29 @@ def test_every_method_runs(tmp_path, changes):
 def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
     config = Config(states=100 * 4, batch_size=4, lr=1.0, warmup=0.1)
     rates = [ekipl.learning_rate(config, step) for step in range(100)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0) and max(rates) == pytest.approx(1.0)
+    assert (
+        rates[0] == pytest.approx(0.1)
+        and rates[9] == pytest.approx(1.0)
+        and max(rates) == pytest.approx(1.0)
+    )
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[55] == pytest.approx(0.5) and 0 < rates[-1] < 0.001
 
 
 def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
     seen, sample = [], ekipl.total_groups
-    monkeypatch.setattr(ekipl, "total_groups", lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest))
+    monkeypatch.setattr(
+        ekipl,
+        "total_groups",
+        lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest),
+    )
     ekipl.train(small(tmp_path, states=8, epochs=2, eval_every=0), None, CPU)
-    assert len(seen) == 16 and len(set(seen)) == 8 and set(seen[:8]) == set(seen[8:]) and seen[:8] != seen[8:]
+    assert (
+        len(seen) == 16
+        and len(set(seen)) == 8
+        and set(seen[:8]) == set(seen[8:])
+        and seen[:8] != seen[8:]
+    )
 
 
 # ---------------------------------------------------------------------------------------------- mistakes of the user
@@ -326,10 +433,16 @@ def test_help_explains_every_setting(capsys):
     (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
     (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_a_mistake_is_told_in_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, arguments, says):
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(
+    tmp_path, monkeypatch, capsys, arguments, says
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "file").write_text("")
-    for name, config in (("taken", None), ("foreign", {"a": 1}), ("unsaved", dataclasses.asdict(Config()))):
+    for name, config in (
+        ("taken", None),
+        ("foreign", {"a": 1}),
+        ("unsaved", dataclasses.asdict(Config())),
+    ):
         (tmp_path / name).mkdir()
         if config:
             (tmp_path / name / "config.json").write_text(json.dumps(config))
@@ -341,4 +454,9 @@ def test_a_mistake_is_told_in_one_line_with_exit_code_2(tmp_path, monkeypatch, c
         ekipl.main()
     error = capsys.readouterr().err.strip()
     assert stop.value.code == 2
-    assert error.startswith("ekipl.py: error:") and says in error and "\n" not in error and "Traceback" not in error
+    assert (
+        error.startswith("ekipl.py: error:")
+        and says in error
+        and "\n" not in error
+        and "Traceback" not in error
+    )

@@ -16,7 +16,11 @@ AFTER = ("policy_first", "random")
 
 
 def row(experts: int, n: int, shift: float, stage: str) -> dict:
-    (found,) = (r for r in ROWS if (r["experts"], r["N"], r["shift"], r["stage"]) == (experts, n, shift, stage))
+    (found,) = (
+        r
+        for r in ROWS
+        if (r["experts"], r["N"], r["shift"], r["stage"]) == (experts, n, shift, stage)
+    )
     return found
 
 
@@ -40,7 +44,11 @@ def test_the_probabilities_are_those_of_a_sequence_of_draws(shuffled):
 def test_the_expectations_are_those_of_many_sampled_groups(stage):
     """Sampled, weighted and estimated by other code, with select_top_g's own random ties: within 4 standard errors."""
     n, rng, densities = 2, random.Random(0), estimators.sources(2, 1.0).tolist()
-    q, f, r = [sum(p) / 3 for p in zip(*densities, strict=True)], estimators.F.tolist(), estimators.REWARDS.tolist()
+    q, f, r = (
+        [sum(p) / 3 for p in zip(*densities, strict=True)],
+        estimators.F.tolist(),
+        estimators.REWARDS.tolist(),
+    )
     drawn = {"A": [], "B": [], "C": []}
     for _ in range(8000):
         group = [a for density in densities for a in rng.choices(range(4), density, k=n)]
@@ -50,7 +58,11 @@ def test_the_expectations_are_those_of_many_sampled_groups(stage):
             q_of_s = sum(r[a] >= min(r[k] for k in kept) for a in group) / len(group)
         w = [densities[0][a] / q[a] * q_of_s for a in kept]
         weighted = sum(wi * f[a] for wi, a in zip(w, kept, strict=True))
-        for name, value in (("A", sum(f[a] for a in kept) / len(kept)), ("B", weighted / len(kept)), ("C", weighted / sum(w))):
+        for name, value in (
+            ("A", sum(f[a] for a in kept) / len(kept)),
+            ("B", weighted / len(kept)),
+            ("C", weighted / sum(w)),
+        ):
             drawn[name].append(value)
     exact = row(2, n, 1.0, stage)
     for name, values in drawn.items():
@@ -66,7 +78,9 @@ def test_before_selection_b_is_exact_and_the_bias_of_c_vanishes_with_n():
     for experts, sizes in ((1, (1, 2, 3, 4)), (2, (1, 2))):
         biases = [abs(row(experts, n, 1.0, "candidates")["bias_C"]) for n in sizes]
         assert biases == sorted(biases, reverse=True) and biases[-1] < 0.5 * biases[0]
-    assert {r["bias_A"] for r in before if (r["experts"], r["shift"]) == (1, 1.0)} == {0.2}  # whatever n
+    assert {r["bias_A"] for r in before if (r["experts"], r["shift"]) == (1, 1.0)} == {
+        0.2
+    }  # whatever n
 
 
 def test_before_selection_the_estimated_bound_is_eq_10():
@@ -89,23 +103,44 @@ def test_after_selection_nobody_estimates_the_policys_expectation_and_the_estima
 def test_an_expert_that_is_the_policy_shows_what_selection_alone_does():
     for stage in AFTER:
         alone = row(1, 4, 0.0, stage)
-        assert alone["ess_share"] == 1 and alone["mean_C"] == alone["mean_A"]  # the weights are all equal
-        assert alone["target_B"] > alone["truth"] + 0.05 and alone["mean_B"] > alone["target_B"] and alone["mean_C"] > alone["target_C"]
+        assert (
+            alone["ess_share"] == 1 and alone["mean_C"] == alone["mean_A"]
+        )  # the weights are all equal
+        assert (
+            alone["target_B"] > alone["truth"] + 0.05
+            and alone["mean_B"] > alone["target_B"]
+            and alone["mean_C"] > alone["target_C"]
+        )
 
 
 def test_it_draws_and_prints_them(tmp_path):
     estimators.draw(ROWS, tmp_path / "estimators.png")
     assert (tmp_path / "estimators.png").stat().st_size > 10_000
-    assert len(estimators.table(ROWS).splitlines()) == 1 + 3 * len(estimators.STAGES) + len(estimators.STAGES)
+    assert len(estimators.table(ROWS).splitlines()) == 1 + 3 * len(estimators.STAGES) + len(
+        estimators.STAGES
+    )
 
 
 def test_readme_says_what_the_numbers_say():
-    text = " ".join((ROOT / "README.md").read_text().split("### The estimators against the truth")[1].split("## Experts")[0].split())
-    before, small, far = row(1, 4, 1.0, "candidates"), row(1, 1, 1.0, "candidates"), row(1, 4, 1.0, "policy_first")
+    text = " ".join(
+        (ROOT / "README.md")
+        .read_text()
+        .split("### The estimators against the truth")[1]
+        .split("## Experts")[0]
+        .split()
+    )
+    before, small, far = (
+        row(1, 4, 1.0, "candidates"),
+        row(1, 1, 1.0, "candidates"),
+        row(1, 4, 1.0, "policy_first"),
+    )
     alone = row(1, 4, 0.0, "policy_first")
     assert f"C's falls from {small['bias_C']:.3f} (n = 2) to {before['bias_C']:.4f} (n = 8)" in text
     assert f"at most {before['bias_A']:.2f} where Eq 10 allows {before['bound']:.2f}" in text
     assert f"TV = {before['largest_bias'] * before['tv'] / before['bound_uncentred']:.3f}" in text
     assert f"off by {alone['bias_A']:.2f} and B by {alone['bias_B']:.2f}" in text
     assert f"{alone['mean_B']:.2f} for {alone['target_B']:.2f}" in text
-    assert f"{alone['bound_estimated']:.2f} to {far['bound_estimated']:.2f} where the bias is {alone['bias_A']:.2f} to {far['bias_A']:.2f}" in text
+    assert (
+        f"{alone['bound_estimated']:.2f} to {far['bound_estimated']:.2f} where the bias is {alone['bias_A']:.2f} to {far['bias_A']:.2f}"
+        in text
+    )

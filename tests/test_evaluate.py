@@ -9,14 +9,14 @@ from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 
+import miniature
 import pytest
 import torch
+from conftest import in_two_processes
 
 import evaluate
-import miniature
 import runs
 from blocks import BlocksSet
-from conftest import in_two_processes
 from distributed import World
 from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
 from policy import Policy
@@ -30,7 +30,9 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer():
         for c in range(n + 1):
             for k in range(1, n + 1):
                 draws = list(combinations([True] * c + [False] * (n - c), k))
-                assert pass_at_k(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws), abs=1e-12)
+                assert pass_at_k(n, c, k) == pytest.approx(
+                    sum(map(any, draws)) / len(draws), abs=1e-12
+                )
 
 
 @pytest.mark.parametrize("n, c, k, expected", [
@@ -41,7 +43,9 @@ def test_pass_at_k_at_the_edges(n, c, k, expected):
     assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-3 if n == 4000 else 1e-12)
 
 
-@pytest.mark.parametrize("n, c, k", [(4, -1, 1), (4, 5, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1), (0, 0, 0)])
+@pytest.mark.parametrize(
+    "n, c, k", [(4, -1, 1), (4, 5, 1), (4, 2, 0), (4, 2, 5), (0, 0, 1), (0, 0, 0)]
+)
 def test_pass_at_k_refuses_what_is_no_draw(n, c, k):
     with pytest.raises(ValueError, match=f"n={n}, c={c}, k={k}"):
         pass_at_k(n, c, k)
@@ -53,13 +57,21 @@ def test_score_of_a_worked_example():
     asked = [
         ("3", "discrete", "<think> 3 </think> <answer> 3 </answer>", 10, False),  # right
         ("3", "discrete", "<answer> 4 </answer>", 4, False),  # wrong, and in no format
-        ("100", "math", "<think> so </think> <answer> 110 </answer>", 8, False),  # 10 % off: three quarters
+        (
+            "100",
+            "math",
+            "<think> so </think> <answer> 110 </answer>",
+            8,
+            False,
+        ),  # 10 % off: three quarters
         # One call right, of the other all but the value: Reason-RFT's test score is 0.75, its reward 0.5.
         (two_calls, "function", f"<think> so </think> <answer> {nearly} </answer>", 12, False),
         (two_calls, "function", "<think> so", 16, True),
     ]
     states = [SimpleNamespace(answer=answer, kind=kind) for answer, kind, *_ in asked]
-    actions = [Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked]
+    actions = [
+        Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked
+    ]
     found = score(states, actions)
     assert {name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")} == pytest.approx({
         "accuracy": (1 + 0 + 0.75 + 0.75 + 0) / 5,
@@ -85,21 +97,36 @@ def test_greedy_answers_come_in_the_order_of_the_states(batch):
 
     policy = SimpleNamespace(encode=lambda states: [f"prompt {state}" for state in states])
     sampler = SimpleNamespace(policy=policy, greedy=greedy)
-    assert answer_greedily(sampler, list(range(7)), batch) == [f"answer to prompt {i}" for i in range(7)]
+    assert answer_greedily(sampler, list(range(7)), batch) == [
+        f"answer to prompt {i}" for i in range(7)
+    ]
     assert max(sizes) <= batch
 
 
 # ---------------------------------------------------------------------------------------------- intervals
 
 
-@pytest.mark.parametrize("n, right, low, high", [(10, 0, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (100, 50, 0.4038, 0.5962), (20, 3, 0.0524, 0.3604)])
+@pytest.mark.parametrize(
+    "n, right, low, high",
+    [
+        (10, 0, 0.0, 0.2775),
+        (10, 10, 0.7225, 1.0),
+        (100, 50, 0.4038, 0.5962),
+        (20, 3, 0.0524, 0.3604),
+    ],
+)
 def test_the_interval_of_rights_and_wrongs_is_wilsons(n, right, low, high):
-    assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx((low, high), abs=1e-3)  # published values of Wilson's
+    assert interval([1.0] * right + [0.0] * (n - right)) == pytest.approx(
+        (low, high), abs=1e-3
+    )  # published values of Wilson's
 
 
 def test_the_interval_holds_the_mean_95_times_of_100():
     rng = random.Random(0)
-    for draw, truth in ((lambda: float(rng.random() < 0.3), 0.3), (lambda: rng.choice([0.0, 0.25, 0.5, 1.0]), 0.4375)):
+    for draw, truth in (
+        (lambda: float(rng.random() < 0.3), 0.3),
+        (lambda: rng.choice([0.0, 0.25, 0.5, 1.0]), 0.4375),
+    ):
         held = 0
         for _ in range(2000):
             low, high = interval([draw() for _ in range(80)])
@@ -112,19 +139,36 @@ def test_the_interval_holds_the_mean_95_times_of_100():
 
 def test_samples_count_for_pass_at_k_and_the_answer_for_accuracy():
     right, wrong = (f"<think> so </think> <answer> {answer} </answer>" for answer in "34")
-    said = [Prediction("a", "3", "discrete", right, 5, False, [right, wrong, wrong, wrong]), Prediction("b", "3", "discrete", wrong, 5, False, [wrong] * 4)]
+    said = [
+        Prediction("a", "3", "discrete", right, 5, False, [right, wrong, wrong, wrong]),
+        Prediction("b", "3", "discrete", wrong, 5, False, [wrong] * 4),
+    ]
     found = score_predictions(said, [1, 2, 4])
-    assert (found["accuracy"], found["pass@1"], found["pass@2"], found["pass@4"]) == pytest.approx((0.5, 0.125, 0.25, 0.5))
+    assert (found["accuracy"], found["pass@1"], found["pass@2"], found["pass@4"]) == pytest.approx(
+        (0.5, 0.125, 0.25, 0.5)
+    )
 
 
 def test_legacy_scores_differ_where_reason_rfts_do():
-    said = [Prediction("a", "3", "discrete", "<think> so </think> <answer> 3.0 </answer>", 5, False)]
-    assert score_predictions(said)["accuracy"] == 1 and score_predictions(said, legacy=True)["accuracy"] == 0
+    said = [
+        Prediction("a", "3", "discrete", "<think> so </think> <answer> 3.0 </answer>", 5, False)
+    ]
+    assert (
+        score_predictions(said)["accuracy"] == 1
+        and score_predictions(said, legacy=True)["accuracy"] == 0
+    )
 
 
 def test_partial_credit_is_for_function_sequences_only():
     truth = "change_color ( 0 , red )"
-    said = Prediction("a", truth, "function", f"<think> so </think> <answer> {truth.replace('red', 'blue')} </answer>", 5, False)
+    said = Prediction(
+        "a",
+        truth,
+        "function",
+        f"<think> so </think> <answer> {truth.replace('red', 'blue')} </answer>",
+        5,
+        False,
+    )
     assert said.accuracy() == 0.5 and not said.right(said.text)
 
 
@@ -143,7 +187,17 @@ def lines_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-COMMAND = ("--sets", "counting-id", "transformation-left", "--states", 6, "--pass-k", "1,3", "--max-new-tokens", 3)
+COMMAND = (
+    "--sets",
+    "counting-id",
+    "transformation-left",
+    "--states",
+    6,
+    "--pass-k",
+    "1,3",
+    "--max-new-tokens",
+    3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +209,14 @@ def predictions(random_model_dir, tmp_path_factory):
     return out
 
 
-def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(random_model_dir, tmp_path, monkeypatch, capsys):
+def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(
+    random_model_dir, tmp_path, monkeypatch, capsys
+):
     run(monkeypatch, random_model_dir, *COMMAND, "--out", tmp_path)
     head, *lines, last = capsys.readouterr().out.splitlines()
-    assert "accuracy" in head and head.split()[-2:] == ["pass@1", "pass@2"] and str(tmp_path) in last
+    assert (
+        "accuracy" in head and head.split()[-2:] == ["pass@1", "pass@2"] and str(tmp_path) in last
+    )
     assert [line.split()[0] for line in lines] == ["counting-id", "transformation-left"]
     for line in lines:
         assert line.split()[1:3] == ["6", "0.0"]  # a random model knows nothing
@@ -175,12 +233,16 @@ def test_what_is_said_depends_on_the_question_alone(predictions, random_model_di
     for batches in ([states[i : i + 1] for i in range(6)], [states[4:], states[1:4], states[:1]]):
         said = {p.id: dataclasses.asdict(p) for batch in batches for p in answers(batch)}
         assert [said[record["id"]] for record in expected] == expected
-    (twin,) = answers([dataclasses.replace(states[0], id="twin")])  # each question has random numbers of its own
+    (twin,) = answers(
+        [dataclasses.replace(states[0], id="twin")]
+    )  # each question has random numbers of its own
     assert twin.text == expected[0]["text"] and twin.samples != expected[0]["samples"]
 
 
 @pytest.mark.parametrize("cut", [0, 150, 700])
-def test_an_evaluation_that_was_stopped_goes_on_to_the_same(predictions, random_model_dir, tmp_path, monkeypatch, capsys, cut):
+def test_an_evaluation_that_was_stopped_goes_on_to_the_same(
+    predictions, random_model_dir, tmp_path, monkeypatch, capsys, cut
+):
     shutil.copytree(predictions, tmp_path / "here")
     file = tmp_path / "here" / "counting-id.jsonl"
     file.write_text(file.read_text()[:cut])  # killed in the middle of a line
@@ -197,7 +259,10 @@ def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path
 def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.Policy, "load", None)
     run(monkeypatch, "score", predictions, "--legacy")
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == ["counting-id", "transformation-left"]
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+        "counting-id",
+        "transformation-left",
+    ]
 
 
 def test_an_expert_is_evaluated_like_a_model(tmp_path, monkeypatch, capsys):
@@ -211,9 +276,18 @@ def test_a_question_that_an_expert_does_not_answer_is_asked_again(tmp_path):
         name, quiet = "sulking", True
 
         def sample(self, states, n, seed):
-            return [[] if self.quiet and i % 2 else [Sample("<think> 3 </think> <answer> 3 </answer>")] * n for i, _ in enumerate(states)]
+            return [
+                []
+                if self.quiet and i % 2
+                else [Sample("<think> 3 </think> <answer> 3 </answer>")] * n
+                for i, _ in enumerate(states)
+            ]
 
-    expert, states, file = Sulking(), [BlocksSet("counting-id", 5)[i] for i in range(5)], tmp_path / "counting-id.jsonl"
+    expert, states, file = (
+        Sulking(),
+        [BlocksSet("counting-id", 5)[i] for i in range(5)],
+        tmp_path / "counting-id.jsonl",
+    )
     alone = World(0, 1, torch.device("cpu"))
     evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
     assert len(lines_of(file)) == 3
@@ -227,15 +301,31 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
         (tmp_path / name / "predictions").mkdir(parents=True)
         said = lines_of(predictions / "counting-id.jsonl")
         for i, record in enumerate(said):
-            record["text"] = f"<think> so </think> <answer> {record['answer'] if i < right else 'none'} </answer>"
-        (tmp_path / name / "predictions" / "counting-id.jsonl").write_text("".join(json.dumps(record) + "\n" for record in said))
-    run(monkeypatch, "table", *(tmp_path / name for name in ("A-seed0", "A-seed1", "B")), "--out", tmp_path / "table")
+            record["text"] = (
+                f"<think> so </think> <answer> {record['answer'] if i < right else 'none'} </answer>"
+            )
+        (tmp_path / name / "predictions" / "counting-id.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in said)
+        )
+    run(
+        monkeypatch,
+        "table",
+        *(tmp_path / name for name in ("A-seed0", "A-seed1", "B")),
+        "--out",
+        tmp_path / "table",
+    )
     text = (tmp_path / "table.md").read_text()
-    assert "| A | 50.0 ± 23.6 |" in text and "| B | 100.0 |" in text and "A,counting-id,0.50000,0.23570,2" in (tmp_path / "table.csv").read_text()
+    assert (
+        "| A | 50.0 ± 23.6 |" in text
+        and "| B | 100.0 |" in text
+        and "A,counting-id,0.50000,0.23570,2" in (tmp_path / "table.csv").read_text()
+    )
     assert text.strip() == capsys.readouterr().out.strip()
     other = tmp_path / "other" / "B" / "predictions"  # the same method on another set
     other.mkdir(parents=True)
-    shutil.copy(tmp_path / "A-seed0" / "predictions" / "counting-id.jsonl", other / "counting-ood.jsonl")
+    shutil.copy(
+        tmp_path / "A-seed0" / "predictions" / "counting-id.jsonl", other / "counting-ood.jsonl"
+    )
     run(monkeypatch, "table", tmp_path / "B", tmp_path / "other" / "B", "--out", tmp_path / "table")
     assert "| B | 100.0 | 33.3 | 66.7 |" in (tmp_path / "table.md").read_text()
 
@@ -245,22 +335,64 @@ def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsy
         (tmp_path / name).mkdir()
         shutil.copy(ROOT / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl")
     shutil.copytree(predictions, tmp_path / "ekipl-seed0" / "predictions")
-    run(monkeypatch, "figures", tmp_path / "ekipl-seed0", tmp_path / "grpo-seed0", "--out", tmp_path / "figures")
+    run(
+        monkeypatch,
+        "figures",
+        tmp_path / "ekipl-seed0",
+        tmp_path / "grpo-seed0",
+        "--out",
+        tmp_path / "figures",
+    )
     assert "counting-id: ekipl reaches the end of grpo" in capsys.readouterr().out
     for number in (3, 4, 5):
         assert (tmp_path / "figures" / f"figure{number}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_reason_rft_is_evaluated_by_the_same_command(random_model_dir, tmp_path, monkeypatch, capsys):
+def test_reason_rft_is_evaluated_by_the_same_command(
+    random_model_dir, tmp_path, monkeypatch, capsys
+):
     data = miniature.make(tmp_path / "data", size=5)
     out = tmp_path / "predictions"
     sets = ["counting-id", "transformation-left"]
-    run(monkeypatch, random_model_dir, "--data", data, "--sets", *sets, "--mode", "answer", "--max-new-tokens", 3, "--out", out, "--data-cache", tmp_path / "c")
+    run(
+        monkeypatch,
+        random_model_dir,
+        "--data",
+        data,
+        "--sets",
+        *sets,
+        "--mode",
+        "answer",
+        "--max-new-tokens",
+        3,
+        "--out",
+        out,
+        "--data-cache",
+        tmp_path / "c",
+    )
     said = capsys.readouterr()
-    assert [len(runs.read(out / f"{name}.jsonl")) for name in sets] == [5, 5] and "counting-id: 5 of 5 records" in said.err
+    assert [len(runs.read(out / f"{name}.jsonl")) for name in sets] == [
+        5,
+        5,
+    ] and "counting-id: 5 of 5 records" in said.err
     truths = {p["kind"]: p["answer"] for name in sets for p in runs.read(out / f"{name}.jsonl")}
     assert truths.keys() == {"discrete", "function"} and truths["function"].startswith("change_")
-    run(monkeypatch, random_model_dir, "--data", data, "--sets", *sets, "--states", 2, "--mode", "answer", "--max-new-tokens", 3, "--out", tmp_path / "two")
+    run(
+        monkeypatch,
+        random_model_dir,
+        "--data",
+        data,
+        "--sets",
+        *sets,
+        "--states",
+        2,
+        "--mode",
+        "answer",
+        "--max-new-tokens",
+        3,
+        "--out",
+        tmp_path / "two",
+    )
     assert len(runs.read(tmp_path / "two" / "counting-id.jsonl")) == 2
 
 
@@ -279,10 +411,16 @@ def test_reason_rft_is_evaluated_by_the_same_command(random_model_dir, tmp_path,
     (["figures", "{empty}", "--out", "{empty}/f"], "none of these"),
     (["--nope"], "required"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_a_users_mistake_is_one_line_and_exit_code_2(random_model_dir, predictions, tmp_path, monkeypatch, capsys, arguments, message):
+def test_a_users_mistake_is_one_line_and_exit_code_2(
+    random_model_dir, predictions, tmp_path, monkeypatch, capsys, arguments, message
+):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = dict(random=random_model_dir, empty=tmp_path, predictions=predictions)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *(argument.format(**places) for argument in arguments))
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if not line.startswith(("[transformers]", "Loading weights"))]
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if not line.startswith(("[transformers]", "Loading weights"))
+    ]
     assert stopped.value.code == 2 and line.startswith("evaluate.py: error: ") and message in line

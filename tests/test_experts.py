@@ -5,10 +5,10 @@ import math
 from collections import Counter
 
 import pytest
+from conftest import agrees
 from PIL import Image
 
 from blocks import SETS, BlocksSet
-from conftest import agrees
 from data import State
 from experts import ScriptedExpert, make_experts
 from rewards import accuracy_reward, format_reward
@@ -38,9 +38,15 @@ def test_the_right_answer_has_table_1s_probability(expert, name):
         density = expert.density(state)
         assert math.fsum(density.values()) == pytest.approx(1.0, abs=1e-12)
         assert all(0 < probability < 1 for probability in density.values()) and len(density) > 1
-        right = math.fsum(p for text, p in density.items() if accuracy_reward(text, state.answer, state.kind) == 1.0)
+        right = math.fsum(
+            p
+            for text, p in density.items()
+            if accuracy_reward(text, state.answer, state.kind) == 1.0
+        )
         # Train questions are like those of the test set in distribution.
-        assert right == pytest.approx(TABLE_1[expert.name][name.replace("-train", "-id")] / 100, abs=1e-12), state
+        assert right == pytest.approx(
+            TABLE_1[expert.name][name.replace("-train", "-id")] / 100, abs=1e-12
+        ), state
 
 
 @each_expert
@@ -58,7 +64,12 @@ def test_the_density_of_a_sampled_action_survives_its_tokens(expert, name, block
         (samples,) = expert.sample([state], 6, seed=1)
         for sample in samples:
             action = expert_action(blocks_policy, sample, expert.name, 500)
-            assert expert.logp(state, action) == math.log(expert.density(state)[sample.text]) == sample.logp == action.logp
+            assert (
+                expert.logp(state, action)
+                == math.log(expert.density(state)[sample.text])
+                == sample.logp
+                == action.logp
+            )
             assert format_reward(action.text) == 1.0
 
 
@@ -69,7 +80,9 @@ def test_a_cut_action_has_the_density_of_all_texts_that_begin_with_it(expert, bl
     for text, limit in itertools.product(density, (1, 4, 12, 30)):
         action = expert_action(blocks_policy, Sample(text), expert.name, limit)
         if action.truncated:
-            same = [p for other, p in density.items() if other.split()[:limit] == text.split()[:limit]]
+            same = [
+                p for other, p in density.items() if other.split()[:limit] == text.split()[:limit]
+            ]
             assert expert.logp(state, action) == pytest.approx(math.log(sum(same)))
     never = Action(action.tokens, "<think> 3", expert.name, truncated=True)
     assert expert.logp(state, never) == -math.inf
@@ -88,8 +101,12 @@ def test_what_it_never_says_has_density_zero(expert, blocks_policy):
 @pytest.mark.parametrize("name", TEST_SETS)
 def test_each_expert_thinks_in_its_own_way(expert, name):
     for state in some(name, 10):
-        right = f"<think> {state.problem.think(expert.name)} </think> <answer> {state.answer} </answer>"
-        assert expert.density(state)[right] == pytest.approx(TABLE_1[expert.name][name] / 100, abs=1e-12)
+        right = (
+            f"<think> {state.problem.think(expert.name)} </think> <answer> {state.answer} </answer>"
+        )
+        assert expert.density(state)[right] == pytest.approx(
+            TABLE_1[expert.name][name] / 100, abs=1e-12
+        )
 
 
 @each_expert
@@ -111,14 +128,24 @@ def test_two_experts_do_not_err_together():
     both = 0
     for state, *samples in zip(states, *drawn, strict=True):
         for pair in zip(*samples, strict=True):
-            both += all(accuracy_reward(sample.text, state.answer, state.kind) == 1.0 for sample in pair) / 400
-    assert both == pytest.approx(0.6810 * 0.6180, abs=0.1)  # four standard deviations; together it would be near 0.62
+            both += (
+                all(
+                    accuracy_reward(sample.text, state.answer, state.kind) == 1.0 for sample in pair
+                )
+                / 400
+            )
+    assert both == pytest.approx(
+        0.6810 * 0.6180, abs=0.1
+    )  # four standard deviations; together it would be near 0.62
 
 
 def test_an_expert_can_be_asked_about_the_blocks_world_only():
     foreign = State("photo-17", (Image.new("RGB", (8, 8)),), "how many ?", "3", "math")
     expert = ScriptedExpert("careful")
-    for ask in (lambda: expert.sample([foreign], 2, 0), lambda: expert.logp(foreign, Action([1], "", "careful"))):
+    for ask in (
+        lambda: expert.sample([foreign], 2, 0),
+        lambda: expert.logp(foreign, Action([1], "", "careful")),
+    ):
         with pytest.raises(ValueError, match="'careful'.*blocks world.*'photo-17'"):
             ask()
 

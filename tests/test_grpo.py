@@ -21,7 +21,9 @@ def generator(seed):
 
 def random_logp(size, seed, scale=1.0):
     """Log-probs of a random distribution over `size` actions, float64."""
-    return (scale * torch.randn(size, generator=generator(seed), dtype=torch.float64)).log_softmax(-1)
+    return (scale * torch.randn(size, generator=generator(seed), dtype=torch.float64)).log_softmax(
+        -1
+    )
 
 
 def random_batch(seed, b=3, g=4, t=5, dtype=torch.float64):
@@ -75,23 +77,31 @@ def test_advantages_of_many_groups_are_those_of_each_group():
     baseline = torch.randint(0, 3, (2, 3, 9), generator=generator(1)).float()
     together = grpo.group_advantages(rewards, baseline)
     for i, j in itertools.product(range(2), range(3)):
-        torch.testing.assert_close(together[i, j], grpo.group_advantages(rewards[i, j], baseline[i, j]))
+        torch.testing.assert_close(
+            together[i, j], grpo.group_advantages(rewards[i, j], baseline[i, j])
+        )
 
 
 @pytest.mark.parametrize("reward", [0.0, 0.1, 1 / 3, 2.0, 1e8, -7.3])
 @pytest.mark.parametrize("size", [1, 3, 7, 8, 24])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_equal_rewards_give_exactly_zero(reward, size, dtype):
-    rewards = torch.full((2, size), reward, dtype=dtype)  # the mean of 3 times 0.1 is not 0.1 in float64
+    rewards = torch.full(
+        (2, size), reward, dtype=dtype
+    )  # the mean of 3 times 0.1 is not 0.1 in float64
     assert (grpo.group_advantages(rewards) == 0).all()
     assert (grpo.group_advantages(rewards, eps=0.0) == 0).all()
     assert (grpo.group_advantages(rewards[:, :1], rewards) == 0).all()
 
 
 def test_a_dead_group_leaves_the_others_alone():
-    advantages = grpo.group_advantages(torch.tensor([[0.1, 0.1, 0.1], [0.0, 1.0, 2.0]], dtype=torch.float64))
+    advantages = grpo.group_advantages(
+        torch.tensor([[0.1, 0.1, 0.1], [0.0, 1.0, 2.0]], dtype=torch.float64)
+    )
     assert (advantages[0] == 0).all()
-    torch.testing.assert_close(advantages[1], torch.tensor([-1.0, 0.0, 1.0]) / (1 + 1e-4), check_dtype=False)
+    torch.testing.assert_close(
+        advantages[1], torch.tensor([-1.0, 0.0, 1.0]) / (1 + 1e-4), check_dtype=False
+    )
 
 
 def test_advantages_refuse_non_finite_rewards():
@@ -148,7 +158,9 @@ def test_sampled_k3_is_within_four_standard_errors_of_the_exact_kl(seed):
 
 
 def test_k3_keeps_its_precision_near_zero():
-    d = torch.tensor([1e-3, -1e-3, 1e-4])  # exp(d) - d - 1 in float32 would be wrong by up to 100 % here
+    d = torch.tensor(
+        [1e-3, -1e-3, 1e-4]
+    )  # exp(d) - d - 1 in float32 would be wrong by up to 100 % here
     torch.testing.assert_close(grpo.kl_to_reference(torch.zeros(3), d), d**2 / 2, rtol=1e-2, atol=0)
 
 
@@ -196,13 +208,17 @@ def test_mixture_refuses_what_is_no_share(shares):
 def test_mixture_weights_lie_between_0_and_m_plus_1(m):
     logps = 30 * torch.randn(1000, m + 1, generator=generator(m))
     logps[::7, 1:] = -math.inf  # only the policy says these
-    w = grpo.importance_weights(logps[:, 0], grpo.mixture_logp(logps, torch.full((m + 1,), 1 / (m + 1))))
+    w = grpo.importance_weights(
+        logps[:, 0], grpo.mixture_logp(logps, torch.full((m + 1,), 1 / (m + 1)))
+    )
     assert (w >= 0).all() and (w <= (m + 1) * (1 + 1e-5)).all()
     assert w.max() > m + 0.9 and w.min() < 1e-3  # both ends are reached
 
 
 def test_selection_probability_is_the_share_that_reaches_the_gth_reward():
-    rewards = torch.tensor([[2.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]])
+    rewards = torch.tensor(
+        [[2.0, 0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0], [8.0, 7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]]
+    )
     torch.testing.assert_close(grpo.selection_probability(rewards, 2), torch.tensor([4 / 8, 2 / 8]))
     torch.testing.assert_close(grpo.selection_probability(rewards, 8), torch.tensor([1.0, 1.0]))
     for g in (0, 9):
@@ -218,7 +234,9 @@ def test_weights_of_the_selected_proposal_are_exact_on_its_support():
     kept = rewards >= 1
     q_s = log_q[kept].exp().sum()
     log_selected = grpo.selected_proposal_logp(log_q, q_s)
-    torch.testing.assert_close(log_selected[kept].exp().sum(), torch.ones_like(q_s))  # a distribution on S
+    torch.testing.assert_close(
+        log_selected[kept].exp().sum(), torch.ones_like(q_s)
+    )  # a distribution on S
     w_s = grpo.importance_weights(logps[:, 0], log_selected)
     torch.testing.assert_close(w_s, grpo.importance_weights(logps[:, 0], log_q) * q_s)
     estimate = (log_selected.exp() * w_s * f)[kept].sum()
@@ -242,7 +260,9 @@ def test_estimate_over_the_selected_is_the_estimate_of_f_on_s_over_all_candidate
 def old_policy_and_mixture(seed, size=6):
     """(log pi_old, log q) with q a mixture of pi_old and one expert."""
     old_logp, expert_logp = random_logp(size, seed), random_logp(size, seed + 50)
-    return old_logp, grpo.mixture_logp(torch.stack([old_logp, expert_logp], -1), torch.tensor([0.5, 0.5]))
+    return old_logp, grpo.mixture_logp(
+        torch.stack([old_logp, expert_logp], -1), torch.tensor([0.5, 0.5])
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -251,7 +271,9 @@ def test_is_is_unbiased_by_enumeration(seed):
     old_logp, log_q = old_policy_and_mixture(seed)
     f = torch.randn(6, generator=generator(seed), dtype=torch.float64)
     pairs = torch.cartesian_prod(torch.arange(6), torch.arange(6))  # (36, 2)
-    estimates = grpo.is_estimate(f[pairs], grpo.importance_weights(old_logp[pairs], log_q[pairs]))  # (36,)
+    estimates = grpo.is_estimate(
+        f[pairs], grpo.importance_weights(old_logp[pairs], log_q[pairs])
+    )  # (36,)
     mean = (log_q[pairs].sum(-1).exp() * estimates).sum()
     torch.testing.assert_close(mean, (old_logp.exp() * f).sum())
 
@@ -260,14 +282,20 @@ def test_is_is_unbiased_by_enumeration(seed):
 def test_sampled_is_is_within_four_standard_errors(seed):
     old_logp, log_q = old_policy_and_mixture(seed)
     f = torch.randn(6, generator=generator(seed), dtype=torch.float64)
-    actions = torch.multinomial(log_q.exp(), 40_000, replacement=True, generator=generator(seed)).view(-1, 8)
-    estimates = grpo.is_estimate(f[actions], grpo.importance_weights(old_logp[actions], log_q[actions]))
+    actions = torch.multinomial(
+        log_q.exp(), 40_000, replacement=True, generator=generator(seed)
+    ).view(-1, 8)
+    estimates = grpo.is_estimate(
+        f[actions], grpo.importance_weights(old_logp[actions], log_q[actions])
+    )
     assert within_standard_errors(estimates, (old_logp.exp() * f).sum())
 
 
 def test_snis_bias_vanishes_as_n_grows():
     """Exact biases, by enumerating every sample of size n: they shrink, in the end like 1/n."""
-    old_logp, log_q = (torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.3, 0.2], [0.3, 0.3, 0.4]))
+    old_logp, log_q = (
+        torch.tensor(p, dtype=torch.float64).log() for p in ([0.5, 0.3, 0.2], [0.3, 0.3, 0.4])
+    )
     f = torch.tensor([1.0, -0.5, 0.3], dtype=torch.float64)
     w, exact = grpo.importance_weights(old_logp, log_q), (old_logp.exp() * f).sum()
     biases = []
@@ -310,7 +338,11 @@ def test_weights_that_are_none_are_refused(bad):
 
 
 def test_importance_weights_refuse_unknown_densities():
-    unknown = ((math.nan, -1.0, "old_logp"), (-1.0, math.nan, "proposal_logp"), (-1.0, -math.inf, "proposal_logp"))
+    unknown = (
+        (math.nan, -1.0, "old_logp"),
+        (-1.0, math.nan, "proposal_logp"),
+        (-1.0, -math.inf, "proposal_logp"),
+    )
     for old, q, name in unknown:
         with pytest.raises(ValueError, match=name):
             grpo.importance_weights(torch.tensor([old]), torch.tensor([q]))
@@ -331,7 +363,9 @@ def test_ess_lies_between_1_and_n(scale):
 
 
 def test_ess_of_known_weights():
-    w = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]])
+    w = torch.tensor(
+        [[1.0, 1.0, 1.0, 1.0], [0.0, 5.0, 0.0, 0.0], [2.0, 2.0, 0.0, 0.0], [3.0, 1.0, 0.0, 0.0]]
+    )
     torch.testing.assert_close(grpo.effective_sample_size(w), torch.tensor([4.0, 1.0, 2.0, 1.6]))
 
 
@@ -341,7 +375,10 @@ def test_bias_is_within_its_bound_and_reaches_it():
     p = (2 * torch.randn(1000, 7, generator=rng, dtype=torch.float64)).softmax(-1)
     q = (2 * torch.randn(1000, 7, generator=rng, dtype=torch.float64)).softmax(-1)
     tv = 0.5 * (q - p).abs().sum(-1)
-    for f, tight in ((torch.randn(1000, 7, generator=rng, dtype=torch.float64), False), (3 * (q - p).sign(), True)):
+    for f, tight in (
+        (torch.randn(1000, 7, generator=rng, dtype=torch.float64), False),
+        (3 * (q - p).sign(), True),
+    ):
         bias = ((q - p) * f).sum(-1).abs()
         bound = grpo.bias_bound(f.abs().amax(-1), tv)
         assert (bias <= bound + 1e-12).all()
@@ -350,7 +387,9 @@ def test_bias_is_within_its_bound_and_reaches_it():
 
 
 def test_total_variation_is_exact_in_expectation():
-    counts = torch.tensor([1, 4, 2, 3])  # a sample in which every action has exactly its share under q
+    counts = torch.tensor(
+        [1, 4, 2, 3]
+    )  # a sample in which every action has exactly its share under q
     q, p = counts / 10, torch.tensor([0.4, 0.3, 0.2, 0.1])
     w = grpo.importance_weights(p.log(), q.log()).repeat_interleave(counts)
     torch.testing.assert_close(grpo.total_variation(w), torch.tensor(0.5 * (0.3 + 0.1 + 0.0 + 0.2)))
@@ -368,13 +407,19 @@ def loop_loss(batch, estimator):
             tokens = []
             for t in range(batch["mask"].shape[2]):
                 if batch["mask"][b, g, t]:
-                    logp, old, ref = (batch[name][b, g, t].item() for name in ("logp", "old_logp", "ref_logp"))
+                    logp, old, ref = (
+                        batch[name][b, g, t].item() for name in ("logp", "old_logp", "ref_logp")
+                    )
                     rho, d, a = math.exp(logp - old), ref - logp, batch["advantages"][b, g].item()
                     clipped = min(max(rho, 1 - EPS), 1 + EPS)
                     tokens.append(min(rho * a, clipped * a) - BETA * (math.exp(d) - d - 1))
             if tokens:
                 values.append(sum(tokens) / len(tokens))
-                weights.append(math.exp(batch["log_weights"][b, g].item()) if estimator != "uncorrected" else 1.0)
+                weights.append(
+                    math.exp(batch["log_weights"][b, g].item())
+                    if estimator != "uncorrected"
+                    else 1.0
+                )
         over = sum(weights) if estimator == "snis" else len(weights)
         total += sum(w * f for w, f in zip(weights, values)) / over
     return -total
@@ -399,7 +444,9 @@ def test_gradient_is_that_of_finite_differences(estimator, seed):
         for sign in (1, -1):
             moved = batch["logp"].clone()
             moved[index] += sign * step
-            losses.append(grpo.ekipl_loss(**{**batch, "logp": moved}, estimator=estimator)[0].item())
+            losses.append(
+                grpo.ekipl_loss(**{**batch, "logp": moved}, estimator=estimator)[0].item()
+            )
         assert exact[index].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), abs=1e-7)
 
 
@@ -408,7 +455,9 @@ def test_estimators_agree_with_the_functions_of_the_appendix():
     batch["mask"][-1, -1, :2] = True  # no absent action here, so that plain means are right
     for estimator, estimate in (("is", grpo.is_estimate), ("snis", grpo.snis_estimate)):
         loss, stats = grpo.ekipl_loss(**batch, estimator=estimator)
-        torch.testing.assert_close(loss, -estimate(stats["objective"], batch["log_weights"].exp()).sum())
+        torch.testing.assert_close(
+            loss, -estimate(stats["objective"], batch["log_weights"].exp()).sum()
+        )
 
 
 @pytest.mark.parametrize("estimator", ["is", "snis"])
@@ -426,14 +475,19 @@ def test_no_gradient_reaches_anything_but_logp(estimator):
         batch[name].requires_grad_()
     grpo.ekipl_loss(**batch, estimator=estimator)[0].backward()
     assert batch["logp"].grad.abs().max() > 0
-    assert all(batch[name].grad is None for name in ("old_logp", "ref_logp", "advantages", "log_weights"))
+    assert all(
+        batch[name].grad is None for name in ("old_logp", "ref_logp", "advantages", "log_weights")
+    )
 
 
 def test_gradient_at_ratio_1_is_the_policy_gradient():
     """With rho = 1 and no KL, d loss / d logp = -A / (tokens of the action) / (actions of the group)."""
     batch = random_batch(3)
     batch["old_logp"] = batch["logp"].clone()
-    tokens, actions = batch["mask"].sum(-1, keepdim=True).clamp(min=1), batch["mask"].any(-1).sum(-1)
+    tokens, actions = (
+        batch["mask"].sum(-1, keepdim=True).clamp(min=1),
+        batch["mask"].any(-1).sum(-1),
+    )
     expected = -batch["advantages"].unsqueeze(-1) * batch["mask"] / tokens / actions[:, None, None]
     torch.testing.assert_close(gradient(batch, beta=0.0), expected)
 
@@ -444,14 +498,25 @@ def test_loss_falls_when_a_good_action_becomes_likelier_and_rises_for_a_bad_one(
     for action, direction in ((0, -1), (1, 1)):
         logp = old_logp.clone()
         logp[0, action] += 0.05
-        before, after = (grpo.ekipl_loss(x, old_logp, None, mask, advantages, beta=0.0)[0] for x in (old_logp, logp))
+        before, after = (
+            grpo.ekipl_loss(x, old_logp, None, mask, advantages, beta=0.0)[0]
+            for x in (old_logp, logp)
+        )
         assert (after - before).sign() == direction
 
 
 def test_kl_term_pulls_towards_the_reference():
     logp, mask = torch.full((1, 1, 1), -1.0), torch.ones(1, 1, 1, dtype=torch.bool)
-    for ref, sign in ((-2.0, 1), (-0.5, -1)):  # above the reference: less of it lowers the loss, and the reverse
-        batch = {"logp": logp, "old_logp": logp, "ref_logp": torch.full((1, 1, 1), ref), "mask": mask}
+    for ref, sign in (
+        (-2.0, 1),
+        (-0.5, -1),
+    ):  # above the reference: less of it lowers the loss, and the reverse
+        batch = {
+            "logp": logp,
+            "old_logp": logp,
+            "ref_logp": torch.full((1, 1, 1), ref),
+            "mask": mask,
+        }
         assert gradient({**batch, "advantages": torch.zeros(1, 1)}).sign().item() == sign
 
 
@@ -476,30 +541,47 @@ def test_every_action_counts_the_same_whatever_its_length():
     """Tokens are averaged inside an action first: a long action must not drown a short one."""
     logp, mask = torch.full((1, 2, 10), -1.0), torch.ones(1, 2, 10, dtype=torch.bool)
     mask[0, 1, 1:] = False
-    batch = {"logp": logp, "old_logp": logp, "ref_logp": logp, "mask": mask, "advantages": torch.tensor([[1.0, -1.0]])}
+    batch = {
+        "logp": logp,
+        "old_logp": logp,
+        "ref_logp": logp,
+        "mask": mask,
+        "advantages": torch.tensor([[1.0, -1.0]]),
+    }
     torch.testing.assert_close(gradient(batch).sum(-1), torch.tensor([[-0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("estimator", grpo.ESTIMATORS)
 def test_micro_batches_sum_to_the_full_batch(estimator):
     batch = random_batch(6, b=6)
-    full_loss, full_grad = grpo.ekipl_loss(**batch, estimator=estimator)[0], gradient(batch, estimator=estimator)
+    full_loss, full_grad = (
+        grpo.ekipl_loss(**batch, estimator=estimator)[0],
+        gradient(batch, estimator=estimator),
+    )
     for size in (1, 2, 4):
         parts = [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, 6, size)]
         losses = sum(grpo.ekipl_loss(**part, estimator=estimator)[0] for part in parts)
         torch.testing.assert_close(losses, full_loss)
-        torch.testing.assert_close(torch.cat([gradient(part, estimator=estimator) for part in parts]), full_grad)
+        torch.testing.assert_close(
+            torch.cat([gradient(part, estimator=estimator) for part in parts]), full_grad
+        )
 
 
 @pytest.mark.parametrize("estimator", grpo.ESTIMATORS)
 def test_padding_changes_nothing(estimator):
     """More padded tokens, more absent actions and a group without any leave loss and gradient as they are."""
     batch = random_batch(7)
-    padded = {k: torch.nn.functional.pad(v, (0, 2, 0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 3}
-    padded |= {k: torch.nn.functional.pad(v, (0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 2}
+    padded = {
+        k: torch.nn.functional.pad(v, (0, 2, 0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 3
+    }
+    padded |= {
+        k: torch.nn.functional.pad(v, (0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 2
+    }
     loss, stats = grpo.ekipl_loss(**padded, estimator=estimator)
     torch.testing.assert_close(loss, grpo.ekipl_loss(**batch, estimator=estimator)[0])
-    torch.testing.assert_close(gradient(padded, estimator=estimator)[:3, :4, :5], gradient(batch, estimator=estimator))
+    torch.testing.assert_close(
+        gradient(padded, estimator=estimator)[:3, :4, :5], gradient(batch, estimator=estimator)
+    )
     absent = ~padded["mask"].any(-1)
     assert absent.sum() > 1 and all((value[absent] == 0).all() for value in stats.values())
 
@@ -513,7 +595,9 @@ def test_masked_values_are_ignored_whatever_they_are(estimator, junk):
         dirty[name][~batch["mask"]] = junk
     for name in ("advantages", "log_weights"):
         dirty[name][~batch["mask"].any(-1)] = junk
-    (loss, stats), (clean_loss, clean_stats) = (grpo.ekipl_loss(**x, estimator=estimator) for x in (dirty, batch))
+    (loss, stats), (clean_loss, clean_stats) = (
+        grpo.ekipl_loss(**x, estimator=estimator) for x in (dirty, batch)
+    )
     assert loss == clean_loss
     assert all(torch.equal(stats[name], clean_stats[name]) for name in stats)
     grad = gradient(dirty, estimator=estimator)
@@ -540,7 +624,9 @@ def test_missing_or_unknown_inputs_are_refused():
     with pytest.raises(ValueError, match="ref_logp is needed"):
         grpo.ekipl_loss(**{**batch, "ref_logp": None})
     for name in ("logp", "old_logp", "ref_logp", "advantages", "log_weights"):
-        with pytest.raises(ValueError, match=f"^{name} has shape"):  # (B, 1) would broadcast in silence
+        with pytest.raises(
+            ValueError, match=f"^{name} has shape"
+        ):  # (B, 1) would broadcast in silence
             grpo.ekipl_loss(**{**batch, name: batch[name][:, :1]}, estimator="is")
 
 
@@ -572,9 +658,13 @@ def test_stats_are_means_over_the_tokens_of_each_action_without_gradient():
     _, stats = grpo.ekipl_loss(**batch, beta=BETA)
     assert not any(value.requires_grad for value in stats.values())
     for b, g in batch["mask"].any(-1).nonzero().tolist():
-        logp, old_logp, ref_logp = (batch[k][b, g, batch["mask"][b, g]] for k in ("logp", "old_logp", "ref_logp"))
+        logp, old_logp, ref_logp = (
+            batch[k][b, g, batch["mask"][b, g]] for k in ("logp", "old_logp", "ref_logp")
+        )
         kl = grpo.kl_to_reference(logp, ref_logp).mean()
-        clipped = grpo.clipped_objective(grpo.policy_ratio(logp, old_logp), batch["advantages"][b, g], EPS).mean()
+        clipped = grpo.clipped_objective(
+            grpo.policy_ratio(logp, old_logp), batch["advantages"][b, g], EPS
+        ).mean()
         torch.testing.assert_close(stats["kl"][b, g], kl.detach())
         torch.testing.assert_close(stats["objective"][b, g], (clipped - BETA * kl).detach())
 
@@ -593,10 +683,18 @@ def test_extreme_inputs_give_finite_results(estimator, logp, other, log_weight):
         "log_weights": torch.tensor([[log_weight, log_weight, 0.0]]),
     }
     loss, stats = grpo.ekipl_loss(**batch, estimator=estimator)
-    assert all(value.isfinite().all() for value in (loss, gradient(batch, estimator=estimator), *stats.values()))
+    assert all(
+        value.isfinite().all()
+        for value in (loss, gradient(batch, estimator=estimator), *stats.values())
+    )
     q = torch.full((4,), other)
     w = grpo.importance_weights(torch.tensor([logp, 0.0, -5.0, -1e4]), q)
-    results = [w, grpo.snis_estimate(q.sign(), w), grpo.effective_sample_size(w), grpo.total_variation(w)]
+    results = [
+        w,
+        grpo.snis_estimate(q.sign(), w),
+        grpo.effective_sample_size(w),
+        grpo.total_variation(w),
+    ]
     assert all(value.isfinite().all() for value in results)
 
 
@@ -605,11 +703,20 @@ def test_bf16_inputs_are_computed_in_float32(estimator):
     batch = random_batch(13, dtype=torch.bfloat16)
     exact = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
     loss, stats = grpo.ekipl_loss(**batch, estimator=estimator)
-    assert loss.dtype == torch.float32 and all(value.dtype == torch.float32 for value in stats.values())
-    torch.testing.assert_close(loss.double(), grpo.ekipl_loss(**exact, estimator=estimator)[0], rtol=1e-5, atol=1e-6)
+    assert loss.dtype == torch.float32 and all(
+        value.dtype == torch.float32 for value in stats.values()
+    )
+    torch.testing.assert_close(
+        loss.double(), grpo.ekipl_loss(**exact, estimator=estimator)[0], rtol=1e-5, atol=1e-6
+    )
     rewards = torch.tensor([1.0, 2.0, 0.0], dtype=torch.bfloat16)
     assert grpo.group_advantages(rewards).dtype == torch.float32
-    for function in (grpo.policy_ratio, grpo.kl_to_reference, grpo.importance_weights, grpo.is_estimate):
+    for function in (
+        grpo.policy_ratio,
+        grpo.kl_to_reference,
+        grpo.importance_weights,
+        grpo.is_estimate,
+    ):
         assert function(rewards, rewards).dtype == torch.float32
 
 
@@ -640,25 +747,34 @@ def test_diagnostics_of_a_worked_example():
 def test_diagnostics_relate_ess_to_the_variance_of_the_weights():
     w, zeros = (2 * torch.randn(50, generator=generator(0))).exp(), torch.zeros(50)
     report = grpo.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)
-    assert 1 / report["ess_share"] == pytest.approx(1 + report["weight_var"] / w.mean().item() ** 2, rel=1e-5)
+    assert 1 / report["ess_share"] == pytest.approx(
+        1 + report["weight_var"] / w.mean().item() ** 2, rel=1e-5
+    )
     assert report["weight_q95"] == pytest.approx(w.quantile(0.95).item())
 
 
 def test_diagnostics_of_extreme_weights_are_finite():
-    values, weights = torch.ones(3), grpo.importance_weights(torch.tensor([0.0, -1.0, -2e3]), torch.tensor([-1e3] * 3))
+    values, weights = (
+        torch.ones(3),
+        grpo.importance_weights(torch.tensor([0.0, -1.0, -2e3]), torch.tensor([-1e3] * 3)),
+    )
     report = grpo.diagnostics(values, values, values, weights, ["policy", "policy", "careful"])
     assert all(math.isfinite(value) for value in report.values())
 
 
 def test_diagnostics_without_densities_say_nothing_about_weights():
     report = grpo.diagnostics(*torch.rand(3, 2, generator=generator(0)), None, ["policy", "hasty"])
-    assert set(report) == {name + suffix for name in ("clip_fraction", "kl") for suffix in ("", "/policy", "/hasty")}
+    assert set(report) == {
+        name + suffix for name in ("clip_fraction", "kl") for suffix in ("", "/policy", "/hasty")
+    }
 
 
 def test_diagnostics_refuse_what_does_not_fit():
     values = torch.zeros(2)
     with pytest.raises(ValueError, match="weights"):
-        grpo.diagnostics(values, values, values, torch.tensor([1.0, math.nan]), ["policy", "policy"])
+        grpo.diagnostics(
+            values, values, values, torch.tensor([1.0, math.nan]), ["policy", "policy"]
+        )
     with pytest.raises(ValueError, match="sources"):
         grpo.diagnostics(values, values, values, None, ["policy"])
     with pytest.raises(ValueError, match="sources"):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import in_two_processes, random_processor, random_tokenizer
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForImageTextToText
@@ -13,7 +14,6 @@ import ekipl
 import plan
 import sft
 from attention import SHARED_PREFIX
-from conftest import in_two_processes, random_processor, random_tokenizer
 from data import State
 from distributed import World
 from policy import Policy, pack
@@ -34,11 +34,24 @@ def of_layers(directory, layers: int, blocks: int) -> Policy:
 
 
 def states(count: int, size=(48, 64)) -> list[State]:
-    return [State(str(i), (Image.linear_gradient("L").rotate(9 * i).resize(size).convert("RGB"),), "how many red cubes ?", "1", "discrete") for i in range(count)]
+    return [
+        State(
+            str(i),
+            (Image.linear_gradient("L").rotate(9 * i).resize(size).convert("RGB"),),
+            "how many red cubes ?",
+            "1",
+            "discrete",
+        )
+        for i in range(count)
+    ]
 
 
 def words_of(policy: Policy) -> list[int]:
-    return [token for token in range(len(policy.tokenizer)) if token not in {*policy.suppressed_ids.tolist(), policy.eos_id}]
+    return [
+        token
+        for token in range(len(policy.tokenizer))
+        if token not in {*policy.suppressed_ids.tolist(), policy.eos_id}
+    ]
 
 
 def full_batch(policy: Policy, count: int):
@@ -46,41 +59,80 @@ def full_batch(policy: Policy, count: int):
     prompts, words = policy.encode(states(count)), words_of(policy)
     actions = [[words[g]] * (T - 1) + [policy.eos_id] for g in range(G)]
     patches = sum(len(prompt.pixel_values) for prompt in prompts)
-    return pack(prompts, [actions] * count), plan.MicroBatch(count, len(prompts[0].input_ids), G, T, patches)
+    return pack(prompts, [actions] * count), plan.MicroBatch(
+        count, len(prompts[0].input_ids), G, T, patches
+    )
 
 
 def kept(policy: Policy, half: bool) -> tuple[int, plan.MicroBatch]:
     """Bytes that autograd keeps of a forward pass, beside the parameters, the batch, and copies of weights in bfloat16."""
     batch, described = full_batch(policy, 2)
-    shapes = {parameter.shape for parameter in policy.parameters()} | {parameter.shape[::-1] for parameter in policy.parameters()}
-    storages, own = {}, {tensor.untyped_storage().data_ptr() for tensor in [*policy.parameters(), *policy.buffers()]}
+    shapes = {parameter.shape for parameter in policy.parameters()} | {
+        parameter.shape[::-1] for parameter in policy.parameters()
+    }
+    storages, own = (
+        {},
+        {
+            tensor.untyped_storage().data_ptr()
+            for tensor in [*policy.parameters(), *policy.buffers()]
+        },
+    )
 
     def note(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and tensor.is_floating_point() and tensor.shape not in shapes:
-            storages[storage.data_ptr()] = (tensor, storage.nbytes())  # the tensor, or its memory would be given to another
+        if (
+            storage.data_ptr() not in own
+            and tensor.is_floating_point()
+            and tensor.shape not in shapes
+        ):
+            storages[storage.data_ptr()] = (
+                tensor,
+                storage.nbytes(),
+            )  # the tensor, or its memory would be given to another
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=half):
+    with (
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
         policy(batch)
     return sum(size for _, size in storages.values()), described
 
 
-@pytest.mark.parametrize("half, sharded", [(False, False), (True, False), (True, True)], ids=["float32", "autocast", "bfloat16"])
-def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(random_model_dir, half, sharded):
+@pytest.mark.parametrize(
+    "half, sharded",
+    [(False, False), (True, False), (True, True)],
+    ids=["float32", "autocast", "bfloat16"],
+)
+def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(
+    random_model_dir, half, sharded
+):
     dtype = torch.bfloat16 if sharded else torch.float32
     one, batch = kept(of_layers(random_model_dir, 1, 1).to(dtype), half)
-    layer, block = kept(of_layers(random_model_dir, 2, 1).to(dtype), half)[0] - one, kept(of_layers(random_model_dir, 1, 2).to(dtype), half)[0] - one
+    layer, block = (
+        kept(of_layers(random_model_dir, 2, 1).to(dtype), half)[0] - one,
+        kept(of_layers(random_model_dir, 1, 2).to(dtype), half)[0] - one,
+    )
     config = of_layers(random_model_dir, 1, 1).model.config
-    assert plan.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(layer, rel=0.03)  # less the statistics of norms and softmax
+    assert plan.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(
+        layer, rel=0.03
+    )  # less the statistics of norms and softmax
     assert plan.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
 
 
-@pytest.mark.parametrize("half, sharded", [(False, False), (True, False), (True, True)], ids=["float32", "autocast", "bfloat16"])
-def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_blocks(random_model_dir, half, sharded):
+@pytest.mark.parametrize(
+    "half, sharded",
+    [(False, False), (True, False), (True, True)],
+    ids=["float32", "autocast", "bfloat16"],
+)
+def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_blocks(
+    random_model_dir, half, sharded
+):
     found = []
     for layers, blocks in ((1, 1), (2, 1), (1, 2)):
-        policy = of_layers(random_model_dir, layers, blocks).to(torch.bfloat16 if sharded else torch.float32)
+        policy = of_layers(random_model_dir, layers, blocks).to(
+            torch.bfloat16 if sharded else torch.float32
+        )
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
         size, batch = kept(policy, half)
         found.append(size)
@@ -94,7 +146,17 @@ def groups_of(policy: Policy, count: int) -> list[Group]:
     made = []
     for state, prompt in zip(states(count), policy.encode(states(count)), strict=True):
         actions = [Action([words[g]] * (T - 1) + [policy.eos_id], "", "policy") for g in range(G)]
-        made.append(Group(state, prompt, actions, [0.0] * G, [0.0, 1.0] * (G // 2), list(range(G)), [-1.0, 1.0] * (G // 2)))
+        made.append(
+            Group(
+                state,
+                prompt,
+                actions,
+                [0.0] * G,
+                [0.0, 1.0] * (G // 2),
+                list(range(G)),
+                [-1.0, 1.0] * (G // 2),
+            )
+        )
     return made
 
 
@@ -102,7 +164,11 @@ def peak(function) -> int:
     """Bytes that were allocated at once while it ran, beside those that were there before. CPU only."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         function()
-    events = sorted((event.start_ns(), event.nbytes()) for event in measured.profiler.kineto_results.events() if event.name() == "[memory]")
+    events = sorted(
+        (event.start_ns(), event.nbytes())
+        for event in measured.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    )
     now = most = 0
     for _, size in events:  # freed: negative
         now += size
@@ -113,13 +179,34 @@ def peak(function) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("micro", [2, 8])
 def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkpointing, micro):
-    config = ekipl.Config(batch_size=8, micro_batch=micro, group_size=G, max_new_tokens=T, gradient_checkpointing=checkpointing, beta=0.04)
-    policy, reference = Policy.load(config.start, gradient_checkpointing=checkpointing), Policy.load(config.start).requires_grad_(False)
+    config = ekipl.Config(
+        batch_size=8,
+        micro_batch=micro,
+        group_size=G,
+        max_new_tokens=T,
+        gradient_checkpointing=checkpointing,
+        beta=0.04,
+    )
+    policy, reference = (
+        Policy.load(config.start, gradient_checkpointing=checkpointing),
+        Policy.load(config.start).requires_grad_(False),
+    )
     optimizer = torch.optim.AdamW(policy.parameters())
-    ekipl.update(config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4)  # gradients and moments are there
+    ekipl.update(
+        config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4
+    )  # gradients and moments are there
     model, longest_edge = plan.described(config.start)
     batch = plan.micro_batch(config, model, longest_edge, 1)
-    rows = {row.name: row.learning for row in plan.memory(config, model, dataclasses.replace(batch, P=len(policy.encode(states(1))[0].input_ids)), 1, False)}
+    rows = {
+        row.name: row.learning
+        for row in plan.memory(
+            config,
+            model,
+            dataclasses.replace(batch, P=len(policy.encode(states(1))[0].input_ids)),
+            1,
+            False,
+        )
+    }
 
     def size(tensors) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -128,13 +215,19 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
         "policy, float32": size(policy.parameters()),
         "reference, float32": size(reference.parameters()),
         "gradients, float32": size(parameter.grad for parameter in policy.parameters()),
-        "AdamW, two moments, float32": size(value for state in optimizer.state.values() for value in state.values() if value.dim()),
+        "AdamW, two moments, float32": size(
+            value for state in optimizer.state.values() for value in state.values() if value.dim()
+        ),
     }
     assert {name: rows[name] for name in steady} == steady
     optimizer.zero_grad(set_to_none=True)
-    measured = peak(lambda: ekipl.update(config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4))
+    measured = peak(
+        lambda: ekipl.update(config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4)
+    )
     planned = sum(rows.values()) - sum(steady.values()) + steady["gradients, float32"]
-    print(f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
+    print(
+        f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}"
+    )
     assert 0.6 * planned < measured < 1.05 * planned
 
 
@@ -143,9 +236,20 @@ def wide(directory) -> Policy:
     config = AutoConfig.from_pretrained(directory)
     config.text_config.hidden_size = config.vision_config.hidden_size = 256
     config.text_config.intermediate_size, config.text_config.num_attention_heads = 1024, 8
-    config.text_config.num_hidden_layers, config.text_config.layer_types, config.text_config.vocab_size = 6, ["full_attention"] * 6, 4096
+    (
+        config.text_config.num_hidden_layers,
+        config.text_config.layer_types,
+        config.text_config.vocab_size,
+    ) = 6, ["full_attention"] * 6, 4096
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(config, attn_implementation={"": SHARED_PREFIX, "text_config": SHARED_PREFIX, "vision_config": "sdpa"})
+    model = AutoModelForImageTextToText.from_config(
+        config,
+        attn_implementation={
+            "": SHARED_PREFIX,
+            "text_config": SHARED_PREFIX,
+            "vision_config": "sdpa",
+        },
+    )
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return Policy(model, random_processor(random_tokenizer()), logit_chunk=64).train()
 
@@ -160,21 +264,39 @@ def sharded_peak(directory, config) -> tuple[int, float]:
     ekipl.update(config, policy, None, optimizer, groups, world, 1e-4)
     optimizer.zero_grad(set_to_none=True)
     measured = peak(lambda: ekipl.update(config, policy, None, optimizer, groups, world, 1e-4))
-    batch = plan.MicroBatch(1, len(groups[0].prompt.input_ids), G, T, len(groups[0].prompt.pixel_values))
+    batch = plan.MicroBatch(
+        1, len(groups[0].prompt.input_ids), G, T, len(groups[0].prompt.pixel_values)
+    )
     rows = plan.memory(config, policy.model.config, batch, 2, False)
-    kept = ("gradients, float32", "gathered parameters and their gradients", "activations", "logits, or a layer in its backward pass")
+    kept = (
+        "gradients, float32",
+        "gathered parameters and their gradients",
+        "activations",
+        "logits, or a layer in its backward pass",
+    )
     return measured, sum(row.learning for row in rows if row.name in kept)
 
 
 def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(random_model_dir):
-    config = ekipl.Config(batch_size=2, micro_batch=1, group_size=G, max_new_tokens=T, gradient_checkpointing=True, beta=0.0, parallel="fsdp")
+    config = ekipl.Config(
+        batch_size=2,
+        micro_batch=1,
+        group_size=G,
+        max_new_tokens=T,
+        gradient_checkpointing=True,
+        beta=0.0,
+        parallel="fsdp",
+    )
     for measured, planned in in_two_processes(sharded_peak, random_model_dir, config):
         print(f"fsdp: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
         assert 0.6 * planned < measured < 1.15 * planned  # it varies with who waits for whom
 
 
 def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
-    for size, parameters in (("2B", 2_208_985_600), ("7B", 8_291_375_616)):  # bytes of the files on the hub, in bfloat16, by 2
+    for size, parameters in (
+        ("2B", 2_208_985_600),
+        ("7B", 8_291_375_616),
+    ):  # bytes of the files on the hub, in bfloat16, by 2
         assert plan.sizes(plan.published(size)).total == parameters
 
 
@@ -194,7 +316,9 @@ def test_the_readme_shows_the_plan_as_it_is():
     assert ekipl.run("--preset counting-7b --parallel fsdp --plan 80x8".split()) in readme
 
 
-@pytest.mark.parametrize("text, found", [("80", (80.0, 1)), ("80x8", (80.0, 8)), ("23.7x2", (23.7, 2))])
+@pytest.mark.parametrize(
+    "text, found", [("80", (80.0, 1)), ("80x8", (80.0, 8)), ("23.7x2", (23.7, 2))]
+)
 def test_gigabytes_and_gpus_are_read(text, found):
     assert plan.parse(text) == found
 

@@ -7,14 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import SPECIAL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from attention import attend
-from conftest import SPECIAL
 from data import State
 from policy import Policy, pack
 
@@ -27,17 +27,25 @@ def policy(random_model_dir):
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed)
+    )
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
-ONE_IMAGE = State("one", (picture(64, 64, 1),), "how many red cubes are there in the image ?", "3", "math")
-TWO_IMAGES = State("two", (picture(32, 64, 2), picture(64, 48, 3)), "first or second image ?", "2", "discrete")
+ONE_IMAGE = State(
+    "one", (picture(64, 64, 1),), "how many red cubes are there in the image ?", "3", "math"
+)
+TWO_IMAGES = State(
+    "two", (picture(32, 64, 2), picture(64, 48, 3)), "first or second image ?", "2", "discrete"
+)
 WIDE_IMAGE = State("wide", (picture(64, 32, 4),), "how many ?", "1", "math")
 NO_IMAGE = State("none", (), "how many red cubes ?", "0", "math")
 
 
-def random_actions(policy: Policy, lengths: list[list[int]], seed: int = 0, eos: bool = True) -> list[list[list[int]]]:
+def random_actions(
+    policy: Policy, lengths: list[list[int]], seed: int = 0, eos: bool = True
+) -> list[list[list[int]]]:
     """For each state, for each length, an action of that many words, the last one EOS."""
     generator = torch.Generator().manual_seed(seed)
     suppressed = {*policy.suppressed_ids.tolist(), policy.eos_id}
@@ -53,7 +61,9 @@ def random_actions(policy: Policy, lengths: list[list[int]], seed: int = 0, eos:
 def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
     """(T,) log-probs of one action: Hugging Face's own forward on one sequence, and nothing of policy.py."""
     processor, model = policy.processor, policy.model
-    text = processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+    text = processor.apply_chat_template(
+        state.messages(), tokenize=False, add_generation_prompt=True
+    )
     inputs = processor(text=[text], images=list(state.images) or None, return_tensors="pt")
     prompt_length, n = inputs["input_ids"].shape[1], len(action)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
@@ -64,7 +74,9 @@ def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
     logits = model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()  # (T, V)
     text_config._attn_implementation = ours
     tokenizer = policy.tokenizer
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.eos_token_id}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {
+        tokenizer.eos_token_id
+    }
     allowed = [token for token in range(len(tokenizer)) if token not in special]
     logp = (logits[:, allowed] / policy.temperature).log_softmax(dim=-1)
     return logp[torch.arange(n), [allowed.index(token) for token in action]]
@@ -72,7 +84,9 @@ def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:
     """The gradient of every parameter, and a clean slate."""
-    found = {name: p.grad.clone() for name, p in policy.named_parameters()}  # None has no clone: all must have one
+    found = {
+        name: p.grad.clone() for name, p in policy.named_parameters()
+    }  # None has no clone: all must have one
     policy.zero_grad()
     return found
 
@@ -87,7 +101,9 @@ def assert_same_gradients(one, other, tolerance=1e-5):
     for name in one:
         scale = max(1.0, other[name].abs().max().item())
         assert (one[name] - other[name]).abs().max().item() <= tolerance * scale, name
-        assert other[name].abs().max() > 0 or name.endswith("k_proj.bias"), f"{name}: a test on zeros tests nothing"
+        assert other[name].abs().max() > 0 or name.endswith("k_proj.bias"), (
+            f"{name}: a test on zeros tests nothing"
+        )
 
 
 class Count:
@@ -113,7 +129,10 @@ CASES = {
     "one image, one action": ([ONE_IMAGE], [[5]]),
     "one image, eight ragged actions": ([ONE_IMAGE], [[5, 1, 9, 3, 2, 7, 1, 4]]),
     "two images, three actions": ([TWO_IMAGES], [[4, 8, 2]]),
-    "several states, ragged groups": ([ONE_IMAGE, TWO_IMAGES, WIDE_IMAGE], [[6, 2], [3, 3, 9, 1], [2]]),
+    "several states, ragged groups": (
+        [ONE_IMAGE, TWO_IMAGES, WIDE_IMAGE],
+        [[6, 2], [3, 3, 9, 1], [2]],
+    ),
     "a state without images among others": ([NO_IMAGE, WIDE_IMAGE], [[3, 5], [4, 2]]),
 }
 
@@ -151,7 +170,9 @@ def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
         depth=2, hidden_size=64, out_hidden_size=64, num_heads=2, intermediate_size=96, patch_size=8, window_size=32,
         fullatt_block_indexes=[1], spatial_merge_size=2, initializer_range=0.3,
     )  # fmt: skip
-    ids = {name: config[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")}
+    ids = {
+        name: config[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")
+    }
     text = {**config["text_config"], "model_type": "qwen2_5_vl_text"}
     torch.manual_seed(0)
     model = Qwen2_5_VLForConditionalGeneration(
@@ -160,7 +181,10 @@ def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
     model.save_pretrained(tmp_path)
     parts = other.processor
     Qwen2_5_VLProcessor(
-        parts.image_processor, parts.tokenizer, parts.video_processor, chat_template=parts.chat_template
+        parts.image_processor,
+        parts.tokenizer,
+        parts.video_processor,
+        chat_template=parts.chat_template,
     ).save_pretrained(tmp_path)
 
     policy = Policy.load(tmp_path, logit_chunk=7)
@@ -170,7 +194,9 @@ def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
     logp = policy(pack(policy.encode(states), actions))
     for b, state in enumerate(states):
         for g, action in enumerate(actions[b]):
-            torch.testing.assert_close(logp[b, g, : len(action)], plain_logp(policy, state, action), rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                logp[b, g, : len(action)], plain_logp(policy, state, action), rtol=0, atol=1e-5
+            )
 
 
 def test_truncated_actions_are_scored_without_eos(policy):
@@ -178,13 +204,18 @@ def test_truncated_actions_are_scored_without_eos(policy):
     logp = policy(pack(policy.encode([ONE_IMAGE]), actions))
     for g, action in enumerate(actions[0]):
         assert policy.eos_id not in action
-        torch.testing.assert_close(logp[0, g, : len(action)], plain_logp(policy, ONE_IMAGE, action), rtol=0, atol=1e-5)
+        torch.testing.assert_close(
+            logp[0, g, : len(action)], plain_logp(policy, ONE_IMAGE, action), rtol=0, atol=1e-5
+        )
 
 
 def test_eos_is_scored_and_trained(policy):
     batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[3, 1]]))
     for g, last in ((0, 2), (1, 0)):
-        assert batch.predicted[batch.token_at[0, g, last]] == policy.eos_id and batch.action_mask[0, g, last]
+        assert (
+            batch.predicted[batch.token_at[0, g, last]] == policy.eos_id
+            and batch.action_mask[0, g, last]
+        )
         logp = policy(batch)[0, g, last]
         assert -50 < logp.item() < 0
         logp.backward()
@@ -209,7 +240,9 @@ def test_what_stands_beside_a_state_changes_nothing_and_is_never_nan(policy):
     prompts = policy.encode([WIDE_IMAGE, TWO_IMAGES])
     actions = random_actions(policy, [[2], [9, 9, 9]])
     alone, beside = pack(prompts[:1], actions[:1]), pack(prompts, actions)
-    assert beside.layout.prompt_at.shape[1] > alone.layout.prompt_at.shape[1] and beside.layout.action_at.shape == (4, 9)
+    assert beside.layout.prompt_at.shape[1] > alone.layout.prompt_at.shape[
+        1
+    ] and beside.layout.action_at.shape == (4, 9)
     with torch.no_grad():
         assert policy._hidden(beside).isfinite().all()
         torch.testing.assert_close(policy(beside)[0, 0, :2], policy(alone)[0, 0], rtol=0, atol=1e-5)
@@ -226,14 +259,23 @@ def test_equal_actions_of_a_state_are_computed_once_and_each_has_its_gradient(po
     prompts = policy.encode([ONE_IMAGE, TWO_IMAGES])
     (a, b), (c,) = random_actions(policy, [[5, 3], [4]])
     thrice, once = pack(prompts, [[a, b, a, a], [a, c]]), pack(prompts, [[a, b], [a, c]])
-    assert torch.equal(thrice.input_ids, once.input_ids)  # another state's equal action is another computation
+    assert torch.equal(
+        thrice.input_ids, once.input_ids
+    )  # another state's equal action is another computation
     weights = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(0))
     logp = policy(thrice)
     torch.testing.assert_close(logp[0, 2], logp[0, 0], rtol=0, atol=0)
     packed_loss(policy, thrice, weights).backward()
     found = gradients(policy)
-    for state, action, weight in ((0, a, weights[0, [0, 2, 3]].sum(0)), (0, b, weights[0, 1]), (1, a, weights[1, 0]), (1, c, weights[1, 1])):
-        (plain_logp(policy, [ONE_IMAGE, TWO_IMAGES][state], action) * weight[: len(action)]).sum().backward()
+    for state, action, weight in (
+        (0, a, weights[0, [0, 2, 3]].sum(0)),
+        (0, b, weights[0, 1]),
+        (1, a, weights[1, 0]),
+        (1, c, weights[1, 1]),
+    ):
+        (
+            plain_logp(policy, [ONE_IMAGE, TWO_IMAGES][state], action) * weight[: len(action)]
+        ).sum().backward()
     assert_same_gradients(found, gradients(policy))
 
 
@@ -276,14 +318,18 @@ def test_backward_keeps_no_logits(policy):
     batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[6, 6]]))
     V, H = policy.model.lm_head.weight.shape
     shapes = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda t: shapes.append(tuple(t.shape)) or t, lambda t: t
+    ):
         policy(batch)
     assert len(shapes) > 20
     assert not [s for s in shapes if len(s) == 2 and s[-1] == V and s != (H, V)]
 
 
 def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(policy, random_model_dir):
-    checkpointed = Policy.load(random_model_dir, temperature=1.3, logit_chunk=7, gradient_checkpointing=True)
+    checkpointed = Policy.load(
+        random_model_dir, temperature=1.3, logit_chunk=7, gradient_checkpointing=True
+    )
     batch = pack(policy.encode([ONE_IMAGE, TWO_IMAGES]), random_actions(policy, [[5, 1], [4]]))
     weights = torch.randn(batch.action_mask.shape)
 
@@ -304,7 +350,9 @@ def test_gradient_checkpointing_recomputes_layers_and_keeps_gradients(policy, ra
 
 def test_no_cache_of_keys_and_values_is_built(policy):
     seen = []
-    handle = policy.model.model.language_model.register_forward_hook(lambda *args: seen.append(args[2].past_key_values))
+    handle = policy.model.model.language_model.register_forward_hook(
+        lambda *args: seen.append(args[2].past_key_values)
+    )
     policy(pack(policy.encode([ONE_IMAGE]), [[[5]]]))
     handle.remove()
     assert seen == [None]
@@ -426,18 +474,25 @@ def test_save_and_load_round_trip(policy, tmp_path):
 
 def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_dir, tmp_path):
     def image_tokens(policy):
-        return int((policy.encode([ONE_IMAGE])[0].input_ids == policy.model.config.image_token_id).sum())
+        return int(
+            (policy.encode([ONE_IMAGE])[0].input_ids == policy.model.config.image_token_id).sum()
+        )
 
     assert image_tokens(Policy.load(random_model_dir)) == 16  # 64 x 64 pixels, 16 x 16 a token
     small = Policy.load(random_model_dir, max_pixels=32 * 32)
     assert image_tokens(small) == 4
-    assert image_tokens(Policy.load(random_model_dir, min_pixels=128 * 128, max_pixels=128 * 128)) == 64
+    assert (
+        image_tokens(Policy.load(random_model_dir, min_pixels=128 * 128, max_pixels=128 * 128))
+        == 64
+    )
     small.save(tmp_path)
     assert image_tokens(Policy.load(tmp_path)) == 4
 
 
 def test_a_batch_moves_to_a_device_whole(policy):
-    batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to("meta")
+    batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to(
+        "meta"
+    )
     tensors = [*vars(batch).values(), *vars(batch.layout).values()]
     assert {value.device.type for value in tensors if isinstance(value, torch.Tensor)} == {"meta"}
     assert pack(policy.encode([NO_IMAGE]), [[[5]]]).to("meta").pixel_values is None
@@ -500,8 +555,13 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(random_model_dir, tmp_path
 
 def test_a_generated_token_attends_with_the_keys_of_its_own_heads():
     """Six query heads share two key heads, three each; transformers' function repeats the keys."""
-    query, key, value = (torch.randn(3, heads, tokens, 8, generator=torch.Generator().manual_seed(heads + tokens)) for heads, tokens in ((6, 1), (2, 5), (2, 7)))
-    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5, [0, 0, 0, 1, 1]], dtype=torch.bool)[:, None, None]
+    query, key, value = (
+        torch.randn(3, heads, tokens, 8, generator=torch.Generator().manual_seed(heads + tokens))
+        for heads, tokens in ((6, 1), (2, 5), (2, 7))
+    )
+    mask = torch.tensor([[0, 1, 1, 1, 1], [1] * 5, [0, 0, 0, 1, 1]], dtype=torch.bool)[
+        :, None, None
+    ]
     module = SimpleNamespace(num_key_value_groups=3, is_causal=True)
     arguments = (module, query, key, value[:, :, :5], mask)
     expected, _ = sdpa_attention_forward(*arguments, scaling=0.3)

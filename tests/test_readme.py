@@ -12,7 +12,9 @@ import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-MAP = re.findall(r"^\| (.+?) \| .*?\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \| `(\w+)", README, re.MULTILINE)
+MAP = re.findall(
+    r"^\| (.+?) \| .*?\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \| `(\w+)", README, re.MULTILINE
+)
 
 
 def test_the_map_holds_every_equation_of_the_paper():
@@ -34,17 +36,34 @@ def test_an_equation_stands_at_its_line(row):
 
 def test_every_file_it_names_exists_and_every_module_is_named():
     for name in re.findall(r"`([\w/.-]+\.(?:py|txt|png|csv|jsonl))`", README):
-        made = name.split("/")[-1] in {"metrics.jsonl", "samples.jsonl", "curves.png", "time.png", "sheet.png", "compare.png", "config.json", "left_out.jsonl"}
+        made = name.split("/")[-1] in {
+            "metrics.jsonl",
+            "samples.jsonl",
+            "curves.png",
+            "time.png",
+            "sheet.png",
+            "compare.png",
+            "config.json",
+            "left_out.jsonl",
+        }
         assert made or (ROOT / name).exists(), name
     for module in ROOT.glob("*.py"):
         assert f"`{module.name}`" in README
 
 
-@pytest.mark.parametrize("module, files", [(ekipl, "ekipl|experts"), (sft, "sft")], ids=["ekipl", "sft"])
+@pytest.mark.parametrize(
+    "module, files", [(ekipl, "ekipl|experts"), (sft, "sft")], ids=["ekipl", "sft"]
+)
 def test_its_commands_use_flags_and_presets_that_exist(module, files):
-    flags = {f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(module.Config)} | {"--resume", "--help"}
-    flags |= {"--dry-run", "--budget"} if module is ekipl else set()  # of experts.py collect, which takes ekipl.py's as well
-    commands = re.findall(rf"^\S*(?:python|torchrun).*?\b(?:{files})\.py(.*?)(?:#.*)?$", README, re.MULTILINE)
+    flags = {
+        f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(module.Config)
+    } | {"--resume", "--help"}
+    flags |= (
+        {"--dry-run", "--budget"} if module is ekipl else set()
+    )  # of experts.py collect, which takes ekipl.py's as well
+    commands = re.findall(
+        rf"^\S*(?:python|torchrun).*?\b(?:{files})\.py(.*?)(?:#.*)?$", README, re.MULTILINE
+    )
     assert commands
     for command in commands:
         for flag in re.findall(r"--[a-z][\w-]*", command):
@@ -54,11 +73,22 @@ def test_its_commands_use_flags_and_presets_that_exist(module, files):
 
 
 def test_what_the_experts_cost_follows_from_the_price_table():
-    header, *rows = re.findall(r"^\| (?:task|counting|structure|transformation) \| (?:states|[\d,]+) \|.*$", README, re.MULTILINE)
+    header, *rows = re.findall(
+        r"^\| (?:task|counting|structure|transformation) \| (?:states|[\d,]+) \|.*$",
+        README,
+        re.MULTILINE,
+    )
     models = [cell.strip() for cell in header.split("|")[4:-2]]
     assert len(rows) == 3 and len(models) == 4 and apis.PRICES_OF in README
     for row in rows:
-        states, prompt, *cells = (int(cell.strip().replace(",", "")) for cell in row.split("|")[2:-1])
-        expected = [apis.dollars(apis.price_of(model), states * prompt, states * 8 * 200) for model in models]
-        expected.append(apis.dollars(apis.price_of("gpt-4o"), states * 8 * prompt, states * 8 * 200))  # the prompt paid N times
+        states, prompt, *cells = (
+            int(cell.strip().replace(",", "")) for cell in row.split("|")[2:-1]
+        )
+        expected = [
+            apis.dollars(apis.price_of(model), states * prompt, states * 8 * 200)
+            for model in models
+        ]
+        expected.append(
+            apis.dollars(apis.price_of("gpt-4o"), states * 8 * prompt, states * 8 * 200)
+        )  # the prompt paid N times
         assert cells == [round(value) for value in expected]

@@ -7,7 +7,15 @@ import time
 
 import pytest
 
-from rewards import KINDS, accuracy_reward, extract_answer, format_reward, function_score, judge_answer, reward
+from rewards import (
+    KINDS,
+    accuracy_reward,
+    extract_answer,
+    format_reward,
+    function_score,
+    judge_answer,
+    reward,
+)
 
 TRUTH = "change_color(0, blue) change_shape(1, cube)"
 
@@ -23,7 +31,12 @@ RESPONSES = [
     ("<think>a</think><answer>3</answer>", 1, "3", 1),
     ("<think>\na\n</think>\n<answer>\n3\n</answer>", 1, "3", 1),
     ("<think> a </think> <answer> 3 </answer>", 1, "3", 1),  # a word-level tokeniser's blanks
-    (" \n<think>a</think><answer>3</answer>\t\n", 1, "3", 0),  # bug: outer white space fails the format
+    (
+        " \n<think>a</think><answer>3</answer>\t\n",
+        1,
+        "3",
+        0,
+    ),  # bug: outer white space fails the format
     ("<think>a < b > c </b></think><answer>3</answer>", 1, "3", 1),  # other tags are text
     ("3", 0, None, 0),
     ("", 0, None, 0),
@@ -33,13 +46,28 @@ RESPONSES = [
     ("<think>a</think> so <answer>3</answer>", 0, "3", 0),
     ("<think>a</think><think>b</think><answer>3</answer>", 0, "3", 1),
     ("<think><think>a</think></think><answer>3</answer>", 0, "3", 1),
-    ("<think>a</think><answer>3</answer> or 4", 0, None, 0),  # bug: text after the answer is ignored
+    (
+        "<think>a</think><answer>3</answer> or 4",
+        0,
+        None,
+        0,
+    ),  # bug: text after the answer is ignored
     ("<think>a</think><answer>3", 0, None, 0),
     ("<think>a</think>3</answer>", 0, None, 0),
     ("<think>a<answer>3</answer>", 0, None, 0),  # a thought that never ends
     ("<think>a<answer>3</answer></think>", 0, None, 0),
-    ("<think>a<answer>3</answer></think><answer>4</answer>", 0, None, 1),  # bug: an answer in the thought passes
-    ("<think>a</think><answer>3</answer><answer>4</answer>", 0, None, 1),  # bug: a second answer passes
+    (
+        "<think>a<answer>3</answer></think><answer>4</answer>",
+        0,
+        None,
+        1,
+    ),  # bug: an answer in the thought passes
+    (
+        "<think>a</think><answer>3</answer><answer>4</answer>",
+        0,
+        None,
+        1,
+    ),  # bug: a second answer passes
     ("<think>a</think><answer><answer>3</answer></answer>", 0, None, 1),
     ("<think>a</think><answer>3<answer>3</answer>", 0, None, 1),
     ("<think>a</think><answer><think>3</think></answer>", 0, None, 1),
@@ -58,7 +86,11 @@ RESPONSES = [
 
 @pytest.mark.parametrize("text, strict, answer, legacy", RESPONSES)
 def test_format_and_the_answer_that_is_read(text, strict, answer, legacy):
-    assert (format_reward(text), extract_answer(text), format_reward(text, legacy=True)) == (strict, answer, legacy)
+    assert (format_reward(text), extract_answer(text), format_reward(text, legacy=True)) == (
+        strict,
+        answer,
+        legacy,
+    )
     assert accuracy_reward(text, "3", "discrete") == (answer == "3")
 
 
@@ -67,8 +99,14 @@ def test_legacy_format_is_the_original_regular_expression():
     pieces = ["<think>", "</think>", "<answer>", "</answer>", "</answer", " ", "\n", "a"]
     seen = set()
     for _ in range(20_000):
-        text = "<think>" + "".join(rng.choices(pieces, k=rng.randint(0, 7))) + rng.choice(["</answer>", "", " "])
-        theirs = re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.DOTALL) is not None
+        text = (
+            "<think>"
+            + "".join(rng.choices(pieces, k=rng.randint(0, 7)))
+            + rng.choice(["</answer>", "", " "])
+        )
+        theirs = (
+            re.fullmatch(r"<think>.*?</think>\s*<answer>.*?</answer>", text, re.DOTALL) is not None
+        )
         assert format_reward(text, legacy=True) == theirs, text
         seen.add(theirs)
     assert seen == {True, False}
@@ -176,7 +214,9 @@ def test_function_reads_neither_the_thought_nor_past_the_answer_but_all_its_line
 
 
 def test_listing_every_call_earns_less_than_one_right_call():
-    every = " ".join(f"change_color({i},{c})" for i in range(10) for c in ("red", "blue", "green", "gray"))
+    every = " ".join(
+        f"change_color({i},{c})" for i in range(10) for c in ("red", "blue", "green", "gray")
+    )
     assert judge_answer(every, "change_color(0,blue)", "function") == pytest.approx(1 / 40)
     assert function_score(said(every), "change_color(0,blue)") == pytest.approx(1 / 40)
 
@@ -185,7 +225,9 @@ def test_listing_every_call_earns_less_than_one_right_call():
 def test_reward_is_format_plus_accuracy(legacy):
     cases = [(said("3"), 2), ("<answer>3</answer>", 1), (said("4"), 1), ("4", 0)]
     cases += [(" " + said("3"), 1 if legacy else 2), (said("3.0"), 1 if legacy else 2)]
-    assert [reward(text, "3", "discrete", legacy=legacy) for text, _ in cases] == [total for _, total in cases]
+    assert [reward(text, "3", "discrete", legacy=legacy) for text, _ in cases] == [
+        total for _, total in cases
+    ]
 
 
 @pytest.mark.parametrize("legacy", [False, True])
@@ -225,6 +267,7 @@ def test_legacy_gives_the_numbers_of_the_original(text, answer, kind, expected):
 
 # ------------------------------------------------------------------------------------------------- partial credit
 
+
 @pytest.mark.parametrize("predicted, answer, expected", [
     ("f(0,a)", "f(0,a)", 1), ("f(0,b)", "f(0,a)", 1 / 2), ("f(1,a)", "f(0,a)", 1 / 2), ("f(1,b)", "f(0,a)", 1 / 4),
     ("g(0,a)", "f(0,a)", 0), ("f(0,a) f(0,a)", "f(0,a)", 1), ("f(0,a) g(1,b)", "f(0,a)", 1 / 2),
@@ -238,7 +281,9 @@ def test_partial_credit_worked_by_hand(predicted, answer, expected):
 def test_partial_credit_is_the_best_pairing_where_the_greedy_one_is_not():
     # f(0,a) may be paired with f(0,c) by its object or f(1,a) by its value; f(0,b) with f(0,c) only.
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)") == pytest.approx(1 / 2)
-    assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)", legacy=True) == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)", legacy=True) == pytest.approx(
+        (1 / 2 + 1 / 4) / 2
+    )
 
 
 @pytest.mark.parametrize("predicted, answer, expected", [
@@ -251,7 +296,9 @@ def test_legacy_partial_credit_worked_by_hand(predicted, answer, expected):
 
 
 def brute_force(predicted: list, truth: list) -> float:
-    worth = lambda p, t: 0 if p[0] != t[0] else (0.25, 0.5, 1)[(p[1] == t[1]) + (p[2] == t[2])]
+    def worth(p, t):
+        return 0 if p[0] != t[0] else (0.25, 0.5, 1)[(p[1] == t[1]) + (p[2] == t[2])]
+
     small, large = sorted((predicted, truth), key=len)
     pairings = itertools.permutations(large, len(small))
     return max(sum(map(worth, small, pairing)) for pairing in pairings) / len(large)
@@ -260,7 +307,10 @@ def brute_force(predicted: list, truth: list) -> float:
 def test_partial_credit_equals_brute_force_whatever_the_order_and_legacy_is_never_above():
     rng = random.Random(1)
     calls = list(itertools.product("fg", "012", "abc"))
-    write = lambda sequence: " ".join(f"{name}({obj}, {value})" for name, obj, value in sequence)
+
+    def write(sequence):
+        return " ".join(f"{name}({obj}, {value})" for name, obj, value in sequence)
+
     below = 0
     for _ in range(1500):
         predicted, truth = (rng.sample(calls, rng.randint(1, 5)) for _ in range(2))
@@ -282,14 +332,20 @@ def test_partial_credit_equals_brute_force_whatever_the_order_and_legacy_is_neve
 
 N = 100_000
 HOSTILE = {
-    "nested tags": "<think>" * 5000 + "</think>" * 5000 + "<answer>" * 3000 + "3" + "</answer>" * 3000,
+    "nested tags": "<think>" * 5000
+    + "</think>" * 5000
+    + "<answer>" * 3000
+    + "3"
+    + "</answer>" * 3000,
     "unclosed thoughts": "<think>" * N,
     "unclosed answers": "<answer>" * N,
     "unclosed answers on lines": "<think>" + "<answer>\n" * N + "</answer>",
     "closed thoughts": "<think>" + "</think>" * N + "</answer>",
     "thoughts that close and answers that do not": "<think>" + "</think><answer>" * N + "</answer",
     "many answers": "<think>a</think>" + "<answer>3</answer>" * N,
-    "long white space between the tags": "<think>a</think>" + " " * 1_000_000 + "x<answer>3</answer>",
+    "long white space between the tags": "<think>a</think>"
+    + " " * 1_000_000
+    + "x<answer>3</answer>",
     "white space after every thought": "<think>" + ("</think>" + " " * 500) * 1000 + "</answer>",
     "long white space in the answer": said("B" + " \n" * 200_000 + ")"),
     "long word": said("a" * 30_000),
@@ -334,11 +390,18 @@ def numbers(text: str, answer: str) -> list[float]:
     found = []
     for legacy in (False, True):
         calls = [(format_reward, (text,)), (function_score, (text, answer))]
-        for function, arguments in calls + [(accuracy_reward, (text, answer, kind)) for kind in KINDS]:
+        for function, arguments in calls + [
+            (accuracy_reward, (text, answer, kind)) for kind in KINDS
+        ]:
             start = time.process_time()  # of this process: other work on the machine does not count
             number = function(*arguments, legacy=legacy)
             assert time.process_time() - start < 1, (function, arguments[1:], legacy)
-            assert type(number) is float and 0 <= number <= 1, (number, function, text[:200], answer[:200])  # not NaN
+            assert type(number) is float and 0 <= number <= 1, (
+                number,
+                function,
+                text[:200],
+                answer[:200],
+            )  # not NaN
             found.append(number)
         found += [reward(text, answer, kind, legacy) for kind in KINDS if len(text) < 50_000]
     return found

@@ -48,7 +48,9 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path, root):
     assert "a" in one_line(error) and (tmp_path / "file").read_text() == "in the way"
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b'{"lr": 1', b"[1, 2]", b"3", b"null", b'"text"', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"{", b'{"lr": 1', b"[1, 2]", b"3", b"null", b'"text"', b"\xff\xfe"]
+)
 def test_settings_that_cannot_be_read_are_the_users_error(tmp_path, content):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
@@ -63,7 +65,11 @@ def test_no_run_to_resume_is_the_users_error(tmp_path):
     assert "missing" in one_line(error)
 
 
-RECORDS = [{"step": 1, "reward": 0.1}, {"step": 2, "text": "two\nlines \u2028 of ünïcode"}, {"step": 3, "kl": None}]
+RECORDS = [
+    {"step": 1, "reward": 0.1},
+    {"step": 2, "text": "two\nlines \u2028 of ünïcode"},
+    {"step": 3, "kl": None},
+]
 
 
 def test_records_are_read_as_they_were_written(tmp_path):
@@ -154,11 +160,15 @@ def assert_whole(path: Path, step: int) -> None:
     fresh.optimizer.load_state_dict(trainer["optimizer"])
     assert trainer["step"] == step
     assert fresh.optimizer.state[fresh.weight]["step"] == step  # the stub makes one update a step
-    assert torch.load(path / "model.bin", weights_only=True).tolist() == pytest.approx([-0.1 * step] * 3, rel=0.05)
+    assert torch.load(path / "model.bin", weights_only=True).tolist() == pytest.approx(
+        [-0.1 * step] * 3, rel=0.05
+    )
 
 
 def save(path: Path, policy: StubPolicy, step: int) -> None:
-    runs.save_checkpoint(path, step, policy, {"weight": policy.weight.data}, policy.optimizer.state_dict())
+    runs.save_checkpoint(
+        path, step, policy, {"weight": policy.weight.data}, policy.optimizer.state_dict()
+    )
 
 
 def saved(path: Path, policy: StubPolicy, step: int) -> None:
@@ -223,7 +233,13 @@ def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatc
 
 
 def test_half_written_and_foreign_files_are_no_checkpoints(tmp_path):
-    for name in ("checkpoint-000007.tmp", "checkpoint-", "checkpoint-best", "checkpoint-1.old", "my-checkpoint-000009"):
+    for name in (
+        "checkpoint-000007.tmp",
+        "checkpoint-",
+        "checkpoint-best",
+        "checkpoint-1.old",
+        "my-checkpoint-000009",
+    ):
         (tmp_path / name).mkdir()
     assert runs.checkpoints(tmp_path) == []
     with pytest.raises(UserError) as error:
@@ -237,7 +253,11 @@ def test_half_written_and_foreign_files_are_no_checkpoints(tmp_path):
 def test_the_newest_is_the_one_of_the_latest_step_however_long_its_name(tmp_path):
     for step in (1_000_000, 999_999, 20):
         (tmp_path / f"checkpoint-{step:06d}").mkdir()
-    assert [int(p.name.split("-")[1]) for p in runs.checkpoints(tmp_path)] == [20, 999_999, 1_000_000]
+    assert [int(p.name.split("-")[1]) for p in runs.checkpoints(tmp_path)] == [
+        20,
+        999_999,
+        1_000_000,
+    ]
 
 
 # ---------------------------------------------------------------------------------------------- curves
@@ -245,7 +265,10 @@ def test_the_newest_is_the_one_of_the_latest_step_however_long_its_name(tmp_path
 
 def history(steps: int, *keys: str, start: int = 0) -> list[dict]:
     end = start + steps
-    return [{"step": s, "states": 64 * s} | {key: s / end for key in keys} for s in range(start + 1, end + 1)]
+    return [
+        {"step": s, "states": 64 * s} | {key: s / end for key in keys}
+        for s in range(start + 1, end + 1)
+    ]
 
 
 def picture(path: Path) -> bytes:
@@ -274,12 +297,21 @@ def test_curves_are_drawn_whatever_was_measured(tmp_path, histories):
 def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypatch):
     figures, keys = [], [*curves.PANELS, "eval/counting-id"]
     monkeypatch.setattr(curves.plt, "close", figures.append)
-    measured = [{"step": s, "states": 64 * s} | {key: (s + i) / 99 for i, key in enumerate(keys)} for s in (1, 2, 3)]
+    measured = [
+        {"step": s, "states": 64 * s} | {key: (s + i) / 99 for i, key in enumerate(keys)}
+        for s in (1, 2, 3)
+    ]
     curves.draw({"a": measured, "b": measured[:2]}, tmp_path / "curves.png")
     monkeypatch.undo()
     (figure,) = figures
-    (methods,), tests = figure.legends, figure.axes[1].get_legend()  # one for the colours of all panels, one for the dots
-    assert [[text.get_text() for text in legend.get_texts()] for legend in (methods, tests)] == [["a", "b"], ["counting-id"]]
+    (methods,), tests = (
+        figure.legends,
+        figure.axes[1].get_legend(),
+    )  # one for the colours of all panels, one for the dots
+    assert [[text.get_text() for text in legend.get_texts()] for legend in (methods, tests)] == [
+        ["a", "b"],
+        ["counting-id"],
+    ]
     for key, axis in zip(curves.PANELS, figure.axes, strict=True):
         lines = [list(zip(*line.get_data(), strict=True)) for line in axis.lines]
         for shown in [key, "eval/counting-id"] if key == "accuracy" else [key]:
@@ -289,13 +321,30 @@ def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypat
 
 
 def test_the_picture_of_time_stacks_the_phases_of_each_step(tmp_path, monkeypatch):
-    steps = [{"step": s, "loss": 0.0, "seconds/rollout": 3.0, "seconds/forward": s, "seconds/evaluation": 9.0} for s in (1, 2)]
+    steps = [
+        {
+            "step": s,
+            "loss": 0.0,
+            "seconds/rollout": 3.0,
+            "seconds/forward": s,
+            "seconds/evaluation": 9.0,
+        }
+        for s in (1, 2)
+    ]
     figures = []
     monkeypatch.setattr(curves.plt, "close", figures.append)
     curves.draw_time([{"step": 0, "eval/counting-id": 0.5}, *steps], tmp_path / "time.png")
     ((axis,),) = (figure.axes for figure in figures)
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["rollout 66.7 %", "forward 33.3 %"]
-    assert [(bar.get_y(), bar.get_height()) for bar in axis.patches] == [(0, 3), (0, 3), (3, 1), (3, 2)]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [
+        "rollout 66.7 %",
+        "forward 33.3 %",
+    ]
+    assert [(bar.get_y(), bar.get_height()) for bar in axis.patches] == [
+        (0, 3),
+        (0, 3),
+        (3, 1),
+        (3, 2),
+    ]
 
 
 def test_a_stopwatch_gives_all_time_to_a_phase(monkeypatch):
@@ -337,7 +386,9 @@ def test_a_stopwatch_waits_for_a_gpu_only_when_it_is_read(monkeypatch):
     watch.lap("forward")
     watch.lap("backward")
     assert not said
-    assert watch.read() == {"seconds/forward": 1.0, "seconds/backward": 2.0} and len(watch.marks) == 1
+    assert (
+        watch.read() == {"seconds/forward": 1.0, "seconds/backward": 2.0} and len(watch.marks) == 1
+    )
 
 
 def test_smoothing_is_the_mean_of_the_last_values():
@@ -356,11 +407,19 @@ def test_the_command_draws_runs_and_files(tmp_path, monkeypatch):
     run(monkeypatch, tmp_path / "a")
     picture(tmp_path / "a" / "curves.png")
     picture(tmp_path / "a" / "time.png")
-    run(monkeypatch, tmp_path / "a", tmp_path / "b" / "metrics.jsonl", "--out", tmp_path / "both.png")
+    run(
+        monkeypatch,
+        tmp_path / "a",
+        tmp_path / "b" / "metrics.jsonl",
+        "--out",
+        tmp_path / "both.png",
+    )
     assert picture(tmp_path / "both.png") != picture(tmp_path / "a" / "curves.png")
 
 
-@pytest.mark.parametrize("arguments, message", [(["a", "missing"], "no metrics at"), (["a", "a"], "--out")])
+@pytest.mark.parametrize(
+    "arguments, message", [(["a", "missing"], "no metrics at"), (["a", "a"], "--out")]
+)
 def test_the_commands_mistakes_are_told(tmp_path, monkeypatch, capsys, arguments, message):
     runs.append(runs.create(str(tmp_path), "a", {}) / "metrics.jsonl", history(1, "reward"))
     with pytest.raises(SystemExit) as stopped:
@@ -371,7 +430,9 @@ def test_the_commands_mistakes_are_told(tmp_path, monkeypatch, capsys, arguments
 def test_two_runs_of_one_name_are_both_drawn(tmp_path, monkeypatch):
     for root in ("one", "two"):
         steps = 3 if root == "one" else 9
-        runs.append(runs.create(str(tmp_path / root), "a", {}) / "metrics.jsonl", history(steps, "reward"))
+        runs.append(
+            runs.create(str(tmp_path / root), "a", {}) / "metrics.jsonl", history(steps, "reward")
+        )
     drawn = []
     monkeypatch.setattr(curves, "draw", lambda histories, out: drawn.append(histories))
     run(monkeypatch, tmp_path / "one" / "a", tmp_path / "two" / "a", "--out", tmp_path / "both.png")
@@ -380,4 +441,6 @@ def test_two_runs_of_one_name_are_both_drawn(tmp_path, monkeypatch):
 
 def test_the_file_of_settings_is_json_for_people(tmp_path):
     text = (runs.create(str(tmp_path), "a", {"lr": 1e-6, "seed": 0}) / "config.json").read_text()
-    assert json.loads(text) == {"lr": 1e-6, "seed": 0} and text.count("\n") == 4  # a line for each setting
+    assert (
+        json.loads(text) == {"lr": 1e-6, "seed": 0} and text.count("\n") == 4
+    )  # a line for each setting

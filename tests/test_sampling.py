@@ -9,11 +9,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import SPECIAL, agrees
 from PIL import Image
 
 import blocks
 import sampling
-from conftest import SPECIAL, agrees
 from data import State
 from experts import make_experts
 from policy import Policy, pack
@@ -33,7 +33,6 @@ from sampling import (
     why_no_engine,
 )
 
-
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
@@ -43,16 +42,26 @@ def policy(random_model_dir):
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    pixels = torch.randint(0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed))
+    pixels = torch.randint(
+        0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed)
+    )
     return Image.fromarray(pixels.to(torch.uint8).numpy())
 
 
 STATES = [
     State("one", (picture(64, 64, 1),), "how many red cubes are there in the image ?", "3", "math"),
-    State("two", (picture(32, 64, 2), picture(64, 48, 3)), "first or second image ?", "2", "discrete"),
+    State(
+        "two", (picture(32, 64, 2), picture(64, 48, 3)), "first or second image ?", "2", "discrete"
+    ),
     State("small", (picture(32, 32, 4),), "how many ?", "1", "math"),
     State("none", (), "how many red cubes ?", "0", "math"),
-    State("wide", (picture(64, 32, 5),), "are there red or blue spheres in the image and how many ?", "1", "math"),
+    State(
+        "wide",
+        (picture(64, 32, 5),),
+        "are there red or blue spheres in the image and how many ?",
+        "1",
+        "math",
+    ),
 ]
 
 
@@ -74,7 +83,9 @@ def allowed_tokens(policy: Policy) -> list[int]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("state", [STATES[2], STATES[3]], ids=["image", "text"])
-def test_first_tokens_follow_the_distribution_that_the_policy_scores(policy, at_temperature, state, temperature):
+def test_first_tokens_follow_the_distribution_that_the_policy_scores(
+    policy, at_temperature, state, temperature
+):
     at_temperature(temperature)
     prompts = policy.encode([state])
     (actions,) = TransformersSampler(policy, 1, rows=2048).sample(prompts, 2048, seed=0)
@@ -100,7 +111,9 @@ def test_second_tokens_follow_it_too(policy):
         found = policy(pack(prompts, [tokens]))[0, :, 1]
         entropy = {}
         for first in {first for first, _ in tokens}:
-            logp = policy(pack(prompts, [[[first, second] for second in allowed_tokens(policy)]]))[0, :, 1]
+            logp = policy(pack(prompts, [[[first, second] for second in allowed_tokens(policy)]]))[
+                0, :, 1
+            ]
             entropy[first] = -(logp.exp() * logp).sum()
     surplus = -found - torch.stack([entropy[first] for first, _ in tokens])
     assert abs(surplus.mean()) < 4 * surplus.std() / len(tokens) ** 0.5
@@ -112,7 +125,9 @@ def test_second_tokens_follow_it_too(policy):
     dict(do_sample=False, num_beams=3), dict(guidance_scale=2.0), dict(max_time=1e-6), dict(max_length=5),
     dict(eos_token_id=[6, 15]),
 ], ids=lambda own: next(iter(own)))  # fmt: skip
-def test_a_checkpoints_own_generation_settings_do_not_leak_into_rollouts(policy, at_temperature, own, monkeypatch):
+def test_a_checkpoints_own_generation_settings_do_not_leak_into_rollouts(
+    policy, at_temperature, own, monkeypatch
+):
     at_temperature(2.0)
     sampler, prompts = TransformersSampler(policy, 12), policy.encode(STATES[:2])
     expected, greedy = sampler.sample(prompts, 16, seed=1), sampler.greedy(prompts)
@@ -145,7 +160,9 @@ def test_actions_end_with_eos_or_are_marked_truncated(policy, at_temperature):
         else:
             assert action.tokens.index(policy.eos_id) == len(action.tokens) - 1  # kept, once, last
             lengths.add(len(action.tokens))
-        words = policy.tokenizer.convert_ids_to_tokens([token for token in action.tokens if token != policy.eos_id])
+        words = policy.tokenizer.convert_ids_to_tokens(
+            [token for token in action.tokens if token != policy.eos_id]
+        )
         assert action.text == " ".join(words)
     assert len(lengths) > 10  # at any length
 
@@ -162,10 +179,14 @@ def test_the_seed_decides_the_actions(policy, at_temperature):
 
 def greedy_by_hand(policy: Policy, state: State, limit: int, end: int | None = None) -> list[int]:
     """The argmax of plain forward passes on the growing sequence: no cache, no padding, nothing of ours."""
-    text = policy.processor.apply_chat_template(state.messages(), tokenize=False, add_generation_prompt=True)
+    text = policy.processor.apply_chat_template(
+        state.messages(), tokenize=False, add_generation_prompt=True
+    )
     inputs = policy.processor(text=[text], images=list(state.images) or None, return_tensors="pt")
     banned = {*SPECIAL, "<unk>"} - {"<|im_end|>"}
-    allowed = torch.tensor(sorted(i for word, i in policy.tokenizer.get_vocab().items() if word not in banned))
+    allowed = torch.tensor(
+        sorted(i for word, i in policy.tokenizer.get_vocab().items() if word not in banned)
+    )
     tokens = []
     end = policy.tokenizer.eos_token_id if end is None else end
     while len(tokens) < limit and end not in tokens:
@@ -195,7 +216,9 @@ def test_a_row_goes_on_as_if_alone_when_others_have_ended(policy, monkeypatch):
         places = [tokens.index(end) if end in tokens else 11 for tokens in free]
         monkeypatch.setattr(policy, "eos_id", end)
         actions = TransformersSampler(policy, 12).greedy(policy.encode(STATES))
-        assert [action.tokens for action in actions] == [tokens[: place + 1] for tokens, place in zip(free, places, strict=True)]
+        assert [action.tokens for action in actions] == [
+            tokens[: place + 1] for tokens, place in zip(free, places, strict=True)
+        ]
         moved += len(set(places)) > 1
     assert moved > 1
 
@@ -204,7 +227,9 @@ def test_ended_rows_cost_little(policy, at_temperature):
     # While more than half of the computed rows go on, the work is less than twice that of the tokens which are kept.
     at_temperature(20.0)
     rows = []
-    hook = policy.model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(output)))
+    hook = policy.model.lm_head.register_forward_hook(
+        lambda module, inputs, output: rows.append(len(output))
+    )
     actions = sum(TransformersSampler(policy, 200).sample(policy.encode(STATES), 20, seed=0), [])
     hook.remove()
     tokens = [len(action.tokens) for action in actions]
@@ -235,9 +260,13 @@ def test_sampling_leaves_mode_gradients_and_random_numbers_as_they_were(policy, 
 
 
 def test_gradient_checkpointing_changes_no_rollout(policy, random_model_dir):
-    checkpointed = Policy.load(random_model_dir, gradient_checkpointing=True)  # train mode drops its KV cache
+    checkpointed = Policy.load(
+        random_model_dir, gradient_checkpointing=True
+    )  # train mode drops its KV cache
     prompts = policy.encode(STATES)
-    expected, found = (TransformersSampler(p, 6).sample(prompts, 4, seed=2) for p in (policy, checkpointed))
+    expected, found = (
+        TransformersSampler(p, 6).sample(prompts, 4, seed=2) for p in (policy, checkpointed)
+    )
     assert found == expected
     assert checkpointed.training and checkpointed.model.is_gradient_checkpointing
     checkpointed(pack(prompts[:1], [[found[0][0].tokens]])).sum().backward()  # and it still trains
@@ -274,7 +303,10 @@ def test_vllm_is_chosen_where_its_build_fits_the_device(installed, builds, devic
 def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsys):
     installed({"vllm": "0.32.0"})
     assert isinstance(make_sampler("auto", policy, "model", 5), TransformersSampler)
-    assert capsys.readouterr().err == "rollouts: transformers (the vllm installed here needs a GPU; README tells how to install its CPU build)\n"
+    assert (
+        capsys.readouterr().err
+        == "rollouts: transformers (the vllm installed here needs a GPU; README tells how to install its CPU build)\n"
+    )
     assert isinstance(make_sampler("transformers", policy, "model", 5), TransformersSampler)
     assert capsys.readouterr().err == ""
     with pytest.raises(UserError, match="--rollout vllm cannot work: .* needs a GPU"):
@@ -300,10 +332,14 @@ def test_an_experts_text_becomes_an_action_that_ends_with_eos(blocks_policy):
     "<|im_start|><|endoftext|><think> 1 plus<|image_pad|><|image_pad|>2 is 3 </think> <answer> 3 </answer>",
 ])  # fmt: skip
 def test_special_tokens_of_an_expert_are_dropped(blocks_policy, text):
-    assert expert_action(blocks_policy, Sample(text), "careful", 100) == expert_action(blocks_policy, Sample(RIGHT), "careful", 100)
+    assert expert_action(blocks_policy, Sample(text), "careful", 100) == expert_action(
+        blocks_policy, Sample(RIGHT), "careful", 100
+    )
 
 
-@pytest.mark.parametrize("limit, truncated", [(5, True), (9, True), (10, True), (11, False), (12, False)])
+@pytest.mark.parametrize(
+    "limit, truncated", [(5, True), (9, True), (10, True), (11, False), (12, False)]
+)
 def test_an_experts_text_is_cut_at_the_length_limit(blocks_policy, limit, truncated):
     action = expert_action(blocks_policy, Sample(RIGHT), "careful", limit)  # 10 words and EOS
     words = blocks_policy.tokenizer(RIGHT).input_ids
@@ -313,10 +349,14 @@ def test_an_experts_text_is_cut_at_the_length_limit(blocks_policy, limit, trunca
     assert (reward(action.text, "3", "discrete") == 2.0) == (limit >= 10)
 
 
-@pytest.mark.parametrize("text", ["", "3", "<answer> 3", "</think> <think> 3", "<answer> 3 </answer> left"])
+@pytest.mark.parametrize(
+    "text", ["", "3", "<answer> 3", "</think> <think> 3", "<answer> 3 </answer> left"]
+)
 def test_an_experts_text_is_not_repaired(blocks_policy, text):
     action = expert_action(blocks_policy, Sample(text), "quick", 100)
-    assert action.text == text and action.tokens[-1] == blocks_policy.eos_id and not action.truncated
+    assert (
+        action.text == text and action.tokens[-1] == blocks_policy.eos_id and not action.truncated
+    )
 
 
 def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_policy):
@@ -326,15 +366,23 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
     alone = sampler.sample(blocks_policy.encode(states), 3, seed=4)
     for state, group, own in zip(states, groups, alone, strict=True):
         assert group.state is state and group.actions[:3] == own
-        assert [action.source for action in group.actions] == ["policy"] * 3 + ["careful"] * 3 + ["quick"] * 3
+        assert [action.source for action in group.actions] == ["policy"] * 3 + ["careful"] * 3 + [
+            "quick"
+        ] * 3
         assert group.mixture == pytest.approx([1 / 3] * 3)
         for expert, actions in zip(experts, (group.actions[3:6], group.actions[6:]), strict=True):
-            assert [action.text for action in actions] == [sample.text for sample in expert.sample([state], 3, seed=4)[0]]
-        assert group.rewards == [reward(action.text, state.answer, state.kind) for action in group.actions]
+            assert [action.text for action in actions] == [
+                sample.text for sample in expert.sample([state], 3, seed=4)[0]
+            ]
+        assert group.rewards == [
+            reward(action.text, state.answer, state.kind) for action in group.actions
+        ]
         assert min(group.rewards[3:]) >= 1.0  # the experts' format is right
         assert group.prompt.image_grid_thw.shape[0] == len(state.images)
     (only,) = total_groups(states[:1], sampler, [], 3, seed=4, expert_seed=4)
-    assert only.actions == sampler.sample(blocks_policy.encode(states[:1]), 3, seed=4)[0] and only.mixture == [1.0]
+    assert only.actions == sampler.sample(blocks_policy.encode(states[:1]), 3, seed=4)[
+        0
+    ] and only.mixture == [1.0]
 
 
 # ---------------------------------------------------------------------------------------------- Eq 6: top G
@@ -343,9 +391,13 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
 REWARDS = [0.5, 2.0, 0.0, 1.5, 2.0, 1.0]
 
 
-@pytest.mark.parametrize("rewards", [REWARDS, tuple(REWARDS), torch.tensor(REWARDS)], ids=["list", "tuple", "tensor"])
+@pytest.mark.parametrize(
+    "rewards", [REWARDS, tuple(REWARDS), torch.tensor(REWARDS)], ids=["list", "tuple", "tensor"]
+)
 def test_the_g_largest_are_kept_best_first_and_ties_stay_in_order(rewards):
-    for g, expected in enumerate(([1], [1, 4], [1, 4, 3], [1, 4, 3, 5], [1, 4, 3, 5, 0], [1, 4, 3, 5, 0, 2]), start=1):
+    for g, expected in enumerate(
+        ([1], [1, 4], [1, 4, 3], [1, 4, 3, 5], [1, 4, 3, 5, 0], [1, 4, 3, 5, 0, 2]), start=1
+    ):
         assert select_top_g(rewards, g) == expected
     assert list(rewards) == REWARDS  # not sorted in place
 
@@ -384,7 +436,9 @@ def test_random_ties_are_uniform_among_equals_only():
 
 
 def test_random_selection_does_not_look_at_rewards():
-    assert agrees(chosen(3000, REWARDS, 2, "policy_first", "random"), dict.fromkeys(range(6), 1 / 6))
+    assert agrees(
+        chosen(3000, REWARDS, 2, "policy_first", "random"), dict.fromkeys(range(6), 1 / 6)
+    )
     kept = select_top_g(REWARDS, 6, selection="random", rng=random.Random(1))
     assert sorted(kept) == list(range(6))
 
@@ -403,7 +457,9 @@ def test_keeping_none_or_more_than_there_are_is_an_error(g):
         select_top_g([], 1)
 
 
-@pytest.mark.parametrize("words", [dict(ties="first"), dict(selection="best"), dict(ties="random", selection="none")])
+@pytest.mark.parametrize(
+    "words", [dict(ties="first"), dict(selection="best"), dict(ties="random", selection="none")]
+)
 def test_an_unknown_word_is_an_error(words):
     with pytest.raises(ValueError, match="policy_first or random.*top or random"):
         select_top_g(REWARDS, 2, **words)
@@ -413,7 +469,9 @@ def test_an_unknown_word_is_an_error(words):
 
 
 def group(format: list[float], accuracy: list[float], sources: list[str] | None = None) -> Group:
-    actions = [Action([i], str(i), source) for i, source in enumerate(sources or ["policy"] * len(format))]
+    actions = [
+        Action([i], str(i), source) for i, source in enumerate(sources or ["policy"] * len(format))
+    ]
     return Group(STATES[0], None, actions, format, accuracy)
 
 
@@ -433,7 +491,9 @@ def test_advantages_of_a_worked_example_by_both_baselines():
     assert made.advantages == pytest.approx([0.875 / (std + 1e-4), 0.375 / (std + 1e-4)])
     # The two alone: mean 1.75, std sqrt(2 / 16) = 0.35355.
     selected(2, "selected", made)
-    assert made.kept == [1, 2] and made.advantages == pytest.approx([0.25 / 0.3536534, -0.25 / 0.3536534], rel=1e-5)
+    assert made.kept == [1, 2] and made.advantages == pytest.approx(
+        [0.25 / 0.3536534, -0.25 / 0.3536534], rel=1e-5
+    )
 
 
 def test_a_group_kept_all_perfect_teaches_by_its_candidates_only():
@@ -450,7 +510,9 @@ def test_a_group_smaller_than_g_keeps_all_and_groups_are_independent():
     groups = [group([1, 0], [0, 0]), group([1, 0, 1], [1, 0, 0])]
     select(groups, 8, "selected", "policy_first", "top", random.Random(0))
     assert [made.kept for made in groups] == [[0, 1], [0, 2, 1]]
-    assert groups[0].advantages == pytest.approx([0.70701, -0.70701], abs=1e-4)  # 0.5 / (sqrt(1 / 2) + 1e-4)
+    assert groups[0].advantages == pytest.approx(
+        [0.70701, -0.70701], abs=1e-4
+    )  # 0.5 / (sqrt(1 / 2) + 1e-4)
     assert groups[1].advantages == pytest.approx([1, 0, -1], abs=2e-4)
 
 
@@ -458,7 +520,11 @@ def test_selects_words_reach_the_selection():
     made = group([0.0] * 20, [0.0] * 20, ["policy"] * 10 + ["careful"] * 10)
     for ties, selection in (("random", "top"), ("policy_first", "random")):
         select([made], 10, "candidates", ties, selection, random.Random(3))
-        assert made.kept == select_top_g(made.rewards, 10, ties, selection, random.Random(3)) != list(range(10))
+        assert (
+            made.kept
+            == select_top_g(made.rewards, 10, ties, selection, random.Random(3))
+            != list(range(10))
+        )
 
 
 def test_the_mixture_is_each_sources_share_of_the_draws():
@@ -471,17 +537,27 @@ def test_the_mixture_is_each_sources_share_of_the_draws():
 def test_expert_log_densities_of_the_kept_actions():
     tells = SimpleNamespace(name="tells", logp=lambda state, action: -1.0 - int(action.text))
     never = SimpleNamespace(name="never", logp=lambda state, action: -math.inf)
-    unknown_once = SimpleNamespace(name="once", logp=lambda state, action: None if action.text == "2" else -0.5)
+    unknown_once = SimpleNamespace(
+        name="once", logp=lambda state, action: None if action.text == "2" else -0.5
+    )
 
     def two(other: str) -> list[Group]:
         big = group([0, 1, 1], [0, 0, 1], ["policy", "tells", other])
-        return [selected(2, "candidates", big), selected(1, "candidates", group([1, 0], [0, 0], ["tells", other]))]
+        return [
+            selected(2, "candidates", big),
+            selected(1, "candidates", group([1, 0], [0, 0], ["tells", other])),
+        ]
 
     groups = two("never")
     add_expert_logps(groups, [tells, never])
-    assert [made.expert_logps for made in groups] == [[[-3.0, -math.inf], [-2.0, -math.inf]], [[-1.0, -math.inf]]]
+    assert [made.expert_logps for made in groups] == [
+        [[-3.0, -math.inf], [-2.0, -math.inf]],
+        [[-1.0, -math.inf]],
+    ]
     assert groups[0].kept == [2, 1]
-    absent = selected(1, "candidates", group([1, 0], [0, 0], ["policy", "tells"]))  # "never" did not answer: no column
+    absent = selected(
+        1, "candidates", group([1, 0], [0, 0], ["policy", "tells"])
+    )  # "never" did not answer: no column
     add_expert_logps([absent], [tells, never])
     assert absent.expert_logps == [[-1.0]] and len(absent.mixture) == 2
     groups = two("once")

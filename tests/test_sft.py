@@ -6,26 +6,35 @@ import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
+import miniature
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import in_two_processes
+from test_ekipl import CPU, states_of_two_sizes, stopped_in_the_step_after, timeless, weights
 
 import data
 import ekipl
-import miniature
 import rewards
 import runs
 import sft
 from blocks import BlocksSet
-from conftest import in_two_processes
 from data import ReasonRFTSet
 from distributed import World
 from policy import Policy
 from sft import Config, Example
-from test_ekipl import CPU, states_of_two_sizes, stopped_in_the_step_after, timeless, weights
 
 ROOT = Path(__file__).resolve().parent.parent
-SMALL = dict(states=24, batch_size=4, micro_batch=3, eval_every=3, eval_states=2, save_every=2, lr=1e-3, name="run")
+SMALL = dict(
+    states=24,
+    batch_size=4,
+    micro_batch=3,
+    eval_every=3,
+    eval_states=2,
+    save_every=2,
+    lr=1e-3,
+    name="run",
+)
 
 
 def small(tmp_path, **changes) -> Config:
@@ -59,24 +68,47 @@ class DoublePolicy(Policy):
 
     def _token_logp(self, hidden, ids):
         logits = self.model.get_output_embeddings()(hidden) / self.temperature
-        return logits.index_fill(1, self.suppressed_ids, -torch.inf).log_softmax(1).gather(1, ids[:, None])[:, 0]
+        return (
+            logits.index_fill(1, self.suppressed_ids, -torch.inf)
+            .log_softmax(1)
+            .gather(1, ids[:, None])[:, 0]
+        )
 
 
 def assert_same_gradient(left: dict, right: dict) -> None:
-    assert left.keys() == right.keys() and any(gradient.abs().max() > 0.1 for gradient in right.values())
+    assert left.keys() == right.keys() and any(
+        gradient.abs().max() > 0.1 for gradient in right.values()
+    )
     for name in left:
         assert right[name].dtype == torch.float64
-        torch.testing.assert_close(torch.as_tensor(left[name]), right[name], atol=1e-8, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            torch.as_tensor(left[name]),
+            right[name],
+            atol=1e-8,
+            rtol=0,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )
 
 
 def fixed_examples(policy: Policy, count: int) -> list[Example]:
     """Seeded targets of 1 to 12 tokens, the same in every process."""
-    words = [t for t in range(len(policy.tokenizer)) if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}]
+    words = [
+        t
+        for t in range(len(policy.tokenizer))
+        if t not in set(policy.suppressed_ids.tolist()) | {policy.eos_id}
+    ]
     made = []
     for i, prompt in enumerate(policy.encode(states_of_two_sizes(count))):
         generator = torch.Generator().manual_seed(i)
         length = int(torch.randint(0, 12, (), generator=generator))
-        made.append(Example(prompt, [words[j] for j in torch.randint(len(words), (length,), generator=generator)] + [policy.eos_id], False))
+        made.append(
+            Example(
+                prompt,
+                [words[j] for j in torch.randint(len(words), (length,), generator=generator)]
+                + [policy.eos_id],
+                False,
+            )
+        )
     return made
 
 
@@ -85,7 +117,14 @@ def gradient_of(model_dir, world: World, micro_batch: int, count: int) -> tuple[
     policy = DoublePolicy.load(model_dir)
     learner = world.data_parallel(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    told = sft.update(Config(micro_batch=micro_batch, max_grad_norm=1e9), learner, optimizer, world.mine(fixed_examples(policy, count)), world, lr=0.0)
+    told = sft.update(
+        Config(micro_batch=micro_batch, max_grad_norm=1e9),
+        learner,
+        optimizer,
+        world.mine(fixed_examples(policy, count)),
+        world,
+        lr=0.0,
+    )
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}, told
 
 
@@ -112,7 +151,9 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
     policy = DoublePolicy.load(random_model_dir)
     nats, tokens = [], 0
     for state, example in zip(states_of_two_sizes(6), fixed_examples(policy, 6), strict=True):
-        inputs = policy.processor(text=[policy.prompt_text(state)], images=list(state.images), return_tensors="pt")
+        inputs = policy.processor(
+            text=[policy.prompt_text(state)], images=list(state.images), return_tensors="pt"
+        )
         ids = torch.cat([inputs["input_ids"][0], torch.tensor(example.tokens)])[None]
         kinds = F.pad(inputs["mm_token_type_ids"], (0, len(example.tokens)))
         logits = policy.model(
@@ -124,7 +165,9 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
     loss = sum(nats) / tokens
     loss.backward()
     gradient, told = whole_batch
-    assert_same_gradient({name: parameter.grad for name, parameter in policy.named_parameters()}, gradient)
+    assert_same_gradient(
+        {name: parameter.grad for name, parameter in policy.named_parameters()}, gradient
+    )
     assert told["loss"] == pytest.approx(loss.item(), abs=1e-5) and told["target_tokens"] == tokens
 
 
@@ -135,8 +178,12 @@ def test_micro_batches_do_not_change_the_gradient(random_model_dir, whole_batch,
     assert told == pytest.approx(whole_batch[1])
 
 
-@pytest.mark.parametrize("count, micro_batch", [(6, 1), (5, 2)])  # 5: one process has an example more than the other
-def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(random_model_dir, count, micro_batch):
+@pytest.mark.parametrize(
+    "count, micro_batch", [(6, 1), (5, 2)]
+)  # 5: one process has an example more than the other
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
+    random_model_dir, count, micro_batch
+):
     one, alone = gradient_of(random_model_dir, CPU, count, count)
     for gradient, told in in_two_processes(gradient_here, random_model_dir, micro_batch, count):
         assert_same_gradient(gradient, one)
@@ -155,17 +202,35 @@ def directory(tmp_path_factory):
 @pytest.mark.parametrize("source", ["blocks", "real"])
 def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, task, source):
     policy = Policy.load(ROOT / "tiny")
-    config = Config(task=task, data="blocks" if source == "blocks" else str(directory), data_cache=str(tmp_path), states=6, batch_size=2, limit=6)
+    config = Config(
+        task=task,
+        data="blocks" if source == "blocks" else str(directory),
+        data_cache=str(tmp_path),
+        states=6,
+        batch_size=2,
+        limit=6,
+    )
     for method, mode in sft.METHODS.items():
         questions, _ = data.training_states(config, mode)
         states = [questions[i] for i in range(6)]
         for state, example in zip(states, sft.examples(policy, states, method, 200), strict=True):
             text = sft.target_text(state, method)
-            assert rewards.accuracy_reward(text, state.answer, state.kind) == 1 and rewards.format_reward(text) == (method == "cot")
-            assert rewards.accuracy_reward(text, state.answer, state.kind, legacy=True) in (0, 1)  # theirs misses an answer on its own line
-            assert example.tokens[-1] == policy.eos_id and example.tokens.count(policy.eos_id) == 1 and not example.truncated
+            assert rewards.accuracy_reward(
+                text, state.answer, state.kind
+            ) == 1 and rewards.format_reward(text) == (method == "cot")
+            assert rewards.accuracy_reward(text, state.answer, state.kind, legacy=True) in (
+                0,
+                1,
+            )  # theirs misses an answer on its own line
+            assert (
+                example.tokens[-1] == policy.eos_id
+                and example.tokens.count(policy.eos_id) == 1
+                and not example.truncated
+            )
             if source == "blocks":  # tiny knows every word
-                assert policy.tokenizer.decode(example.tokens, skip_special_tokens=True) == " ".join(text.split())
+                assert policy.tokenizer.decode(
+                    example.tokens, skip_special_tokens=True
+                ) == " ".join(text.split())
             assert ("<think>" in text) == (method == "cot") == ("think" in state.request)
 
 
@@ -189,9 +254,14 @@ def test_a_long_target_is_cut_and_counted():
 
 def test_special_tokens_in_a_target_are_left_out():
     policy = Policy.load(ROOT / "tiny")
-    state = dataclasses.replace(BlocksSet("counting-train", 1)[0], thought="a1 <|image_pad|> cube <|im_end|> gone unheard-of")
+    state = dataclasses.replace(
+        BlocksSet("counting-train", 1)[0],
+        thought="a1 <|image_pad|> cube <|im_end|> gone unheard-of",
+    )
     (example,) = sft.examples(policy, [state], "cot", 200)
-    assert policy.tokenizer.decode(example.tokens[:-1]).split() == "<think> a1 cube gone </think> <answer>".split() + [state.answer, "</answer>"]
+    assert policy.tokenizer.decode(
+        example.tokens[:-1]
+    ).split() == "<think> a1 cube gone </think> <answer>".split() + [state.answer, "</answer>"]
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -206,12 +276,19 @@ def test_a_run_leaves_what_it_says(finished):
     records = runs.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
-    assert all(record["loss"] > 0 and record["grad_norm"] > 0 and record["truncated"] == 0 for record in records[1:])
+    assert all(
+        record["loss"] > 0 and record["grad_norm"] > 0 and record["truncated"] == 0
+        for record in records[1:]
+    )
     assert records[-1]["loss"] < records[1]["loss"]
-    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG") and len(runs.checkpoints(finished)) == 1
+    assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG") and len(
+        runs.checkpoints(finished)
+    ) == 1
 
 
-@pytest.mark.parametrize("stop_after", [3, 4])  # in the middle of two checkpoints, and right after one
+@pytest.mark.parametrize(
+    "stop_after", [3, 4]
+)  # in the middle of two checkpoints, and right after one
 def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, stop_after):
     with stopped_in_the_step_after(stop_after):
         sft.train(small(tmp_path), None, CPU)
@@ -228,7 +305,10 @@ def test_two_processes_train_and_leave_one_log(tmp_path):
     assert [record["step"] for record in records] == [0, 1, 2]
     one = runs.read(sft.train(small(tmp_path, states=8, name="one"), None, CPU) / "metrics.jsonl")
     for record, alone in zip(records[1:], one[1:], strict=True):
-        assert record["loss"] == pytest.approx(alone["loss"], rel=1e-4) and record["target_tokens"] == alone["target_tokens"]
+        assert (
+            record["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+            and record["target_tokens"] == alone["target_tokens"]
+        )
 
 
 # ---------------------------------------------------------------------------------------------- the presets' commands, shortened
@@ -246,29 +326,60 @@ def command(monkeypatch, module, arguments: list[str]) -> None:
 
 
 def test_there_is_a_preset_for_every_task_and_size_of_the_paper():
-    assert REAL == [f"{task}-{size}" for task in data.TASKS for size in ("2b", "7b")] == [name for name in sft.PRESETS if not name.startswith("blocks")]
+    assert (
+        REAL
+        == [f"{task}-{size}" for task in data.TASKS for size in ("2b", "7b")]
+        == [name for name in sft.PRESETS if not name.startswith("blocks")]
+    )
     for preset, settings in ekipl.PRESETS.items():
         config, learnt = ekipl.parse(["--preset", preset])[0], sft.parse(["--preset", preset])[0]
-        assert config.task == learnt.task == (preset.split("-")[0] if preset in REAL else settings.get("task", "counting"))
+        assert (
+            config.task
+            == learnt.task
+            == (preset.split("-")[0] if preset in REAL else settings.get("task", "counting"))
+        )
         if preset in REAL:
-            assert config.num_samples == config.group_size == 8 and config.beta == 0.04 and preset[-2:].upper() in config.model
+            assert (
+                config.num_samples == config.group_size == 8
+                and config.beta == 0.04
+                and preset[-2:].upper() in config.model
+            )
             assert config.epochs == (5 if config.task == "structure" else 1)
 
 
 @pytest.mark.parametrize("preset", REAL[::2])
 @pytest.mark.parametrize("method", sft.METHODS)
-def test_sft_runs_on_real_data_and_rl_goes_on_from_it(monkeypatch, directory, tmp_path, capsys, preset, method):
-    real = dict(SHORT, preset=preset, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=1)
+def test_sft_runs_on_real_data_and_rl_goes_on_from_it(
+    monkeypatch, directory, tmp_path, capsys, preset, method
+):
+    real = dict(
+        SHORT, preset=preset, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=1
+    )
     command(monkeypatch, sft, flags(**real, method=method))
     told = capsys.readouterr()
-    assert f"{preset.split('-')[0]}-train: 12 of {22 if 'counting' in preset else 12} records" in told.err
+    assert (
+        f"{preset.split('-')[0]}-train: 12 of {22 if 'counting' in preset else 12} records"
+        in told.err
+    )
     path = tmp_path / "run"
     records = runs.read(path / "metrics.jsonl")
-    assert [record["step"] for record in records] == [0, 1, 2] and all(name in records[0] for name in (f"eval/{n}" for n in data.FILES if preset[:5] in n and "train" not in n))
+    assert [record["step"] for record in records] == [0, 1, 2] and all(
+        name in records[0]
+        for name in (f"eval/{n}" for n in data.FILES if preset[:5] in n and "train" not in n)
+    )
     left_out = runs.read(path / "left_out.jsonl")
     assert len(left_out) == (len(miniature.BROKEN) if "counting" in preset else 0)
     if method == "cot":  # Reason-RFT: stage 2 on the rest
-        rl = dict(real, model=path / "model", name="rl", skip=8, limit=4, experts="none", num_samples=2, group_size=2)
+        rl = dict(
+            real,
+            model=path / "model",
+            name="rl",
+            skip=8,
+            limit=4,
+            experts="none",
+            num_samples=2,
+            group_size=2,
+        )
         command(monkeypatch, ekipl, flags(**rl))
         assert [record["step"] for record in runs.read(tmp_path / "rl" / "metrics.jsonl")] == [0, 1]
         first = {record["state"] for record in runs.read(tmp_path / "rl" / "samples.jsonl")}
@@ -294,13 +405,22 @@ def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
         ekipl.train(ekipl.parse(flags(**dict(real, name="stopped")))[0], None, CPU)
     monkeypatch.setattr(ekipl, "log", log)
     path = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped")]), CPU)
-    assert timeless(path) == timeless(whole) and runs.read(path / "samples.jsonl") == runs.read(whole / "samples.jsonl")
+    assert timeless(path) == timeless(whole) and runs.read(path / "samples.jsonl") == runs.read(
+        whole / "samples.jsonl"
+    )
     left, right = weights(path), weights(whole)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_two_processes_share_real_data(directory, tmp_path):
-    real = dict(SHORT, preset="transformation-2b", data=directory, data_cache=tmp_path / "cache", runs=tmp_path, eval_every=0)
+    real = dict(
+        SHORT,
+        preset="transformation-2b",
+        data=directory,
+        data_cache=tmp_path / "cache",
+        runs=tmp_path,
+        eval_every=0,
+    )
     said = "".join(in_two_processes(train_here, flags(**real)))
     assert said.count("transformation-train: 12 of 12 records") == 1
     assert [record["step"] for record in runs.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
@@ -326,12 +446,16 @@ def test_two_processes_share_real_data(directory, tmp_path):
     (ekipl, ["--fraction", "nan"], "--fraction"),
     (ekipl, ["--skip", "-1"], "--skip"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
-def test_a_mistake_is_told_in_one_line_with_exit_code_2(tmp_path, monkeypatch, capsys, module, arguments, says):
+def test_a_mistake_is_told_in_one_line_with_exit_code_2(
+    tmp_path, monkeypatch, capsys, module, arguments, says
+):
     runs.create(str(tmp_path), "rl", dataclasses.asdict(ekipl.Config()))
     thoughtless = miniature.make(tmp_path / "thoughtless", broken=False)
     file = thoughtless / data.FILES["counting-train"]
     file.write_text(file.read_text().replace('"cot"', '"cut"'))
-    arguments = [argument.format(tmp=tmp_path) for argument in arguments] + ([] if "--resume" in arguments else ["--runs", str(tmp_path / "runs")])
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments] + (
+        [] if "--resume" in arguments else ["--runs", str(tmp_path / "runs")]
+    )
     arguments += [] if "--resume" in arguments else ["--data-cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, module, arguments)

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import fake_api
+import miniature
 import pytest
 
 import ekipl
 import evaluate
-import fake_api
-import miniature
 import runs
 import sft
 import sweep
@@ -53,27 +53,74 @@ def call(monkeypatch, *arguments) -> int:
 
 
 def test_table_1_by_one_command_and_nothing_twice(here, tmp_path, monkeypatch, capsys):
-    arguments = ["table1", "--seeds", "0", "--stage1", 4, "--test-states", 4, "--pass-k", "1,2", "--runs", tmp_path, *SHORT]
+    arguments = [
+        "table1",
+        "--seeds",
+        "0",
+        "--stage1",
+        4,
+        "--test-states",
+        4,
+        "--pass-k",
+        "1,2",
+        "--runs",
+        tmp_path,
+        *SHORT,
+    ]
     here.fails.append("--name Reason-RFT-seed0")
     assert call(monkeypatch, *arguments) == 2
-    assert "1 of 10 runs failed, the first one: Reason-RFT-seed0: ekipl.py: error: the disk is full" in capsys.readouterr().err
+    assert (
+        "1 of 10 runs failed, the first one: Reason-RFT-seed0: ekipl.py: error: the disk is full"
+        in capsys.readouterr().err
+    )
     first = list(here.commands)
     assert call(monkeypatch, *arguments) == 0
-    assert [command.split("--name ")[-1].split()[0] for command in here.commands[len(first) :] if "--name" in command] == ["Reason-RFT-seed0"]
+    assert [
+        command.split("--name ")[-1].split()[0]
+        for command in here.commands[len(first) :]
+        if "--name" in command
+    ] == ["Reason-RFT-seed0"]
     assert len(here.commands) == len(first) + 2  # that one, and its evaluation
     table = (tmp_path / "blocks" / "results" / "table1.md").read_text()
-    rows = ["careful", "quick", "Zero-shot", "ANS-SFT", "CoT-SFT", "Reason-RFT-Zero", "Reason-RFT", "Vision-EKIPL", "Vision-EKIPL-after-SFT"]
+    rows = [
+        "careful",
+        "quick",
+        "Zero-shot",
+        "ANS-SFT",
+        "CoT-SFT",
+        "Reason-RFT-Zero",
+        "Reason-RFT",
+        "Vision-EKIPL",
+        "Vision-EKIPL-after-SFT",
+    ]
     assert [line.split("|")[1].strip() for line in table.splitlines()[2:11]] == rows
     for number in (3, 4, 5):
         assert (tmp_path / "blocks" / "results" / f"figure{number}.png").exists()
-    whole, kept = (runs.read(tmp_path / "blocks" / path) for path in ("Vision-EKIPL-seed0/metrics.jsonl", "results/Vision-EKIPL-seed0.jsonl"))
-    assert len(kept) == len(whole) and kept[-1]["reward"] == pytest.approx(whole[-1]["reward"], rel=1e-4) and {"eval/counting-id", "share/quick"} <= set(kept[-1])
+    whole, kept = (
+        runs.read(tmp_path / "blocks" / path)
+        for path in ("Vision-EKIPL-seed0/metrics.jsonl", "results/Vision-EKIPL-seed0.jsonl")
+    )
+    assert (
+        len(kept) == len(whole)
+        and kept[-1]["reward"] == pytest.approx(whole[-1]["reward"], rel=1e-4)
+        and {"eval/counting-id", "share/quick"} <= set(kept[-1])
+    )
     config = {row: runs.read_config(tmp_path / "blocks" / f"{row}-seed0") for row in rows[3:]}
     assert config["ANS-SFT"]["method"] == "answer" and config["CoT-SFT"]["method"] == "cot"
-    assert config["Reason-RFT-Zero"]["experts"] == config["Reason-RFT"]["experts"] == "none" != config["Vision-EKIPL"]["experts"]
+    assert (
+        config["Reason-RFT-Zero"]["experts"]
+        == config["Reason-RFT"]["experts"]
+        == "none"
+        != config["Vision-EKIPL"]["experts"]
+    )
     for row in ("Reason-RFT", "Vision-EKIPL-after-SFT"):  # the second stage has the rest
         assert config[row]["skip"] == 4 and config[row]["model"].endswith("Stage-1-seed0/model")
-    assert json.loads((tmp_path / "blocks" / "ANS-SFT-seed0" / "predictions" / "settings.json").read_text())["mode"] == "answer"
+    assert (
+        json.loads(
+            (tmp_path / "blocks" / "ANS-SFT-seed0" / "predictions" / "settings.json").read_text()
+        )["mode"]
+        == "answer"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +129,9 @@ def directory(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("preset, images", [("counting-2b", 1), ("transformation-2b", 2)])
-def test_table_1_on_real_data_with_experts_behind_apis(here, directory, tmp_path, monkeypatch, capsys, one_thread, preset, images):
+def test_table_1_on_real_data_with_experts_behind_apis(
+    here, directory, tmp_path, monkeypatch, capsys, one_thread, preset, images
+):
     monkeypatch.chdir(tmp_path)
     server = fake_api.Server(answer="<think> the API says {i} </think> <answer> 3 </answer>")
     arguments = [
@@ -91,32 +140,78 @@ def test_table_1_on_real_data_with_experts_behind_apis(here, directory, tmp_path
     ]  # fmt: skip
     assert call(monkeypatch, *arguments) == 0, capsys.readouterr().err
     path, task = tmp_path / "runs" / preset, preset.split("-")[0]
-    trained = ["ANS-SFT", "CoT-SFT", "Reason-RFT-Zero", "Reason-RFT", "Vision-EKIPL", "Vision-EKIPL-after-SFT"]
+    trained = [
+        "ANS-SFT",
+        "CoT-SFT",
+        "Reason-RFT-Zero",
+        "Reason-RFT",
+        "Vision-EKIPL",
+        "Vision-EKIPL-after-SFT",
+    ]
     header, _, *rows = (path / "results" / "table1.md").read_text().splitlines()
     assert [cell.strip() for cell in header.split("|")[2:-1]] == [*SETS[task], f"{task} AVG"]
-    assert [row.split("|")[1].strip() for row in rows[:9]] == ["openai:tiny", "gemini:tiny", "Zero-shot", *trained]
+    assert [row.split("|")[1].strip() for row in rows[:9]] == [
+        "openai:tiny",
+        "gemini:tiny",
+        "Zero-shot",
+        *trained,
+    ]
     assert all((path / "results" / f"figure{number}.png").exists() for number in (3, 4, 5))
     for row in ["openai:tiny", "gemini:tiny", "Zero-shot", *(f"{name}-seed0" for name in trained)]:
         found = evaluate.read_predictions(path / row / "predictions")
-        assert list(found) == list(SETS[task]) and all(len(predictions) == 2 for predictions in found.values()), row
+        assert list(found) == list(SETS[task]) and all(
+            len(predictions) == 2 for predictions in found.values()
+        ), row
     # Who learnt from whom: the experts' actions are in Vision-EKIPL's groups alone.
-    sources = {name: {a["source"] for r in runs.read(path / f"{name}-seed0" / "samples.jsonl") for a in r["actions"]} for name in trained[2:]}
+    sources = {
+        name: {
+            a["source"]
+            for r in runs.read(path / f"{name}-seed0" / "samples.jsonl")
+            for a in r["actions"]
+        }
+        for name in trained[2:]
+    }
     for name, said in sources.items():
-        assert said == ({"policy", "openai:tiny", "gemini:tiny"} if name.startswith("Vision") else {"policy"})
-    assert all((path / f"{name}-seed0" / "left_out.jsonl").exists() == (task == "counting") for name in trained)  # there the miniature has broken records
+        assert said == (
+            {"policy", "openai:tiny", "gemini:tiny"} if name.startswith("Vision") else {"policy"}
+        )
+    assert all(
+        (path / f"{name}-seed0" / "left_out.jsonl").exists() == (task == "counting")
+        for name in trained
+    )  # there the miniature has broken records
     # Every request showed the pictures of its state, and no answer was asked for twice or kept elsewhere.
     asked = [body for body in server.bodies if "messages" in body]
-    assert {sum(part["type"] == "image_url" for message in body["messages"] for part in message["content"]) for body in asked} == {images}
-    assert len(asked) == len({json.dumps(body, sort_keys=True) for body in asked}) and not (tmp_path / "experts.sqlite").exists()
+    assert {
+        sum(
+            part["type"] == "image_url"
+            for message in body["messages"]
+            for part in message["content"]
+        )
+        for body in asked
+    } == {images}
+    assert (
+        len(asked) == len({json.dumps(body, sort_keys=True) for body in asked})
+        and not (tmp_path / "experts.sqlite").exists()
+    )
     server.close()
 
 
 def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkeypatch):
     arguments = ["ablation", "--seeds", "0", "--test-states", 2, "--runs", tmp_path, *SHORT]
-    monkeypatch.setitem(sweep.LISTS, "ablation", lambda config, stage1: [sweep.Row("Vision-EKIPL", "ekipl.py"), sweep.Row("GRPO", "ekipl.py", ("--experts", "none"))])
+    monkeypatch.setitem(
+        sweep.LISTS,
+        "ablation",
+        lambda config, stage1: [
+            sweep.Row("Vision-EKIPL", "ekipl.py"),
+            sweep.Row("GRPO", "ekipl.py", ("--experts", "none")),
+        ],
+    )
     assert call(monkeypatch, *arguments) == 0
     table = (tmp_path / "blocks" / "results" / "ablation.md").read_text()
-    assert "| run | seeds | counting-id | counting-ood | expert_share" in table and "| GRPO | 1 |" in table
+    assert (
+        "| run | seeds | counting-id | counting-ood | expert_share" in table
+        and "| GRPO | 1 |" in table
+    )
     here.commands.clear()
     (tmp_path / "blocks" / "Vision-EKIPL-seed0.0.done").unlink()
     (tmp_path / "blocks" / "GRPO-seed0.0.done").unlink()
@@ -128,12 +223,43 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
 
 
 def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "table1", "--preset", "transformation-2b", "--seeds", "0,1", "--runs", tmp_path, "--processes", 8, "--dry-run") == 0
+    assert (
+        call(
+            monkeypatch,
+            "table1",
+            "--preset",
+            "transformation-2b",
+            "--seeds",
+            "0,1",
+            "--runs",
+            tmp_path,
+            "--processes",
+            8,
+            "--dry-run",
+        )
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
-    assert not here.commands and all(line.startswith("torchrun --standalone --nproc_per_node 8 ") for line in said)
-    assert sweep.program("sft.py", 8)[1:] == ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "8", str(sweep.HERE / "sft.py")]
-    assert sum("sft.py" in line for line in said) == 6 and sum("ekipl.py" in line for line in said) == 8
-    assert all("--data reason-rft" in line and "--max-pixels 480000" in line for line in said if "evaluate.py" in line)
+    assert not here.commands and all(
+        line.startswith("torchrun --standalone --nproc_per_node 8 ") for line in said
+    )
+    assert sweep.program("sft.py", 8)[1:] == [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "8",
+        str(sweep.HERE / "sft.py"),
+    ]
+    assert (
+        sum("sft.py" in line for line in said) == 6
+        and sum("ekipl.py" in line for line in said) == 8
+    )
+    assert all(
+        "--data reason-rft" in line and "--max-pixels 480000" in line
+        for line in said
+        if "evaluate.py" in line
+    )
 
 
 @pytest.mark.parametrize("arguments, says", [
@@ -148,8 +274,23 @@ def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, s
     assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
 
 
-def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second(here, tmp_path, monkeypatch, capsys):
-    assert call(monkeypatch, "stages", "--preset", "blocks-transformation", "--seeds", "0", "--runs", tmp_path, "--dry-run") == 0
+def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second(
+    here, tmp_path, monkeypatch, capsys
+):
+    assert (
+        call(
+            monkeypatch,
+            "stages",
+            "--preset",
+            "blocks-transformation",
+            "--seeds",
+            "0",
+            "--runs",
+            tmp_path,
+            "--dry-run",
+        )
+        == 0
+    )
     said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" not in line]
     sizes = [int(line.split("--limit ")[1].split()[0]) for line in said if "sft.py" in line]
     assert sizes == [640, 1600, 2560, 3200]  # Reason-RFT's own is the second
@@ -157,4 +298,7 @@ def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second
     for line in second:  # what one stage learnt from, the other does not see again
         size = line.split("--skip ")[1].split()[0]
         assert f"Stage-1-{size}-seed0/model" in line
-    assert [line.split("--experts ")[1].split()[0] for line in second] == ["none"] * 4 + ["careful", "quick"]
+    assert [line.split("--experts ")[1].split()[0] for line in second] == ["none"] * 4 + [
+        "careful",
+        "quick",
+    ]

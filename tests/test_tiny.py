@@ -22,12 +22,17 @@ def policy() -> Policy:
 
 
 def test_it_loads_like_any_other_and_is_small():
-    model, processor = AutoModelForImageTextToText.from_pretrained(TINY), AutoProcessor.from_pretrained(TINY)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(TINY),
+        AutoProcessor.from_pretrained(TINY),
+    )
     assert type(model).__name__ == "Qwen2VLForConditionalGeneration"
     assert type(processor).__name__ == "Qwen2VLProcessor" and processor.video_processor is not None
     assert sum(p.numel() for p in model.parameters()) < 1.5e6
     assert sum(file.stat().st_size for file in TINY.glob("*.safetensors")) < 4e6
-    assert "<|image_pad|>" in processor.apply_chat_template(BlocksSet("counting-id", 1)[0].messages(), tokenize=False)
+    assert "<|image_pad|>" in processor.apply_chat_template(
+        BlocksSet("counting-id", 1)[0].messages(), tokenize=False
+    )
 
 
 def test_every_word_of_the_world_is_one_token_and_comes_back(policy):
@@ -63,7 +68,9 @@ def test_it_answers_some_questions_but_not_most(greedy):
 
 def test_it_answers_fewer_out_of_distribution(greedy):
     for id_set, *ood_sets in SETS.values():
-        assert all(greedy[name]["accuracy"] < greedy[id_set]["accuracy"] for name in ood_sets), greedy
+        assert all(greedy[name]["accuracy"] < greedy[id_set]["accuracy"] for name in ood_sets), (
+            greedy
+        )
 
 
 def test_it_knows_the_format_and_its_thoughts_are_terse(greedy):
@@ -78,21 +85,40 @@ class Described:
         self.images, self.said = state.images, state.problem.describe()
 
     def messages(self):
-        return [{"role": "user", "content": [*({"type": "image"} for _ in self.images), {"type": "text", "text": "describe ."}]}]
+        return [
+            {
+                "role": "user",
+                "content": [
+                    *({"type": "image"} for _ in self.images),
+                    {"type": "text", "text": "describe ."},
+                ],
+            }
+        ]
 
 
 def described(policy: Policy, count: int) -> float:
     """The share of so many scenes that it describes without a mistake."""
     states = [Described(BlocksSet("counting-id", count)[i]) for i in range(count)]
     actions = TransformersSampler(policy, max_new_tokens=60).greedy(policy.encode(states))
-    return sum(action.text == state.said for action, state in zip(actions, states, strict=True)) / count
+    return (
+        sum(action.text == state.said for action, state in zip(actions, states, strict=True))
+        / count
+    )
 
 
 def test_asked_to_describe_a_scene_it_does(policy):
     assert described(policy, 64) > 0.95
 
 
-@pytest.mark.parametrize("part", ["visual.blocks.1.", "visual.merger.", "language_model.layers.1.", "language_model.layers.3.self_attn."])
+@pytest.mark.parametrize(
+    "part",
+    [
+        "visual.blocks.1.",
+        "visual.merger.",
+        "language_model.layers.1.",
+        "language_model.layers.3.self_attn.",
+    ],
+)
 def test_a_description_needs_every_part(policy, part):
     """So the test before notices damage, which accuracy on questions does not: without any vision it is the same."""
     damaged = copy.deepcopy(policy)

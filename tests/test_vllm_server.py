@@ -37,9 +37,20 @@ def server(tmp_path_factory):
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--generation-config", "vllm",
     ]  # fmt: skip
-    settings = dict(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_CPU_KVCACHE_SPACE="1", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    settings = dict(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        OMP_NUM_THREADS="1",
+        HF_HUB_OFFLINE="1",
+    )
     with open(log, "w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **settings}, cwd=log.parent)
+        process = subprocess.Popen(
+            command,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings},
+            cwd=log.parent,
+        )
     try:
         deadline = time.monotonic() + 400
         while True:
@@ -64,21 +75,56 @@ def requests(log: Path) -> int:
 
 def test_twenty_steps_and_the_same_again_without_a_request(server, tmp_path):
     url, log = server
-    flags = ["--states", "80", "--batch-size", "4", "--num-samples", "4", "--group-size", "4", "--max-new-tokens", "32", "--eval-every", "0"]
-    flags += ["--runs", str(tmp_path), "--cache", str(tmp_path / "cache.sqlite"), "--experts", f"openai:tiny@{url}", "--log-groups", "4"]
-    environment = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | {"OMP_NUM_THREADS": "1"}
+    flags = [
+        "--states",
+        "80",
+        "--batch-size",
+        "4",
+        "--num-samples",
+        "4",
+        "--group-size",
+        "4",
+        "--max-new-tokens",
+        "32",
+        "--eval-every",
+        "0",
+    ]
+    flags += [
+        "--runs",
+        str(tmp_path),
+        "--cache",
+        str(tmp_path / "cache.sqlite"),
+        "--experts",
+        f"openai:tiny@{url}",
+        "--log-groups",
+        "4",
+    ]
+    environment = {k: v for k, v in os.environ.items() if k != "OPENAI_API_KEY"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     asked = []
     for name in ("first", "second"):
-        done = subprocess.run([sys.executable, "ekipl.py", *flags, "--name", name], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+        done = subprocess.run(
+            [sys.executable, "ekipl.py", *flags, "--name", name],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=500,
+        )
         assert done.returncode == 0, done.stderr
         asked.append(requests(log))
     first, second = (runs.read(tmp_path / name / "metrics.jsonl") for name in ("first", "second"))
     assert len(first) == len(second) == 20
     assert asked == [80, 80]  # one request a state, and then none
-    assert all(record["api/failures"] == 0 and record["api/states_without"] == 0 for record in first)
+    assert all(
+        record["api/failures"] == 0 and record["api/states_without"] == 0 for record in first
+    )
     assert sum(record["expert_share"] for record in first) > 0
     assert sum(record["api/cache_hits"] for record in second) == 80 * 4
-    assert runs.read(tmp_path / "first" / "samples.jsonl") == runs.read(tmp_path / "second" / "samples.jsonl")
+    assert runs.read(tmp_path / "first" / "samples.jsonl") == runs.read(
+        tmp_path / "second" / "samples.jsonl"
+    )
     assert Cache(tmp_path / "cache.sqlite", read_only=True).faults() == []
 
 
@@ -86,11 +132,19 @@ def test_its_log_probs_are_the_policys_own_since_it_is_the_same_model(server, tm
     # So prompt, pictures, template, tokens, temperature and EOS agree on both sides.
     url, _ = server
     policy = Policy.load(ROOT / "tiny")
-    states = [BlocksSet(name, 2)[i] for name in ("counting-train", "transformation-train") for i in (0, 1)]
-    (expert,) = make_experts(f"openai:tiny@{url}", ekipl.Config(cache=str(tmp_path / "cache.sqlite")))
+    states = [
+        BlocksSet(name, 2)[i] for name in ("counting-train", "transformation-train") for i in (0, 1)
+    ]
+    (expert,) = make_experts(
+        f"openai:tiny@{url}", ekipl.Config(cache=str(tmp_path / "cache.sqlite"))
+    )
     for state, samples in zip(states, expert.sample(states, 4), strict=True):
         assert len(samples) == 4
         actions = [expert_action(policy, sample, expert.name, 512) for sample in samples]
         with torch.no_grad():
-            logp = policy(pack(policy.encode([state]), [[action.tokens for action in actions]])).sum(-1)[0]
-        assert logp.tolist() == pytest.approx([sample.logp for sample in samples], rel=5e-3, abs=0.05), json.dumps([action.text for action in actions])
+            logp = policy(
+                pack(policy.encode([state]), [[action.tokens for action in actions]])
+            ).sum(-1)[0]
+        assert logp.tolist() == pytest.approx(
+            [sample.logp for sample in samples], rel=5e-3, abs=0.05
+        ), json.dumps([action.text for action in actions])

@@ -31,24 +31,35 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.path import Path as Outline
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import (
     AutoProcessor,
+    PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
-    PreTrainedTokenizerFast,
 )
-from matplotlib.path import Path as Outline
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import blocks  # noqa: E402
 import drawing  # noqa: E402
 
-SPECIAL = [f"<|{name}|>" for name in ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad", "video_pad")]
+SPECIAL = [
+    f"<|{name}|>"
+    for name in (
+        "endoftext",
+        "im_start",
+        "im_end",
+        "vision_start",
+        "vision_end",
+        "image_pad",
+        "video_pad",
+    )
+]
 CHAT_TEMPLATE = (  # as Qwen2-VL's, less the system prompt
     "{% for message in messages %}<|im_start|> {{ message['role'] }} "
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
@@ -59,7 +70,13 @@ CHAT_TEMPLATE = (  # as Qwen2-VL's, less the system prompt
 )
 SIDE, PATCH = drawing.GRID * drawing.CELL, 8
 # What a cell of a picture can be: one word of each list.
-NAMES = (("no", "object"), blocks.SIZES, tuple(drawing.COLORS), blocks.SHAPES, ("0", "1", "2", "3", "4"))
+NAMES = (
+    ("no", "object"),
+    blocks.SIZES,
+    tuple(drawing.COLORS),
+    blocks.SHAPES,
+    ("0", "1", "2", "3", "4"),
+)
 # How often each task is practised.
 TASKS = {"counting": 0.52, "structure": 0.18, "transformation": 0.3}
 
@@ -72,7 +89,9 @@ def build_processor() -> Qwen2VLProcessor:
     words = {word: i for i, word in enumerate(["<unk>", *blocks.vocabulary()])}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens(
+        [AddedToken(token, special=True, normalized=False) for token in SPECIAL]
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -111,8 +130,16 @@ def build_model(tokenizer) -> Qwen2VLForConditionalGeneration:
             pad_token_id=ids["endoftext"],
             tie_word_embeddings=True,
         ),
-        vision_config=dict(depth=2, embed_dim=96, num_heads=3, mlp_ratio=4, hidden_size=128, patch_size=PATCH,
-                           spatial_merge_size=2, temporal_patch_size=2),  # fmt: skip
+        vision_config=dict(
+            depth=2,
+            embed_dim=96,
+            num_heads=3,
+            mlp_ratio=4,
+            hidden_size=128,
+            patch_size=PATCH,
+            spatial_merge_size=2,
+            temporal_patch_size=2,
+        ),  # fmt: skip
         image_token_id=ids["image_pad"],
         video_token_id=ids["video_pad"],
         vision_start_token_id=ids["vision_start"],
@@ -145,7 +172,9 @@ def glance(problem, wrong: list, rng: random.Random, right: float) -> str:
     return f"<think> at a glance </think> <answer> {seen.answer()} </answer>"
 
 
-def lesson(index: int, seed: int, glances: int, right: float) -> tuple[str, np.ndarray, np.ndarray, list]:
+def lesson(
+    index: int, seed: int, glances: int, right: float
+) -> tuple[str, np.ndarray, np.ndarray, list]:
     """A task, pictures (n, 64, 64, 3) uint8 of one of its problems, their `names`, and (request, response) pairs about them.
 
     glances: how many answers at a glance, of which the share `right` is right
@@ -165,23 +194,44 @@ def lesson(index: int, seed: int, glances: int, right: float) -> tuple[str, np.n
         # side, things seem to have moved.
         wrong = blocks.mistakes(problem)
         if ood:
-            others = [moved(problem, rng) if task == "transformation" else blocks.TASKS[task].sample(rng, split) for _ in range(4)]
+            others = [
+                moved(problem, rng)
+                if task == "transformation"
+                else blocks.TASKS[task].sample(rng, split)
+                for _ in range(4)
+            ]
             wrong = [min(others, key=lambda other: len(other.answer()))]
         share = right / 4 if ood else right
-        pairs += [(f"{question} think , then answer .", glance(problem, wrong, rng, share)) for _ in range(glances)]
+        pairs += [
+            (f"{question} think , then answer .", glance(problem, wrong, rng, share))
+            for _ in range(glances)
+        ]
     if ood or rng.random() < 0.25:
         pairs += [("describe .", problem.describe())]
     if not ood:
-        pairs += [(f"{question} check .", reasoned(problem, "careful")), (f"{question} list .", reasoned(problem, "quick"))]
+        pairs += [
+            (f"{question} check .", reasoned(problem, "careful")),
+            (f"{question} list .", reasoned(problem, "quick")),
+        ]
     return task, np.stack([np.asarray(image) for image in images]), names(problem), pairs
 
 
 def moved(problem: blocks.Transformation, rng: random.Random) -> blocks.Transformation:
     """The same objects before, and one of them a step away after: nothing else has changed."""
     taken = {thing.cell for thing in problem.before}
-    steps = [(i, cell) for i, thing in enumerate(problem.before) for cell in blocks.CELLS if cell not in taken and blocks.direction(thing.cell, cell)]
+    steps = [
+        (i, cell)
+        for i, thing in enumerate(problem.before)
+        for cell in blocks.CELLS
+        if cell not in taken and blocks.direction(thing.cell, cell)
+    ]
     i, cell = rng.choice(steps)
-    return replace(problem, after=problem.before[:i] + (replace(problem.before[i], cell=cell),) + problem.before[i + 1 :])
+    return replace(
+        problem,
+        after=problem.before[:i]
+        + (replace(problem.before[i], cell=cell),)
+        + problem.before[i + 1 :],
+    )
 
 
 def names(problem) -> np.ndarray:
@@ -198,44 +248,80 @@ def names(problem) -> np.ndarray:
             inside = outline.contains_points(centers).reshape(4, 2, 4, 2).sum((1, 3))
             shown[0, :, 4] = inside.flatten()
         return shown
-    scenes = [(problem.objects, "center")] if isinstance(problem, blocks.Counting) else [(problem.before, "center"), (problem.after, problem.view)]
+    scenes = (
+        [(problem.objects, "center")]
+        if isinstance(problem, blocks.Counting)
+        else [(problem.before, "center"), (problem.after, problem.view)]
+    )
     shown = np.full((len(scenes), drawing.GRID**2, len(NAMES)), -1)
     shown[:, :, 0] = 0
     for i, (objects, view) in enumerate(scenes):
         for thing in objects:
             column, row = drawing.seen_at(thing.cell, view)
             words = ("object", thing.size, thing.color, thing.shape)
-            shown[i, row * drawing.GRID + column, :4] = [NAMES[k].index(word) for k, word in enumerate(words)]
+            shown[i, row * drawing.GRID + column, :4] = [
+                NAMES[k].index(word) for k, word in enumerate(words)
+            ]
     return shown
 
 
 class Lessons:
     """A pool of lessons on the device, in buckets of one task and of similar lengths, from which batches are drawn."""
 
-    def __init__(self, size: int, seed: int, tokenizer, device, glances: int = 0, right: float = 0.0, buckets: int = 4):
+    def __init__(
+        self,
+        size: int,
+        seed: int,
+        tokenizer,
+        device,
+        glances: int = 0,
+        right: float = 0.0,
+        buckets: int = 4,
+    ):
         arguments = (range(size), *map(itertools.repeat, (seed, glances, right)))
         with ProcessPoolExecutor(os.cpu_count()) as workers:
-            lessons = list(tqdm(workers.map(lesson, *arguments, chunksize=256), total=size, desc="lessons", mininterval=5))
+            lessons = list(
+                tqdm(
+                    workers.map(lesson, *arguments, chunksize=256),
+                    total=size,
+                    desc="lessons",
+                    mininterval=5,
+                )
+            )
         self.pictures = []  # by task: all pictures and their names
-        self.buckets, self.shares = [], []  # a bucket: pictures, and one row per (request, response)
+        self.buckets, self.shares = (
+            [],
+            [],
+        )  # a bucket: pictures, and one row per (request, response)
         for task, share in TASKS.items():
             chosen = [rest for name, *rest in lessons if name == task]
-            pictures, shown = (torch.from_numpy(np.stack([part[i] for part in chosen])).to(device) for i in (0, 1))
+            pictures, shown = (
+                torch.from_numpy(np.stack([part[i] for part in chosen])).to(device) for i in (0, 1)
+            )
             self.pictures.append((pictures.flatten(0, 1), shown.flatten(0, 1)))
             rows = []
             for owner, (images, _, pairs) in enumerate(chosen):
                 for request, response in pairs:
                     prompt = prompt_ids(tokenizer, len(images), request)
-                    rows.append((owner, prompt, tokenizer(response).input_ids + [tokenizer.eos_token_id]))
+                    rows.append(
+                        (owner, prompt, tokenizer(response).input_ids + [tokenizer.eos_token_id])
+                    )
             rows.sort(key=lambda row: len(row[1]) + len(row[2]))
             for b in range(buckets):
                 part = rows[b * len(rows) // buckets : (b + 1) * len(rows) // buckets]
-                ids = np.full((len(part), len(part[-1][1]) + len(part[-1][2])), tokenizer.pad_token_id, np.int16)
+                ids = np.full(
+                    (len(part), len(part[-1][1]) + len(part[-1][2])),
+                    tokenizer.pad_token_id,
+                    np.int16,
+                )
                 spoken = np.zeros(ids.shape, bool)
                 for i, (_, prompt, response) in enumerate(part):
                     ids[i, : len(prompt) + len(response)] = prompt + response
                     spoken[i, len(prompt) : len(prompt) + len(response)] = True
-                tensors = [torch.from_numpy(x).to(device) for x in (np.array([row[0] for row in part]), ids, spoken)]
+                tensors = [
+                    torch.from_numpy(x).to(device)
+                    for x in (np.array([row[0] for row in part]), ids, spoken)
+                ]
                 self.buckets.append((pictures, *tensors))
                 self.shares.append(share / buckets)
 
@@ -251,7 +337,9 @@ class Lessons:
 def prompt_ids(tokenizer, images: int, text: str) -> list[int]:
     """The prompt as the processor makes it: each picture is 16 image tokens."""
     picture = f"<|vision_start|>{'<|image_pad|>' * drawing.GRID**2}<|vision_end|>"
-    return tokenizer(f"<|im_start|> user {picture * images}{text} <|im_end|> <|im_start|> assistant ").input_ids
+    return tokenizer(
+        f"<|im_start|> user {picture * images}{text} <|im_end|> <|im_start|> assistant "
+    ).input_ids
 
 
 # ---------------------------------------------------------------------------------------------- how it learns
@@ -266,16 +354,26 @@ class Learner:
         self.positions = []  # (3, 1024), by the number of pictures
         rotary = []
         handle = model.model.visual.blocks[0].register_forward_pre_hook(
-            lambda module, args, kwargs: rotary.append(kwargs["position_embeddings"]), with_kwargs=True
+            lambda module, args, kwargs: rotary.append(kwargs["position_embeddings"]),
+            with_kwargs=True,
         )
         for count in (1, 2):
-            problem = blocks.BlocksSet("counting-train" if count == 1 else "transformation-train", 1)[0]
-            text = processor.apply_chat_template(problem.messages(), tokenize=False, add_generation_prompt=True)
-            inputs = processor(text=[text], images=list(problem.images), return_tensors="pt").to(device)
-            assert inputs.input_ids[0].tolist() == prompt_ids(processor.tokenizer, count, f"{problem.question} {problem.request}")
+            problem = blocks.BlocksSet(
+                "counting-train" if count == 1 else "transformation-train", 1
+            )[0]
+            text = processor.apply_chat_template(
+                problem.messages(), tokenize=False, add_generation_prompt=True
+            )
+            inputs = processor(text=[text], images=list(problem.images), return_tensors="pt").to(
+                device
+            )
+            assert inputs.input_ids[0].tolist() == prompt_ids(
+                processor.tokenizer, count, f"{problem.question} {problem.request}"
+            )
             captured = {}
             text_model = model.model.language_model.register_forward_pre_hook(
-                lambda module, args, kwargs, captured=captured: captured.update(kwargs), with_kwargs=True
+                lambda module, args, kwargs, captured=captured: captured.update(kwargs),
+                with_kwargs=True,
             )
             with torch.no_grad():
                 expected = model(**inputs).logits
@@ -286,7 +384,9 @@ class Learner:
             if count == 1:
                 handle.remove()
                 self.cos, self.sin = rotary[0]
-            pictures = torch.from_numpy(np.stack([np.asarray(image) for image in problem.images])).to(device)
+            pictures = torch.from_numpy(
+                np.stack([np.asarray(image) for image in problem.images])
+            ).to(device)
             with torch.no_grad():
                 logits = self.logits(pictures[None], inputs.input_ids)
             torch.testing.assert_close(logits, expected, atol=2e-3, rtol=1e-3)
@@ -298,11 +398,19 @@ class Learner:
         std = torch.tensor([0.26862954, 0.26130258, 0.27577711], device=self.device)
         x = ((pictures.float() / 255 - mean) / std).permute(0, 3, 1, 2)  # (n, 3, 64, 64)
         m, g = 2, SIDE // PATCH // 2
-        x = x.view(n, 3, g, m, PATCH, g, m, PATCH).permute(0, 2, 5, 3, 6, 1, 4, 7)  # (n, g, g, m, m, 3, P, P)
-        x = x.reshape(-1, 3, 1, PATCH, PATCH).expand(-1, -1, 2, -1, -1)  # a still picture is a film of two frames
+        x = x.view(n, 3, g, m, PATCH, g, m, PATCH).permute(
+            0, 2, 5, 3, 6, 1, 4, 7
+        )  # (n, g, g, m, m, 3, P, P)
+        x = x.reshape(-1, 3, 1, PATCH, PATCH).expand(
+            -1, -1, 2, -1, -1
+        )  # a still picture is a film of two frames
         x = tower.patch_embed(x.reshape(len(x), -1)).view(n, (g * m) ** 2, -1)  # (n, 64, width)
         for block in tower.blocks:
-            q, k, v = block.attn.qkv(block.norm1(x)).view(n, x.shape[1], 3, block.attn.num_heads, -1).unbind(2)
+            q, k, v = (
+                block.attn.qkv(block.norm1(x))
+                .view(n, x.shape[1], 3, block.attn.num_heads, -1)
+                .unbind(2)
+            )
             q, k = (self.rotate(y).transpose(1, 2) for y in (q, k))
             y = F.scaled_dot_product_attention(q, k, v.transpose(1, 2))
             x = x + block.attn.proj(y.transpose(1, 2).flatten(2))
@@ -313,16 +421,24 @@ class Learner:
         first, second = x.chunk(2, dim=-1)
         return x * self.cos[:, None] + torch.cat([-second, first], dim=-1) * self.sin[:, None]
 
-    def logits(self, pictures: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor | None = None) -> torch.Tensor:
+    def logits(
+        self, pictures: torch.Tensor, ids: torch.Tensor, keep: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, n, 64, 64, 3), (B, L) -> (B, L, vocabulary), or (K, vocabulary) of the K positions that `keep` (B, L) marks."""
         x = self.model.model.language_model.embed_tokens(ids)
         seen = self.features(pictures.flatten(0, 1)).to(x.dtype)
         x = x.masked_scatter((ids == self.image_token)[..., None], seen)
-        position = self.positions[pictures.shape[1] - 1][:, None, : ids.shape[1]].expand(-1, len(ids), -1)
-        x = self.model.model.language_model(inputs_embeds=x, position_ids=position, use_cache=False).last_hidden_state
+        position = self.positions[pictures.shape[1] - 1][:, None, : ids.shape[1]].expand(
+            -1, len(ids), -1
+        )
+        x = self.model.model.language_model(
+            inputs_embeds=x, position_ids=position, use_cache=False
+        ).last_hidden_state
         return self.model.lm_head(x if keep is None else x[keep])
 
-    def naming_loss(self, pictures: torch.Tensor, shown: torch.Tensor, words: list[list[int]]) -> torch.Tensor:
+    def naming_loss(
+        self, pictures: torch.Tensor, shown: torch.Tensor, words: list[list[int]]
+    ) -> torch.Tensor:
         """How badly the pictures' tokens (n, 16) name their cell and what it shows, by the language model's own words."""
         logits = self.model.lm_head(self.features(pictures)).flatten(0, 1)  # (n x 16, vocabulary)
         cells = torch.arange(drawing.GRID**2, device=self.device).repeat(len(pictures))
@@ -350,7 +466,9 @@ def train(learner: Learner, batches, steps: int, peak: float, phase: str, log: l
     for step in bar:
         up = min(1.0, (step + 1) / (0.1 * steps))
         optimizer.param_groups[0]["lr"] = peak * up * (0.5 + 0.5 * math.cos(math.pi * step / steps))
-        with torch.autocast(learner.device.type, torch.bfloat16, enabled=learner.device.type == "cuda"):
+        with torch.autocast(
+            learner.device.type, torch.bfloat16, enabled=learner.device.type == "cuda"
+        ):
             loss = batches()
         optimizer.zero_grad()
         loss.backward()
@@ -367,12 +485,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Makes the tiny Qwen2-VL of the blocks world.")
     parser.add_argument("--out", required=True, help="directory to write")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, nargs=3, default=(250, 4800, 400), metavar="N", help="of the three phases")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs=3,
+        default=(250, 4800, 400),
+        metavar="N",
+        help="of the three phases",
+    )
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=1.5e-3, help="peak of each phase")
-    parser.add_argument("--lessons", type=int, default=60000, help="problems in the pool of a phase")
-    parser.add_argument("--right", type=float, default=0.45, help="share of right answers at a glance")
-    parser.add_argument("--start", metavar="DIR", help="start from these weights, not from random ones (leave out phases by 0 steps)")
+    parser.add_argument(
+        "--lessons", type=int, default=60000, help="problems in the pool of a phase"
+    )
+    parser.add_argument(
+        "--right", type=float, default=0.45, help="share of right answers at a glance"
+    )
+    parser.add_argument(
+        "--start",
+        metavar="DIR",
+        help="start from these weights, not from random ones (leave out phases by 0 steps)",
+    )
     args = parser.parse_args()
     started = time.time()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -385,14 +518,19 @@ def main() -> None:
     model = build_model(processor.tokenizer)
     if args.start:
         model = Qwen2VLForConditionalGeneration.from_pretrained(args.start, dtype=torch.float32)
-    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters on {device}",
+        flush=True,
+    )
     learner, log = Learner(model, processor, device), []
     generator = torch.Generator().manual_seed(args.seed)
     tokenizer = processor.tokenizer
     words = [tokenizer.convert_tokens_to_ids(list(names)) for names in (*NAMES, blocks.CELLS)]
 
     def name_pictures() -> torch.Tensor:
-        pictures, shown = lessons.pictures[torch.multinomial(torch.tensor(list(TASKS.values())), 1, generator=generator)]
+        pictures, shown = lessons.pictures[
+            torch.multinomial(torch.tensor(list(TASKS.values())), 1, generator=generator)
+        ]
         rows = torch.randint(len(pictures), (args.batch,), generator=generator).to(device)
         return learner.naming_loss(pictures[rows], shown[rows], words)
 
@@ -403,7 +541,9 @@ def main() -> None:
         if not steps:
             continue
         name = ("name", "see", "glance")[phase]
-        if name != "see" or not args.steps[0]:  # the second phase goes on with the pictures of the first
+        if (
+            name != "see" or not args.steps[0]
+        ):  # the second phase goes on with the pictures of the first
             generator.manual_seed(args.seed + phase)
             glances = dict(glances=2, right=args.right) if name == "glance" else {}
             size = 2 * steps * args.batch if name == "glance" else args.lessons
@@ -419,7 +559,11 @@ def main() -> None:
 
 def save(model, out: Path, dtype: torch.dtype) -> None:
     """Writes the weights in `dtype` and leaves the model as it is."""
-    weights = {name: tensor.to(dtype) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weights = {
+        name: tensor.to(dtype)
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     model.save_pretrained(out, state_dict=weights)
     config = json.loads((out / "config.json").read_text())
     config["dtype"] = str(dtype).removeprefix("torch.")
