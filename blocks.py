@@ -20,8 +20,10 @@ import argparse
 import hashlib
 import itertools
 import random
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -29,6 +31,7 @@ from PIL import Image
 from data import State
 from drawing import COLORS, column_row, draw_figure, draw_scene
 from rewards import judge_answer
+from runs import UserError, writing
 
 SHAPES = ("cube", "sphere", "cylinder")
 SIZES = ("small", "medium", "large")
@@ -641,7 +644,7 @@ def vocabulary() -> list[str]:
 
 
 def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
-    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG."""
+    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG. UserError where it cannot."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -670,13 +673,27 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
             )
             axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.03, hspace=0.75, wspace=0.1)
-    figure.savefig(path, dpi=25 * zoom)
-    plt.close(figure)
+    try:
+        with writing(Path(path)):
+            figure.savefig(path, dpi=25 * zoom, format="png")
+    finally:
+        plt.close(figure)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def main() -> None:
+    parser = Parser(description="The blocks world: draws a sheet of examples of every set.")
+    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
+    try:
+        show(parser.parse_args().show)
+    except UserError as error:
+        print(f"blocks.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="The blocks world: draws a sheet of examples of every set."
-    )
-    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
-    show(parser.parse_args().show)
+    main()

@@ -32,7 +32,7 @@ CALL_SECONDS = 3.0  # the upper end of the paper's "1-3 seconds per query"
 def states_to_ask(config: ekipl.Config) -> list:
     """The states of training in its order, each once."""
     questions, order = training_states(
-        dataclasses.replace(config, batch_size=1)
+        dataclasses.replace(config, batch_size=1), room=config.room(config.start)
     )  # fewer than a batch may be asked as well
     return [questions[i] for i in tqdm(list(dict.fromkeys(order)), desc="states", leave=False)]
 

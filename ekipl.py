@@ -262,7 +262,7 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
 
 def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up, then a cosine to 0 (Section 4.1). step: from 0."""
-    warmup = max(1, round(config.warmup * config.steps))
+    warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return (
@@ -435,8 +435,9 @@ def deterministic(world: World) -> None:
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     deterministic(world)
-    questions, order = training_states(config)
-    tests = test_sets(config) if config.eval_every else {}
+    room = config.room(runs.last_checkpoint(resume) if resume else config.start)
+    questions, order = training_states(config, room=room)
+    tests = test_sets(config, room=room) if config.eval_every else {}
 
     def asked(step: int) -> list:
         """This process's states of a step."""
@@ -455,6 +456,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             gradient_checkpointing=config.gradient_checkpointing,
             **load,
         )
+        if config.freeze_vision:
+            policy.freeze_vision()
         policy = world.place(policy, config.parallel, config.bf16)
         reference = (
             world.place(
@@ -476,7 +479,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     start = restore(optimizer, resume, world) if resume else 0
     learner = world.data_parallel(policy)
 
-    sampler = settings.sampler_of(config, policy, model)
+    sampler = settings.sampler_of(config, policy, model, room.longest)
     ties = (
         config.ties
         if config.ties != "auto"

@@ -35,6 +35,7 @@ from blocks import SETS
 from data import CACHE, MODES, Part, State, load_set, reports
 from distributed import World
 from experts import VENDORS, make_experts
+from lengths import Room
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward, function_score
 from runs import UserError
@@ -97,7 +98,10 @@ def score(states, actions: list[Action]) -> dict[str, float]:
     """`score_predictions` of one action for each state."""
     pairs = zip(states, actions, strict=True)
     return score_predictions(
-        [Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs]
+        [
+            Prediction("", s.answer, s.kind, s.reading(a.text), len(a.tokens), a.truncated)
+            for s, a in pairs
+        ]
     )
 
 
@@ -161,8 +165,10 @@ class ModelAnswers:
             actions = self.sampler.greedy(prompts)
         samples = (
             [
-                [action.text for action in said]
-                for said in self.sample(prompts, self.samples, "pass")
+                [state.reading(action.text) for action in said]
+                for state, said in zip(
+                    states, self.sample(prompts, self.samples, "pass"), strict=True
+                )
             ]
             if self.samples
             else [[]] * len(states)
@@ -172,7 +178,7 @@ class ModelAnswers:
                 state.id,
                 state.answer,
                 state.kind,
-                action.text,
+                state.reading(action.text),
                 len(action.tokens),
                 action.truncated,
                 texts,
@@ -210,13 +216,13 @@ class ExpertAnswers:
         for state, said in zip(
             states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True
         ):
-            samples = [sample.text for sample in said] if self.samples else []
+            samples = [state.reading(sample.text) for sample in said] if self.samples else []
             prediction = (
                 Prediction(
                     state.id,
                     state.answer,
                     state.kind,
-                    said[0].text,
+                    state.reading(said[0].text),
                     len(said[0].text.split()),
                     said[0].truncated,
                     samples,
@@ -287,14 +293,17 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
         raise UserError(f"{directory} holds other lines than predictions") from None
 
 
-def questions_of(name: str, args) -> Part:
-    """The first `--states` questions of a test set. ValueError or UserError if there is no such set."""
+def questions_of(name: str, args, room: Room | None) -> Part:
+    """The first `--states` questions of a test set. UserError if there is no such set."""
+    if name.endswith("-train"):
+        raise UserError(f"{name} is a training set: --sets names test sets")
     whole = load_set(
         name,
         argparse.Namespace(
             data=args.data, data_cache=args.data_cache, eval_states=args.states or 300
         ),
         args.mode,
+        room=room,
     )
     return Part(whole, 0, min(len(whole), args.states or len(whole)))
 
@@ -382,7 +391,7 @@ def answer_command(argv: list[str]) -> None:
         "--mode",
         choices=MODES,
         default="reason",
-        help="what the prompt asks for: answer is ANS-SFT's (default reason)",
+        help="what the prompt asks for: answer and bare are those of sft.py's methods (default reason)",
     )
     parser.add_argument(
         "--min-pixels",
@@ -457,7 +466,11 @@ def answer_command(argv: list[str]) -> None:
     )
     out = Path(args.out) if args.out else beside
     try:
-        sets = {name: questions_of(name, args) for name in args.sets}
+        room = Room(
+            args.model, args.max_new_tokens, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+        )
+        asked = None if is_expert(args.model) else room
+        sets = {name: questions_of(name, args, asked) for name in args.sets}
         experts = (
             make_experts(args.model, Config(cache=args.cache, offline=args.offline))
             if is_expert(args.model)
@@ -485,7 +498,14 @@ def answer_command(argv: list[str]) -> None:
     if experts:
         answers = ExpertAnswers(experts[0], args.samples)
     else:
-        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens, bf16=True)
+        sampler = make_sampler(
+            args.rollout,
+            policy,
+            args.model,
+            args.max_new_tokens,
+            bf16=True,
+            max_model_len=room.longest,
+        )
         answers = ModelAnswers(sampler, args.temperature, args.samples)
     if world.rank == 0:
         for line in reports(list(sets.values()))[0]:

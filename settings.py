@@ -14,6 +14,7 @@ import torch
 
 import runs
 from data import CACHE, TASKS
+from lengths import Room
 from policy import Policy
 from runs import UserError
 from sampling import ROLLOUTS, Sampler, make_sampler
@@ -73,8 +74,15 @@ class Settings:
     )
     lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
+    warmup_steps: int = option(
+        0, "number of steps in which it rises, whatever that share is; 0: --warmup's share"
+    )
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    freeze_vision: bool = option(
+        False,
+        "leave the vision tower and its projector as they are: the language model alone learns",
+    )
     # the machine
     device: str = option(
         "auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda")
@@ -123,6 +131,10 @@ class Settings:
     def pixels(self) -> dict[str, int | None]:
         """For `Policy.load`."""
         return {"min_pixels": self.min_pixels or None, "max_pixels": self.max_pixels or None}
+
+    def room(self, model: str | Path) -> Room:
+        """What a prompt of this run has to fit in, with the config and tokenizer of that model."""
+        return Room(model, self.max_new_tokens, self.max_model_len, **self.pixels)
 
 
 def presets(paper) -> dict[str, dict]:
@@ -202,6 +214,7 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         "min_pixels",
         "max_pixels",
         "warmup",
+        "warmup_steps",
         "weight_decay",
         "gpu_memory_utilization",
         "max_model_len",
@@ -252,11 +265,12 @@ def above_zero(config: Settings, *names: str) -> None:
             )
 
 
-def sampler_of(config: Settings, policy: Policy, model: str) -> Sampler:
-    """The sampler that the settings ask for. model: what the policy's config and processor came from."""
+def sampler_of(config: Settings, policy: Policy, model: str, longest: int = 0) -> Sampler:
+    """The sampler that the settings ask for. model: what the policy's config and processor came from. longest: tokens of the longest
+    prompt and response, where they are known (`Room.longest`)."""
     return make_sampler(
         config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
-        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len or longest,
     )  # fmt: skip
 
 

@@ -8,7 +8,8 @@
 
     method    prompt asks for          target                                                        paper
     cot       a thought and an answer  <think>{thought}</think> <answer>{answer}</answer>, then EOS  CoT-SFT
-    answer    the answer alone         <answer>{answer}</answer>, then EOS                           ANS-SFT
+    answer    the answer alone         <answer>{answer}</answer>, then EOS                           ANS-SFT, with tags as in RL
+    bare      nothing                  {answer}, then EOS                                            ANS-SFT, as Reason-RFT's
 
 The loss is the mean of -log pi_theta over the target tokens of the global batch, by the forward pass that RL uses (policy.py): the sum over
 a micro-batch, divided by the number of target tokens in the whole batch over all processes, which is known before the first
@@ -41,7 +42,11 @@ from runs import UserError
 from sampling import autocast
 from settings import Settings, option
 
-METHODS = {"cot": "reason", "answer": "answer"}  # and what the prompt asks for (data.MODES)
+METHODS = {  # and what the prompt asks for (data.MODES)
+    "cot": "reason",
+    "answer": "answer",
+    "bare": "bare",
+}
 
 
 @dataclass
@@ -50,25 +55,28 @@ class Config(Settings):
 
     method: str = option(
         "cot",
-        "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT)",
+        "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT), in its tags, or bare as the response to the "
+        "bare question (Reason-RFT's ANS-SFT; evaluate.py --mode bare)",
         tuple(METHODS),
     )
 
 
 def paper(task: str, size: str) -> dict:
-    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings."""
+    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings, and where
+    they say nothing the defaults of LLaMA-Factory, which they call."""
     return dict(
         model=f"Qwen/Qwen2-VL-{size}-Instruct",
         data="reason-rft",
         task=task,
         epochs=1,
         lr=1e-5,
-        warmup=0.05,  # theirs: 100 steps, which is 5 % of the counting task's
+        warmup_steps=100,  # whatever the number of steps
         weight_decay=0.1,
+        freeze_vision=True,  # LLaMA-Factory's freeze_vision_tower and freeze_multi_modal_projector
         max_grad_norm=1.0,  # the default of transformers
         batch_size=16,  # 8 GPUs x 1 x 2 steps of accumulation
         min_pixels=3136,
-        max_pixels=480000,
+        max_pixels=262144,  # LLaMA-Factory's image_max_pixels at that time
         max_new_tokens=768,  # their limit when they evaluate; they cut prompt and target at 4096 tokens together
         micro_batch=1,
         gradient_checkpointing=True,
@@ -100,6 +108,8 @@ class Example:
 
 def target_text(state: State, method: str) -> str:
     """The response to learn. ValueError if it needs a thought and the state has none."""
+    if method == "bare":
+        return state.answer
     answer = f"<answer>\n{state.answer}\n</answer>"
     if method == "answer":
         return answer
@@ -168,13 +178,16 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     ekipl.deterministic(world)
     mode = METHODS[config.method]
-    questions, order = training_states(config, mode, thoughts=config.method == "cot")
-    tests = test_sets(config, mode) if config.eval_every else {}
+    start = runs.last_checkpoint(resume) if resume else config.start
+    room = config.room(start)
+    questions, order = training_states(config, mode, config.method == "cot", room)
+    tests = test_sets(config, mode, room) if config.eval_every else {}
     try:
-        start = runs.last_checkpoint(resume) if resume else config.start
         policy = Policy.load(
             start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels
         )
+        if config.freeze_vision:
+            policy.freeze_vision()
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
@@ -188,7 +201,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     )
     done = ekipl.restore(optimizer, resume, world) if resume else 0
     learner = world.data_parallel(policy)
-    sampler = settings.sampler_of(config, policy, str(start))
+    sampler = settings.sampler_of(config, policy, str(start), room.longest)
 
     bar = tqdm(
         total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True

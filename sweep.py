@@ -54,8 +54,11 @@ class Row:
 
 
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
-    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest."""
-    rest = ("--skip", str(stage1))
+    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest,
+    but of the paper's structure task all. With the paper's data zero-shot and ANS-SFT have prompts of their own, as in Reason-RFT."""
+    real = config.data != "blocks"
+    rest = () if real and config.task == "structure" else ("--skip", str(stage1))
+    zero_shot, answer = (("--mode", "answer"), "bare") if real else ((), "answer")
     experts = expert_specs(config.experts, offline=True)
     ours = [
         Row("Vision-EKIPL", "ekipl.py"),
@@ -63,8 +66,8 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     ]
     return [
         *(Row(expert.partition("@")[0], model=expert) for expert in experts),
-        Row("Zero-shot", model=config.start),
-        Row("ANS-SFT", "sft.py", ("--method", "answer")),
+        Row("Zero-shot", flags=zero_shot, model=config.start),
+        Row("ANS-SFT", "sft.py", ("--method", answer)),
         Row("CoT-SFT", "sft.py"),
         Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
         Row("Reason-RFT-Zero", "ekipl.py", ("--experts", "none")),
@@ -204,7 +207,8 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
                 )
                 commands.append([row.program, *flags])
             model = str(path / "model") if row.program else row.model
-            mode = ["--mode", "answer"] if "answer" in row.flags else []
+            mode = [word for word in row.flags if word in ("answer", "bare")]
+            mode = ["--mode", *mode] if mode else []
             if row.listed:
                 commands.append(
                     [
