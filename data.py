@@ -401,7 +401,8 @@ def find_image(name: str, roots: list[Path]) -> Path:
             if any(real_path(place).startswith(f"{real_folder(str(r))}{os.sep}") for r in roots):
                 return Path(place)
             raise Unusable(f"image outside the data set: {shown}")
-    if path.startswith("/") or ".." in PurePosixPath(path).parts:
+    foreign = path.startswith("/") and not path.startswith(f"{roots[-1].absolute()}/")
+    if foreign or ".." in PurePosixPath(path).parts:
         raise Unusable(f"image outside the data set: {shown}")
     raise Unusable(f"missing image: {shown}")
 

@@ -46,7 +46,7 @@ class ImageFiles(Sequence):
 def open_image(path: Path) -> Image.Image:
     """The whole picture, RGB, as it is meant to be seen. Raises almost anything for a file that is none."""
     try:
-        file = Image.open(path, formats=FORMATS)
+        file = Image.open(path, "r", FORMATS)
     except UnidentifiedImageError:
         raise ValueError(f"by its content none of {', '.join(FORMATS)}") from None
     with file:
