@@ -1,6 +1,7 @@
 """lengths.py: a prompt that is longer than the model knows is known before training, in every set, and nothing else is left out."""
 
 import json
+import sys
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 import collect
 import data
 import ekipl
+import evaluate
 import lengths
 import runs
 import sft
@@ -21,7 +23,7 @@ from data import ReasonRFTSet, State
 from distributed import World
 from lengths import Room
 from policy import Policy
-from sampling import why_no_engine
+from sampling import Action, why_no_engine
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(0, 1, torch.device("cpu"))
@@ -202,6 +204,69 @@ def test_collect_asks_for_what_training_will_ask(tmp_path):
     questions, order = data.training_states(config, room=config.room(config.start))
     asked = [state.id for state in collect.states_to_ask(config)]
     assert asked == [questions[i].id for i in order] and len(asked) == 11
+
+
+@pytest.mark.parametrize("mode", data.MODES)
+def test_evaluation_leaves_them_out_and_reads_bare_answers(tmp_path, monkeypatch, capsys, mode):
+    """With a policy that says the truth as its mode asks for it."""
+    directory, out = world(tmp_path, LEFT_OUT), tmp_path / "out"
+
+    def answers(self, states):
+        tagged = {
+            "reason": "<think>a</think><answer>{}</answer>",
+            "answer": "<answer>{}</answer>",
+            "bare": "{}",
+        }
+        said = [s.reading(tagged[s.mode].format(s.answer)) for s in states]
+        return [
+            evaluate.Prediction(s.id, s.answer, s.kind, t, 1, False)
+            for s, t in zip(states, said, strict=True)
+        ]
+
+    monkeypatch.setattr(evaluate.ModelAnswers, "__call__", answers)
+    flags = [
+        "--data",
+        directory,
+        "--data-cache",
+        tmp_path / "c",
+        "--rollout",
+        "transformers",
+        "--mode",
+        mode,
+        "--out",
+        out,
+    ]
+    flags = [ROOT / "tiny", "--sets", "counting-id", "counting-ood", *flags]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    evaluate.main()
+    said = capsys.readouterr()
+    assert "counting-ood: 10 of 12 records; left out: 2 question too long" in said.err
+    assert len(runs.read(out / "counting-id.jsonl")) == 11
+    found = evaluate.read_predictions(out)
+    assert all(evaluate.score_predictions(ps)["accuracy"] == 1 for ps in found.values())
+
+
+def test_a_bare_answer_counts_while_training_too():
+    state = State("0", (), "how many ?", "3", "discrete", mode="bare")
+    for text, right in (("3", 1), ("4", 0), ("", 0), ("<answer>3</answer>", 1)):
+        assert evaluate.score([state], [Action([1], text, "policy")])["accuracy"] == right
+
+
+@pytest.mark.parametrize(
+    "name, says", [("counting-train", "training set"), ("counting", "no set 'counting'")]
+)
+@pytest.mark.parametrize("source", ["blocks", "real"])
+def test_evaluation_of_no_test_set_is_told_in_a_line(
+    tmp_path, monkeypatch, capsys, source, name, says
+):
+    directory = world(tmp_path, {})
+    flags = [ROOT / "tiny", "--sets", name, "--data", "blocks" if source == "blocks" else directory]
+    flags += ["--out", tmp_path / "out", "--data-cache", tmp_path / "c"]
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1 and says in said
 
 
 def test_a_set_of_nothing_but_long_questions_is_told_in_a_line(tmp_path):
