@@ -19,14 +19,12 @@ Departures from Reason-RFT: the prompts are in our words, and ANS-SFT's answer s
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-import sys
 import zipfile
 import zlib
 from collections import Counter
@@ -612,9 +610,10 @@ def reports(sets: list[Part]) -> tuple[list[str], list[dict]]:
     ]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used."
+def run(argv: list[str]) -> None:
+    parser = runs.Parser(
+        prog="data.py",
+        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.",
     )
     parser.add_argument(
         "--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy"
@@ -623,17 +622,17 @@ def main() -> None:
         "--data-cache", default=CACHE, help=f"where to download to (default: {CACHE})"
     )
     parser.add_argument("--task", choices=TASKS, help="one of the tasks (default: all)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     cache = Path(args.data_cache).expanduser()
-    try:
-        for name in [name for name in FILES if name.startswith(args.task or "")]:
-            questions = ReasonRFTSet(name, prepare(args.data, [name], cache), cache=cache)
-            print(questions.report())
-            for record in questions.left_out:
-                print(f"  {FILES[name]}, record {record['record']}: {record['reason']}")
-    except UserError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for name in [name for name in FILES if name.startswith(args.task or "")]:
+        questions = ReasonRFTSet(name, prepare(args.data, [name], cache), cache=cache)
+        print(questions.report())
+        for record in questions.left_out:
+            print(f"  {FILES[name]}, record {record['record']}: {record['reason']}")
+
+
+def main() -> None:
+    runs.command("data.py", run)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import torch
 import runs
 from data import CACHE, TASKS
 from policy import Policy
-from runs import UserError
+from runs import Parser, UserError
 from sampling import ROLLOUTS, Sampler, make_sampler
 
 
@@ -139,10 +139,6 @@ def parse(
     kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]
 ) -> tuple[Settings, Path | None]:
     """The settings that the command line asks for, and the run to resume if it does. UserError for what cannot be read."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (--help explains every flag)")
 
     parser = Parser(description=about, allow_abbrev=False)
     parser.add_argument(

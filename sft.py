@@ -28,6 +28,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import curves
 import ekipl
@@ -167,6 +168,7 @@ def update(
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     ekipl.deterministic(world)
+    ekipl.take(resume, world)
     mode = METHODS[config.method]
     questions, order = training_states(config, mode, thoughts=config.method == "cot")
     tests = test_sets(config, mode) if config.eval_every else {}
@@ -233,20 +235,24 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and done == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
+    runs.let_go(path)
     return path
 
 
 def run(argv: list[str]) -> str:
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)
     settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-    path = train(config, resume, World.join(config.device))
+    world = World.join(config.device)
+    path = train(config, resume, world)
+    world.leave()
     return f"done: {path}/model is the model; python ekipl.py --model {path}/model goes on with RL"
 
 
 def main() -> None:
-    ekipl.command("sft.py", run)
+    runs.command("sft.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
