@@ -438,7 +438,7 @@ def update(
             measure(rows, batch, stats)
         norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
-            raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
+            raise UserError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
         lap("optimizer")
     return {

@@ -157,7 +157,7 @@ def update(
         nats += loss.detach()
     norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
+        raise UserError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
     return {"loss": sum(world.gather([nats.item()])), "target_tokens": total, "grad_norm": norm}
 
