@@ -16,11 +16,9 @@ misperceived, which is how the scripted experts of experts.py go wrong: plausibl
     python blocks.py --show sheet.png          # draws a sheet of examples
 """
 
-import argparse
 import hashlib
 import itertools
 import random
-import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,10 +26,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import runs
 from data import State
 from drawing import COLORS, column_row, draw_figure, draw_scene
 from rewards import judge_answer
-from runs import UserError, writing
 
 SHAPES = ("cube", "sphere", "cylinder")
 SIZES = ("small", "medium", "large")
@@ -644,13 +642,12 @@ def vocabulary() -> list[str]:
 
 
 def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
-    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG. UserError where it cannot."""
-    import matplotlib
-
-    matplotlib.use("Agg")
+    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG."""
     import textwrap
 
     import matplotlib.pyplot as plt
+
+    import curves  # which chooses the backend
 
     names = [name for task, sets in SETS.items() for name in (f"{task}-train", *sets[1:])]
     figure, axes = plt.subplots(
@@ -673,26 +670,19 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
             )
             axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.03, hspace=0.75, wspace=0.1)
-    try:
-        with writing(Path(path)):
-            figure.savefig(path, dpi=25 * zoom, format="png")
-    finally:
-        plt.close(figure)
+    curves.save(figure, Path(path), dpi=25 * zoom)
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help explains every flag)")
+def run(argv: list[str]) -> None:
+    parser = runs.Parser(
+        prog="blocks.py", description="The blocks world: draws a sheet of examples of every set."
+    )
+    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
+    show(parser.parse_args(argv).show)
 
 
 def main() -> None:
-    parser = Parser(description="The blocks world: draws a sheet of examples of every set.")
-    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
-    try:
-        show(parser.parse_args().show)
-    except UserError as error:
-        print(f"blocks.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    runs.command("blocks.py", run)
 
 
 if __name__ == "__main__":

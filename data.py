@@ -19,14 +19,12 @@ Departure from Reason-RFT: the prompts are in our words, but for mode "bare", wh
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import random
 import re
 import shutil
-import sys
 import unicodedata
 import zipfile
 import zlib
@@ -704,14 +702,10 @@ def reports(sets: list[Part]) -> tuple[list[str], list[dict]]:
     ]
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(f"{message} (--help explains every flag)")
-
-
-def check_all(argv: list[str]) -> None:
-    parser = Parser(
-        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used."
+def run(argv: list[str]) -> None:
+    parser = runs.Parser(
+        prog="data.py",
+        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.",
     )
     parser.add_argument(
         "--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy"
@@ -730,14 +724,7 @@ def check_all(argv: list[str]) -> None:
 
 
 def main() -> None:
-    try:
-        check_all(sys.argv[1:])
-    except UserError as error:
-        print(f"data.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    runs.command("data.py", run)
 
 
 if __name__ == "__main__":

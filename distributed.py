@@ -117,6 +117,24 @@ class World:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def first(self, action):
+        """What action() returns in the first process, which alone calls it; all raise the UserError that it raises there."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.agree((result, problem))
+        if problem:
+            raise UserError(problem)
+        return result
+
+    def leave(self) -> None:
+        """Ends what `join` began."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 # ---------------------------------------------------------------------------------------------- what DDP and FSDP do differently
 

@@ -24,13 +24,11 @@ import os
 import pickle
 import random
 import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -40,7 +38,15 @@ import plan
 import runs
 import settings
 from data import reports, test_sets, training_states
-from distributed import World, accumulating, clip_gradients, collected, shared_out, weights_of
+from distributed import (
+    World,
+    accumulating,
+    clip_gradients,
+    collected,
+    own,
+    shared_out,
+    weights_of,
+)
 from evaluate import answer_greedily, score
 from experts import (
     api_counts,
@@ -58,6 +64,7 @@ from sampling import Group, Sampler, add_expert_logps, autocast, select, total_g
 from scripted import ACCURACY
 from settings import Settings, option
 
+BUSY = "wait until that run has ended, or stop it first"
 AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
@@ -215,25 +222,25 @@ def check(config: Config, world: int, resuming: bool) -> None:
 
 
 def open_run(config: Config, resume: Path | None, world: World, sets: list) -> Path:
-    """Makes the run's directory, in the first process, and tells what of the sets cannot be used; all processes raise what it raised."""
-    path, problem = resume, None
-    if world.rank == 0 and resume is None:
-        try:
-            path = runs.create(
-                config.runs,
-                config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3],
-                dataclasses.asdict(config),
-            )
-            lines, left_out = reports(sets)
-            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
-            if left_out:
-                runs.append(path / "left_out.jsonl", left_out)
-        except UserError as error:
-            problem = str(error)
-    path, problem = world.agree((path, problem))
-    if problem:
-        raise UserError(problem)
-    return path
+    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used."""
+
+    def make() -> Path:
+        name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+        path = runs.create(config.runs, name, dataclasses.asdict(config))
+        runs.hold(path, BUSY)
+        lines, left_out = reports(sets)
+        print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+        if left_out:
+            runs.append(path / "left_out.jsonl", [runs.finite(record) for record in left_out])
+        return path
+
+    return resume or world.first(make)
+
+
+def take(resume: Path | None, world: World) -> None:
+    """Keeps other processes out of a run that is resumed. UserError if one is at it."""
+    if resume:
+        world.first(lambda: runs.hold(resume, BUSY))
 
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
@@ -243,18 +250,56 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
             runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True
         )
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
-        start, processes = trainer["step"], trainer["processes"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
+        start, processes = int(trainer["step"]), int(trainer["processes"])
+        threads = int(trainer.get("threads", torch.get_num_threads()))
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):
         raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
+    if broken := unsound(optimizer):
+        raise UserError(f"{resume} cannot go on: {broken} of its checkpoint; start a new run")
     if world.rank == 0:
-        if processes != world.size:
-            print(
-                f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped",
-                file=sys.stderr,
-            )
+        went_on_otherwise(resume, processes, threads, world)
         for file in ("metrics.jsonl", "samples.jsonl"):
             runs.forget_after(resume / file, start)
+        with runs.writing(resume / "model"):
+            runs.publish(resume)  # the run may have been killed before it did
     return start
+
+
+def went_on_otherwise(resume: Path, processes: int, threads: int, world: World) -> None:
+    """Tells what keeps a resumed run from being the run never stopped."""
+    if processes != world.size:
+        runs.say(
+            f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped"
+        )
+    now = torch.get_num_threads()
+    if world.device.type == "cpu" and threads != now:
+        runs.say(
+            f"{resume} was made with {threads} threads and goes on with {now}: sums are rounded otherwise, OMP_NUM_THREADS={threads} keeps them"
+        )
+
+
+def unsound(optimizer: torch.optim.Optimizer) -> str | None:
+    """What of the weights and of AdamW's state no training can go on from, None if nothing is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not own(parameter.detach()).isfinite().all():
+                return "there are weights that are no finite numbers (NaN or infinity)"
+            for name, value in optimizer.state.get(parameter, {}).items():
+                value = torch.as_tensor(value)
+                if name != "step" and value.shape != parameter.shape:
+                    return f"AdamW's {name} is of another shape than its weights"
+                if not own(value).isfinite().all():
+                    return f"AdamW's {name} holds what is no finite number (NaN or infinity)"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- the update
@@ -393,7 +438,7 @@ def update(
             measure(rows, batch, stats)
         norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
-            raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
+            raise UserError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
         lap("optimizer")
     return {
@@ -435,6 +480,7 @@ def deterministic(world: World) -> None:
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     deterministic(world)
+    take(resume, world)
     room = config.room(runs.last_checkpoint(resume) if resume else config.start)
     questions, order = training_states(config, room=room)
     tests = test_sets(config, room=room) if config.eval_every else {}
@@ -556,6 +602,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and start == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
+    runs.let_go(path)
     return path
 
 
@@ -597,40 +644,20 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
         bar.update(int("loss" in record))
 
 
-def command(program: str, run) -> None:
-    """Runs `run(argv)`, which returns the run's directory and what to say in the end; a mistake is told in one line, with exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
-    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
-    try:
-        done = run(sys.argv[1:])
-    except UserError as error:
-        if rank > 0:
-            time.sleep(
-                10
-            )  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\nstopped; --resume RUN goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank == 0:
-        print(done)
-
-
 def run(argv: list[str]) -> str:
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)
     check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-    path = train(config, resume, World.join(config.device))
+    world = World.join(config.device)
+    path = train(config, resume, world)
+    world.leave()
     return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"
 
 
 def main() -> None:
-    command("ekipl.py", run)
+    runs.command("ekipl.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import runs
 from data import CACHE, TASKS
 from lengths import Room
 from policy import Policy
-from runs import UserError
+from runs import Parser, UserError
 from sampling import ROLLOUTS, Sampler, make_sampler
+
+MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -152,10 +154,6 @@ def parse(
 ) -> tuple[Settings, Path | None]:
     """The settings that the command line asks for, and the run to resume if it does. UserError for what cannot be read."""
 
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (--help explains every flag)")
-
     parser = Parser(description=about, allow_abbrev=False)
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with an earlier run, with its own settings"
@@ -219,6 +217,7 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         "gpu_memory_utilization",
         "max_model_len",
         "eval_every",
+        "eval_states",
         "save_every",
     )
     above_zero(config, "lr", "max_grad_norm")
@@ -246,6 +245,8 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         raise UserError(
             f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {config.batch_size}"
         )
+    if config.states * config.epochs > MOST:
+        raise UserError(f"--states times --epochs must be at most {MOST}")
     if config.data == "blocks" and config.steps < 1:
         raise UserError(
             f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}"
@@ -275,8 +276,10 @@ def sampler_of(config: Settings, policy: Policy, model: str, longest: int = 0) -
 
 
 def must(config: Settings, least: int, *names: str) -> None:
-    """UserError for a setting that is less than that, or no number."""
+    """UserError for a setting that is less than that, or beyond any machine, or no number."""
     for name in names:
+        if MOST < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {MOST}")
         if not least <= getattr(config, name) < math.inf:
             raise UserError(
                 f"--{name.replace('_', '-')} must be {'at least 1' if least else '0 or above'}, not {getattr(config, name)}"

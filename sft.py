@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import curves
 import ekipl
@@ -166,7 +167,7 @@ def update(
         nats += loss.detach()
     norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
+        raise UserError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
     return {"loss": sum(world.gather([nats.item()])), "target_tokens": total, "grad_norm": norm}
 
@@ -177,6 +178,7 @@ def update(
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     ekipl.deterministic(world)
+    ekipl.take(resume, world)
     mode = METHODS[config.method]
     start = runs.last_checkpoint(resume) if resume else config.start
     room = config.room(start)
@@ -246,20 +248,24 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and done == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
+    runs.let_go(path)
     return path
 
 
 def run(argv: list[str]) -> str:
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)
     settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-    path = train(config, resume, World.join(config.device))
+    world = World.join(config.device)
+    path = train(config, resume, world)
+    world.leave()
     return f"done: {path}/model is the model; python ekipl.py --model {path}/model goes on with RL"
 
 
 def main() -> None:
-    ekipl.command("sft.py", run)
+    runs.command("sft.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
