@@ -40,7 +40,15 @@ import plan
 import runs
 import settings
 from data import reports, test_sets, training_states
-from distributed import World, accumulating, clip_gradients, collected, shared_out, weights_of
+from distributed import (
+    World,
+    accumulating,
+    clear_gradients,
+    clip_gradients,
+    collected,
+    shared_out,
+    weights_of,
+)
 from evaluate import answer_greedily, score
 from experts import (
     api_counts,
@@ -238,10 +246,15 @@ def open_run(config: Config, resume: Path | None, world: World, sets: list) -> P
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
     """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
-    try:  # to the CPU first: Adam's step counters have to stay there
-        trainer = torch.load(
-            runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True
+    file = runs.last_checkpoint(resume) / "trainer.pt"
+    if not file.exists():
+        raise UserError(
+            f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
+            f"--model {resume}/model starts a new run from its weights"
         )
+    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process of a machine reads all of it into memory.
+    try:
+        trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
         start, processes = trainer["step"], trainer["processes"]
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
@@ -355,7 +368,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     for _ in range(config.updates_per_batch):
-        optimizer.zero_grad(set_to_none=True)
+        clear_gradients(policy, optimizer)
         if (
             config.updates_per_batch > 1 and batches[0].old_logp is None
         ):  # pi_old is the policy before the first update
@@ -473,10 +486,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    start = restore(optimizer, resume, world) if resume else 0
-    learner = world.data_parallel(policy)
-
+    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so before they are there.
     sampler = settings.sampler_of(config, policy, model)
+    learner = world.data_parallel(policy)
+    start = restore(optimizer, resume, world) if resume else 0
     ties = (
         config.ties
         if config.ties != "auto"
@@ -522,6 +535,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- the update (Eq 2, 3)
         lr = learning_rate(config, step)
         updated = update(config, learner, reference, optimizer, groups, world, lr, watch.lap)
+        clear_gradients(learner, optimizer)  # where they go, the engine wakes to so much more room
         sampler.sync_weights()
         watch.lap("sync")
         # ---- evaluate, log, save

@@ -35,7 +35,7 @@ import plan
 import runs
 import settings
 from data import State, test_sets, training_states
-from distributed import World, accumulating, clip_gradients
+from distributed import World, accumulating, clear_gradients, clip_gradients
 from policy import Policy, Prompt, pack
 from runs import UserError
 from sampling import autocast
@@ -140,7 +140,7 @@ def update(
     ]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    clear_gradients(policy, optimizer)
     nats = torch.zeros((), device=device)  # read once, at the end: reading waits for the GPU
     for i, part in enumerate(micro):
         with accumulating(policy, last=i == len(micro) - 1):
@@ -186,9 +186,11 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    done = ekipl.restore(optimizer, resume, world) if resume else 0
+    sampler = settings.sampler_of(
+        config, policy, str(start)
+    )  # before moments and gradients: ekipl.py
     learner = world.data_parallel(policy)
-    sampler = settings.sampler_of(config, policy, str(start))
+    done = ekipl.restore(optimizer, resume, world) if resume else 0
 
     bar = tqdm(
         total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True
@@ -211,6 +213,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         lr = ekipl.learning_rate(config, step)
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= update(config, learner, optimizer, batch, world, lr)
+        clear_gradients(learner, optimizer)
         truncated = world.gather([float(example.truncated) for example in batch])
         clock.append(time.perf_counter())
         record |= {
