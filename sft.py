@@ -178,6 +178,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
+    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     config = dataclasses.replace(
