@@ -521,3 +521,15 @@ def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
         math.isfinite(record["grad_norm"]) and record["seconds/sync"] > 0 for record in records[1:]
     )
     assert all("eval/counting-id" in records[i] for i in (0, 2))
+
+
+def test_the_check_for_a_gpu_runs_here_with_the_tiny_model(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_check.py", "--model", "tiny", "--states", "2"]
+    sizes = ["--group-size", "3", "--action-tokens", "6", "--out", str(tmp_path / "check")]
+    done = subprocess.run(
+        [*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=1000, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "check.md").read_text()
+    assert text.count("| holds |") == 4 and "fails" not in text
+    assert (tmp_path / "check.json").exists()
