@@ -41,6 +41,7 @@ from data import reports, test_sets, training_states
 from distributed import (
     World,
     accumulating,
+    clear_gradients,
     clip_gradients,
     collected,
     own,
@@ -245,10 +246,15 @@ def take(resume: Path | None, world: World) -> None:
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
     """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
-    try:  # to the CPU first: Adam's step counters have to stay there
-        trainer = torch.load(
-            runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True
+    file = runs.last_checkpoint(resume) / "trainer.pt"
+    if not file.exists():
+        raise UserError(
+            f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
+            f"--model {resume}/model starts a new run from its weights"
         )
+    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process of a machine reads all of it into memory.
+    try:
+        trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
         start, processes = int(trainer["step"]), int(trainer["processes"])
         threads = int(trainer.get("threads", torch.get_num_threads()))
@@ -400,7 +406,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     for _ in range(config.updates_per_batch):
-        optimizer.zero_grad(set_to_none=True)
+        clear_gradients(policy, optimizer)
         if (
             config.updates_per_batch > 1 and batches[0].old_logp is None
         ):  # pi_old is the policy before the first update
@@ -514,6 +520,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     config = dataclasses.replace(
@@ -522,10 +529,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    start = restore(optimizer, resume, world) if resume else 0
-    learner = world.data_parallel(policy)
-
+    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so before they are there.
     sampler = settings.sampler_of(config, policy, model, room.longest)
+    learner = world.data_parallel(policy)
+    start = restore(optimizer, resume, world) if resume else 0
     ties = (
         config.ties
         if config.ties != "auto"
@@ -571,6 +578,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- the update (Eq 2, 3)
         lr = learning_rate(config, step)
         updated = update(config, learner, reference, optimizer, groups, world, lr, watch.lap)
+        clear_gradients(learner, optimizer)  # where they go, the engine wakes to so much more room
         sampler.sync_weights()
         watch.lap("sync")
         # ---- evaluate, log, save

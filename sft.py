@@ -37,7 +37,7 @@ import plan
 import runs
 import settings
 from data import State, test_sets, training_states
-from distributed import World, accumulating, clip_gradients
+from distributed import World, accumulating, clear_gradients, clip_gradients
 from policy import Policy, Prompt, pack
 from runs import UserError
 from sampling import autocast
@@ -151,7 +151,7 @@ def update(
     ]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    clear_gradients(policy, optimizer)
     nats = torch.zeros((), device=device)  # read once, at the end: reading waits for the GPU
     for i, part in enumerate(micro):
         with accumulating(policy, last=i == len(micro) - 1):
@@ -193,6 +193,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
+    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
     config = dataclasses.replace(
@@ -201,9 +202,10 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    done = ekipl.restore(optimizer, resume, world) if resume else 0
-    learner = world.data_parallel(policy)
+    # Before moments and gradients are there, as in ekipl.py.
     sampler = settings.sampler_of(config, policy, str(start), room.longest)
+    learner = world.data_parallel(policy)
+    done = ekipl.restore(optimizer, resume, world) if resume else 0
 
     bar = tqdm(
         total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True
@@ -226,6 +228,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         lr = ekipl.learning_rate(config, step)
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= update(config, learner, optimizer, batch, world, lr)
+        clear_gradients(learner, optimizer)
         truncated = world.gather([float(example.truncated) for example in batch])
         clock.append(time.perf_counter())
         record |= {

@@ -9,7 +9,7 @@
 
 Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset, the flags left over (sft.py gets those that it
 knows) and, above these, the row's own; predictions lie beside its model. Stopped at any moment, the same command goes on: finished commands are
-skipped, a run with a checkpoint is resumed. The table and the figures are made from whatever is finished.
+skipped, a run with a checkpoint is resumed. Of a finished run the model stays and trainer.pt goes. The table and the figures are made from whatever is finished.
 """
 
 import dataclasses
@@ -276,6 +276,7 @@ def carry_out(task: Task, before: Future | None, processes: int) -> None:
                 f"{task.path} was made by another command ({mark.read_text()}): choose another --runs"
             )
         if mark.exists():
+            drop_optimizer(task)
             continue
         if command[0] != "evaluate.py" and os.path.lexists(task.path):  # it was stopped
             if has_checkpoint(task.path):
@@ -297,6 +298,12 @@ def carry_out(task: Task, before: Future | None, processes: int) -> None:
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             raise UserError(f"{task.name}: {last[0] if last else 'no word'} (log: {log})")
         mark.write_text(said)
+        drop_optimizer(task)
+
+
+def drop_optimizer(task: Task) -> None:
+    """Of a run that has finished the model is wanted, and no longer AdamW's moments: two thirds of its checkpoint."""
+    (task.path / "model" / "trainer.pt").unlink(missing_ok=True)
 
 
 def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
