@@ -7,9 +7,10 @@ Runs whose names differ in "-seedN" only share a colour.
 
 reward, accuracy   rise; accuracy is of the policy's samples, and dots are greedy accuracy on the test sets
 expert share       of the kept actions (Fig. 4): falls as the policy's own get better
-dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt
-ESS                effective sample size of the importance weights, as a share of the kept actions (A.3): how far what is kept is from
-                   what the policy would have done
+dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt. Dashed: share of groups
+                   whose kept actions all have the same advantage, 0 or not, so that none is preferred to another
+ESS                effective sample size of the importance weights, as a share of a state's kept actions, mean over states (A.3): how
+                   far what is kept is from what the policy would have done
 """
 
 import re
@@ -28,10 +29,11 @@ PANELS = {
     "reward": ("reward of the policy's actions", "reward"),
     "accuracy": ("accuracy of its samples (dots: greedy, test sets)", "accuracy"),
     "expert_share": ("expert share of the kept actions (Fig. 4)", "expert share"),
-    "dead_groups": ("dead groups", "share"),
+    "dead_groups": ("dead groups (dashed: all advantages equal)", "share"),
     "ess_share": ("effective sample size (A.3)", "ESS / n"),
     "kl": ("KL to the reference", "nats per token"),
 }
+DASHED = {"dead_groups": "equal_advantages"}  # a second figure of a panel, which older runs lack
 
 
 def method_of(name: str) -> str:
@@ -91,13 +93,14 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
         for name, history in histories.items():
             method = method_of(name)
             color = colors[methods.index(method) % len(colors)]
-            points = [
-                (record["states"], record[key]) for record in history if record.get(key) is not None
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
-                axis.plot(x, smooth(list(y)), color=color, linewidth=1.5)
+            for figure_of, style in ((key, "-"), (DASHED.get(key), "--")):
+                points = [
+                    (r["states"], r[figure_of]) for r in history if r.get(figure_of) is not None
+                ]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
+                    axis.plot(x, smooth(list(y)), style, color=color, linewidth=1.5)
             for test in sets if key == "accuracy" else ():
                 tested = [record for record in history if test in record]
                 axis.plot(

@@ -355,8 +355,10 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
         proposal = grpo.mixture_logp(
             torch.cat([own[:, None], experts], dim=1), group.mixture
         )  # (G,) log q
-        kept_share = grpo.selection_probability(group.rewards, min(g, len(group.actions)))  # q(S)
-        proposal = grpo.selected_proposal_logp(proposal, kept_share)  # (G,) log q_S
+        survival = 1.0  # q(S): where any G are kept, S holds every action
+        if group.selection == "top":
+            survival = grpo.selection_probability(group.rewards, min(g, len(group.actions)))
+        proposal = grpo.selected_proposal_logp(proposal, survival)  # (G,) log q_S
         result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
     return result.to(old_logp.device)
 
@@ -522,7 +524,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         raise UserError(str(error)) from None
     plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = open_run(config, resume, world, [questions, *tests.values()])
-    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
     )  # what there is; config.json keeps what was asked for

@@ -535,7 +535,7 @@ def answer_command(argv: list[str]) -> None:
             print(line, file=sys.stderr)
     wanted = {}
     for name, questions in sets.items():
-        states = [questions[i] for i in range(len(questions))]
+        states = list(questions)
         predict(answers, states, out / f"{name}.jsonl", world)
         wanted[name] = {state.id for state in states}
     if not experts:

@@ -195,7 +195,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         raise UserError(str(error)) from None
     plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
-    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
     )  # what there is; config.json keeps what was asked for

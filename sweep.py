@@ -380,7 +380,7 @@ def slim(record: dict) -> dict:
     kept = [
         key
         for key in record
-        if key in (*curves.PANELS, "step", "states", "loss")
+        if key in (*curves.PANELS, *curves.DASHED.values(), "step", "states", "loss")
         or key.startswith(("share/", "eval/", "seconds/"))
     ]
     return {
