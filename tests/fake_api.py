@@ -55,7 +55,7 @@ def content(texts, finish="STOP", usage=(100, 20, 150)) -> dict:
     tokens = dict(
         zip(("promptTokenCount", "candidatesTokenCount", "totalTokenCount"), usage, strict=True)
     )
-    return {"candidates": candidates, "usageMetadata": tokens, "modelVersion": "gemini-tiny-001"}
+    return {"candidates": candidates, "usageMetadata": tokens, "modelVersion": "tiny-001"}
 
 
 class Server(ThreadingHTTPServer):
