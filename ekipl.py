@@ -80,7 +80,7 @@ class Config(Settings):
     experts: str = option(
         "careful,quick",
         "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
-        "OPENAI_API_KEY and GEMINI_API_KEY); 'none' is plain GRPO",
+        "OPENAI_API_KEY and GEMINI_API_KEY, for other servers EXPERT_API_KEY); 'none' is plain GRPO",
     )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
@@ -150,7 +150,9 @@ def paper(task: str, size: str) -> dict:
         data="reason-rft",
         task=task,
         epochs={"counting": 1, "structure": 5, "transformation": 1}[task],  # Section 4.1
-        experts="openai:gpt-4o,gemini:gemini-1.5-pro",  # Section 4.1
+        # Section 4.1: GPT-4o and Gemini-1.5-Pro. The latter is gone; this is what Google names in its place
+        experts="openai:gpt-4o,gemini:gemini-3.8-flash",
+        expert_tokens=4096,  # gemini-3.8-flash thinks first, and its thoughts count
         num_samples=8,  # N and G: Section 4.1 (Reason-RFT samples 4 for some tasks of the 7B model)
         group_size=8,
         lr=1e-6,  # Reason-RFT's and TRL's default; Section 4.1 gives the schedule, cosine, and AdamW
