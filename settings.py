@@ -184,16 +184,18 @@ def parse(
                 f"--resume goes on with the run's own settings: leave out --{next(iter(given)).replace('_', '-')}"
             )
         stored = runs.read_config(Path(resume))
-        if set(stored) != {setting.name for setting in dataclasses.fields(kind)}:
+        fields = dataclasses.fields(kind)
+        known = {setting.name for setting in fields}
+        if not {"model", "seed", "states"} <= set(stored) <= known:
             raise UserError(
-                f"{resume} was made by another program or another version of this one: its settings have other names"
+                f"{resume} was made by another program or another version of this one: "
+                "its settings have other names"
             )
-        for setting in dataclasses.fields(kind):
-            value, kinds = (
-                stored[setting.name],
-                (int, float) if setting.type is float else (setting.type,),
-            )
-            choices = setting.metadata["choices"]
+        # A setting that an older version did not have: its default is what that version did.
+        stored = {setting.name: setting.default for setting in fields} | stored
+        for setting in fields:
+            value, choices = stored[setting.name], setting.metadata["choices"]
+            kinds = (int, float) if setting.type is float else (setting.type,)
             if type(value) not in kinds or (choices and value not in choices):
                 raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
         return kind(**stored), Path(resume)
