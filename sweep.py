@@ -252,8 +252,8 @@ def has_checkpoint(path: Path) -> bool:
 
 def clear(path: Path) -> None:
     """Removes a run that was stopped before its first checkpoint, and nothing else. UserError if something else is there."""
-    if path.is_symlink() or not path.is_dir() or (path / "predictions").exists():
-        raise UserError(f"{path} is in the way, and no run of a sweep: move it")
+    if path.is_symlink() or not path.is_dir():
+        raise UserError(f"{path} is in the way, and no run of this program: move it")
     left = {file.name for file in path.iterdir()} - {"config.json.tmp"}
     if left and "config.json" not in left:
         raise UserError(f"{path} is in the way, and no run of this program: move it")

@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import socket
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -50,6 +52,22 @@ def in_two_processes(function, *arguments, timeout: float = 300) -> list:
             for rank in range(2)
         ]
         return [future.result(timeout) for future in both]
+
+
+@contextmanager
+def held_elsewhere(directory: Path):
+    """Another process holds this directory (runs.hold)."""
+    code = "import sys, pathlib, runs; runs.hold(pathlib.Path(sys.argv[1]), ''); print(); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(directory)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    try:
+        assert other.stdout.readline()
+        yield other
+    finally:
+        other.kill()
+        other.communicate()
 
 
 def as_rank(rank: int, port: int, environment: dict, function, arguments):

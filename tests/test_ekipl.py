@@ -15,9 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_two_processes
+from conftest import held_elsewhere, in_two_processes
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
+import curves
 import ekipl
 import runs
 from data import State
@@ -366,6 +368,87 @@ def test_resuming_with_other_processes_says_that_the_samples_differ(finished, tm
     torch.save(torch.load(file, weights_only=True) | {"processes": 4}, file)
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
     assert "made by 4 processes and goes on with 1" in capsys.readouterr().err
+
+
+def test_resuming_with_other_threads_says_that_sums_are_rounded_otherwise(
+    finished, tmp_path, capsys
+):
+    path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    file = runs.last_checkpoint(path) / "trainer.pt"
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert "threads" not in capsys.readouterr().err
+    trainer = torch.load(file, weights_only=True)
+    assert trainer["threads"] == torch.get_num_threads()
+    torch.save(trainer | {"threads": 64}, file)
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    said = [line for line in capsys.readouterr().err.splitlines() if "threads" in line]
+    assert len(said) == 1 and "64 threads" in said[0] and "OMP_NUM_THREADS=64" in said[0]
+
+
+def broken_moment(trainer: dict, checkpoint: Path) -> None:
+    trainer["optimizer"]["state"][1]["exp_avg_sq"].view(-1)[3] = float("inf")
+
+
+def broken_counter(trainer: dict, checkpoint: Path) -> None:
+    trainer["optimizer"]["state"][0]["step"] = torch.tensor(float("nan"))
+
+
+def misshapen_moment(trainer: dict, checkpoint: Path) -> None:
+    trainer["optimizer"]["state"][1]["exp_avg"] = torch.zeros(3)
+
+
+def broken_weight(trainer: dict, checkpoint: Path) -> None:
+    file = checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+
+
+def no_step(trainer: dict, checkpoint: Path) -> None:
+    trainer["step"] = "six"
+
+
+@pytest.mark.parametrize(
+    "damage", [broken_moment, broken_counter, misshapen_moment, broken_weight, no_step]
+)
+def test_no_run_goes_on_from_a_checkpoint_that_is_broken_inside(finished, tmp_path, damage):
+    path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    checkpoint = runs.last_checkpoint(path)
+    trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
+    damage(trainer, checkpoint)
+    torch.save(trainer, checkpoint / "trainer.pt")
+    before = {file: file.read_bytes() for file in path.glob("*.jsonl")}
+    with pytest.raises(runs.UserError) as error:
+        ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert before == {file: file.read_bytes() for file in path.glob("*.jsonl")}
+
+
+def test_a_run_has_one_trainer(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    with held_elsewhere(path), pytest.raises(runs.UserError, match="another process"):
+        ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+
+
+def test_a_resumed_run_makes_model_what_its_newest_checkpoint_is(finished, tmp_path):
+    path = shutil.copytree(finished, tmp_path / "run")  # with what the link points to
+    assert not (path / "model").is_symlink()
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert (path / "model").resolve() == runs.last_checkpoint(path).resolve()
+    (path / "model").unlink()
+    ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
+    assert (path / "model").resolve() == runs.last_checkpoint(path).resolve()
+
+
+def test_a_run_goes_on_without_pictures(tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(curves.plt.Figure, "savefig", full)
+    path = ekipl.train(small(tmp_path, eval_every=0), None, CPU)
+    assert runs.read(path / "metrics.jsonl")[-1]["step"] == 6
+    assert "without its pictures" in capsys.readouterr().err
 
 
 def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):

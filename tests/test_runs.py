@@ -3,11 +3,13 @@
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ROOT, held_elsewhere
 from PIL import Image
 
 import curves
@@ -102,6 +104,33 @@ def test_a_line_cut_short_anywhere_is_left_out_and_forgotten(tmp_path):
         runs.forget_after(path, 9)  # what a resumed run does first: it appends to whole lines
         runs.append(path, [{"step": 4}])
         assert runs.read(path) == [*complete, {"step": 4}]
+
+
+DAMAGE = [
+    b"{",
+    b"\x00\x00\x00",
+    b"\xff\xfe",
+    b"3",
+    b"null",
+    b'{"reward": 1}',
+    b'{"step": "x"}',
+    b"[" * 9999,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda line: repr(line[:8]))
+def test_a_damaged_line_costs_no_other_and_is_set_aside(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    runs.append(path, RECORDS)
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + damage + b"\n\n" + b"".join(rest))
+    assert [record for record in runs.read(path) if record.get("step") in (1, 2, 3)] == RECORDS
+    runs.forget_after(path, 2)
+    assert runs.read(path) == RECORDS[:2]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == damage + b"\n"
+    assert "damaged" in capsys.readouterr().err
+    runs.forget_after(path, 2)
+    assert runs.read(path) == RECORDS[:2] and not capsys.readouterr().err  # told once
 
 
 def test_a_resumed_run_forgets_the_steps_it_will_do_again(tmp_path):
@@ -230,6 +259,88 @@ def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatc
     saved(tmp_path, policy, 3)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000003", "model"]
     assert_whole(tmp_path / "model", 3)
+
+
+def no_links(monkeypatch):
+    def refuse(self, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+
+
+def test_without_links_model_is_a_directory_of_the_newest_weights(tmp_path, monkeypatch):
+    no_links(monkeypatch)
+    policy = StubPolicy()
+    for step in (1, 2, 3):
+        saved(tmp_path, policy, step)
+        assert sorted(p.name for p in tmp_path.iterdir()) == [f"checkpoint-{step:06d}", "model"]
+        assert sorted(p.name for p in (tmp_path / "model").iterdir()) == [
+            "config.json",
+            "model.bin",
+        ]
+        new, copy = tmp_path / f"checkpoint-{step:06d}", tmp_path / "model"
+        assert (new / "model.bin").read_bytes() == (copy / "model.bin").read_bytes()
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("there", ["directory", "file", "broken link", "nothing"])
+def test_whatever_stands_in_the_place_of_model_is_replaced(tmp_path, monkeypatch, there, links):
+    policy = StubPolicy()
+    saved(tmp_path, policy, 1)
+    model = tmp_path / "model"
+    model.unlink()
+    if there == "directory":  # the run was copied with what its links point to
+        shutil.copytree(tmp_path / "checkpoint-000001", model)
+    elif there == "file":
+        model.write_text("checkpoint-000001")
+    elif there == "broken link":
+        model.symlink_to("checkpoint-000000")
+    if not links:
+        no_links(monkeypatch)
+    saved(tmp_path, policy, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-000002", "model"]
+    weight = torch.load(model / "model.bin", weights_only=True)
+    assert model.is_symlink() == links and weight.tolist() == policy.weight.tolist()
+
+
+def test_a_copy_whose_checkpoint_is_in_model_alone_can_be_resumed(tmp_path):
+    saved(tmp_path, StubPolicy(), 1)
+    (tmp_path / "model").unlink()
+    (tmp_path / "checkpoint-000001").rename(tmp_path / "model")
+    assert_whole(runs.last_checkpoint(tmp_path), 1)
+    (tmp_path / "model" / "trainer.pt").unlink()  # a model is no checkpoint
+    with pytest.raises(UserError):
+        runs.last_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("where", [(os, "rename"), (os, "replace"), (shutil, "copytree"), (shutil, "rmtree")],
+                         ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_run_killed_while_saving_without_links_goes_on(tmp_path, monkeypatch, where, call):
+    no_links(monkeypatch)
+    policy = StubPolicy()
+    saved(tmp_path, policy, 1)
+    policy.step()
+    module, name = where
+    works, calls = getattr(module, name), []
+
+    def dies(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) > call:
+            raise KeyboardInterrupt
+        return works(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, dies)
+        try:
+            save(tmp_path, policy, 2)
+        except KeyboardInterrupt:
+            pass
+    last = runs.last_checkpoint(tmp_path)
+    assert_whole(last, int(last.name[-1]))
+    runs.publish(tmp_path)  # what resuming does first
+    weights = (last / "model.bin").read_bytes()
+    assert (tmp_path / "model" / "model.bin").read_bytes() == weights
 
 
 def test_half_written_and_foreign_files_are_no_checkpoints(tmp_path):
@@ -444,3 +555,126 @@ def test_the_file_of_settings_is_json_for_people(tmp_path):
     assert (
         json.loads(text) == {"lr": 1e-6, "seed": 0} and text.count("\n") == 4
     )  # a line for each setting
+
+
+# ---------------------------------------------------------------------------------------------- pictures of any run
+
+
+@pytest.mark.parametrize("name", [
+    "p$x^$q", "$", r"a\$b", "_x", "\udcff", "100 % {x}", "n" * 250, "$\\frac{1}$-seed0", "a\nb", "r\u00fcn \u6570",
+], ids=ascii)  # fmt: skip
+def test_any_name_of_a_run_is_text_in_its_picture(tmp_path, name):
+    records = history(2, "reward", "accuracy", f"eval/{name}")
+    curves.draw({name: records, "other": records}, tmp_path / "c.png")
+    picture(tmp_path / "c.png")
+
+
+def test_names_are_shown_as_they_are():
+    assert curves.shown("p$x") == r"p\$x" and curves.shown("a-seed0") == "a-seed0"
+    assert not curves.shown("_x").startswith("_") and len(curves.shown("n" * 300)) < 80
+
+
+def test_a_picture_that_cannot_be_written_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    runs.append(tmp_path / "metrics.jsonl", history(2, "reward"))
+    (tmp_path / "curves.png").mkdir()
+    open_figures = curves.plt.get_fignums()
+    curves.draw_run(tmp_path / "metrics.jsonl", "a")
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and "without its pictures" in said[0] and str(tmp_path) in said[0]
+    assert curves.plt.get_fignums() == open_figures
+
+
+@pytest.mark.parametrize("out", ["no/such/place.png", "x.nothing", "file/x.png", "{long}.png"])
+def test_a_picture_at_a_bad_place_is_one_line(tmp_path, monkeypatch, capsys, out):
+    (tmp_path / "file").write_text("")
+    runs.append(runs.create(str(tmp_path), "a", {}) / "metrics.jsonl", history(3, "reward"))
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, tmp_path / "a", "--out", tmp_path / out.format(long="n" * 300))
+    said = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("curves.py: error: ")
+
+
+# ---------------------------------------------------------------------------------------------- one process at a time
+
+
+def test_a_directory_has_one_writer_and_is_free_when_it_dies(tmp_path):
+    with held_elsewhere(tmp_path) as other:
+        with pytest.raises(UserError) as error:
+            runs.hold(tmp_path, "wait")
+        assert str(tmp_path) in one_line(error) and "wait" in one_line(error)
+        other.kill()
+        other.wait()
+        runs.hold(tmp_path, "wait")
+    runs.hold(tmp_path, "wait")  # it may come back to its own
+    runs.let_go(tmp_path)
+    with held_elsewhere(tmp_path):
+        pass
+
+
+# ---------------------------------------------------------------------------------------------- how a program ends
+
+
+def ends(monkeypatch, capsys, run) -> tuple[int, str]:
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(SystemExit) as stopped:
+        runs.command("x.py", run)
+    return stopped.value.code, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error, says", [
+    (UserError("a\nb \x1b[31m \udcff"), "a b \\x1b[31m \\udcff"), (UserError("n" * 9999), "nnn ... nnn"),
+    (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device"),
+], ids=["odd characters", "long", "of the system"])  # fmt: skip
+def test_a_mistake_is_one_line_of_its_own(monkeypatch, capsys, error, says):
+    def run(argv):
+        bar = runs.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
+        raise error
+
+    code, said = ends(monkeypatch, capsys, run)
+    line = said.split("\r")[-1].splitlines()[-1]
+    assert code == 2 and line.startswith("x.py: error: ") and says in line and len(line) < 1100
+
+
+def test_what_is_no_mistake_of_the_users_keeps_its_traceback(monkeypatch, capsys):
+    def run(argv):
+        raise OSError("not of a file")
+
+    monkeypatch.setattr(sys, "argv", ["x.py"])
+    with pytest.raises(OSError, match="not of a file"):
+        runs.command("x.py", run)
+
+
+def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
+    def run(argv):
+        raise KeyboardInterrupt
+
+    code, said = ends(monkeypatch, capsys, run)
+    assert code == 130 and "the same command goes on" in said
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = "import runs; runs.command('x.py', lambda argv: '\\n' * 10**6)"
+    cat = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    cat.stdout.readline()
+    cat.stdout.close()
+    assert cat.stderr.read() == b"" and cat.wait() == 1
+
+
+def test_a_user_without_name_and_home_gets_a_place_for_caches(tmp_path, monkeypatch):
+    def nobody(*_):
+        raise KeyError("uid not found")
+
+    for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
+        monkeypatch.setenv(name, "x")  # so that it is as before in the end
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    monkeypatch.setattr(runs.tempfile, "tempdir", str(tmp_path))
+    runs.find_home()
+    home = Path("~").expanduser()
+    assert (
+        home.parent == tmp_path and home.is_dir() and runs.getpass.getuser() == os.environ["USER"]
+    )
+    runs.find_home()
+    assert Path("~").expanduser() == home

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import fake_api
 import miniature
 import pytest
+from conftest import held_elsewhere
 
 import ekipl
 import evaluate
@@ -16,6 +18,7 @@ import runs
 import sft
 import sweep
 from blocks import SETS
+from runs import UserError
 
 MAINS = {"ekipl.py": ekipl.main, "sft.py": sft.main, "evaluate.py": evaluate.main}
 REAL = "--limit 2 --batch-size 2 --num-samples 1 --group-size 1 --max-new-tokens 3 --eval-every 1 --eval-states 1 --rollout transformers".split()
@@ -215,11 +218,58 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
     here.commands.clear()
     (tmp_path / "blocks" / "Vision-EKIPL-seed0.0.done").unlink()
     (tmp_path / "blocks" / "GRPO-seed0.0.done").unlink()
-    (tmp_path / "blocks" / "GRPO-seed0" / "model").unlink()  # killed before its first checkpoint
+    (tmp_path / "blocks" / "Vision-EKIPL-seed0" / "model").unlink()  # its checkpoint is there
+    stopped = tmp_path / "blocks" / "GRPO-seed0"  # killed before its first checkpoint
+    shutil.rmtree(runs.last_checkpoint(stopped))
+    (stopped / "model").unlink()
     assert call(monkeypatch, *arguments) == 0
     resumed, _, again, _ = here.commands  # each evaluated
     assert "--resume" in resumed and "Vision-EKIPL-seed0" in resumed and "--experts none" in again
     assert call(monkeypatch, *arguments, "--lr", "0.1") == 2  # other settings are other runs
+
+
+@pytest.mark.parametrize("kept", ["checkpoint-000020", "model", "notes.txt"])
+def test_nothing_but_a_stopped_run_without_checkpoint_is_removed(tmp_path, kept):
+    run = tmp_path / "GRPO-seed0"
+    run.mkdir()
+    if kept == "notes.txt":  # somebody's own directory
+        (run / kept).write_text("mine")
+    else:
+        (run / "config.json").write_text("{}")
+        (run / kept).mkdir()
+    task = sweep.Task(run.name, run, [["ekipl.py", "--name", "x"]])
+    with pytest.raises(UserError):  # resumed in vain, or not touched
+        sweep.carry_out(task, None, 1)
+    assert (run / kept).exists()
+
+
+def test_a_run_that_another_process_trains_is_not_removed(tmp_path):
+    run = runs.create(str(tmp_path), "GRPO-seed0", {})
+    with held_elsewhere(run), pytest.raises(UserError, match="another process"):
+        sweep.clear(run)
+    assert (run / "config.json").exists()
+    sweep.clear(run)
+    assert not run.exists()
+
+
+def test_two_sweeps_do_not_work_in_one_place(here, tmp_path, monkeypatch, capsys):
+    (tmp_path / "blocks").mkdir()
+    with held_elsewhere(tmp_path / "blocks"):
+        assert call(monkeypatch, "table1", "--runs", tmp_path) == 2
+    assert "another process writes into" in capsys.readouterr().err and not here.commands
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+def test_the_threads_of_a_run_do_not_depend_on_the_jobs(tmp_path, monkeypatch, jobs):
+    threads = []
+
+    def run(command, stdout, env, **_):
+        threads.append(env["OMP_NUM_THREADS"])
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", run)
+    made = [sweep.Task(f"{i}", tmp_path / f"{i}", [["evaluate.py", "tiny"]]) for i in range(4)]
+    assert sweep.carry_all_out(made, jobs, 1) == [] and threads == [sweep.THREADS] * 4
 
 
 def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys):
