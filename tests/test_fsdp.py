@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 import ekipl
 import runs
 import sft
-from distributed import World, own, whole
+from distributed import World, clear_gradients, own, whole
 from policy import Policy
 from runs import UserError
 from sampling import TransformersSampler
@@ -107,6 +107,43 @@ def test_two_processes_take_the_step_of_one_with_the_whole_batch(
                 rtol=1e-5,
                 msg=lambda m, name=name: f"{name}: {m}",
             )
+
+
+def gradients_outside_the_buckets(model_dir) -> list[int]:
+    """Of DDP, in each of three updates with three micro-batches: how many gradients were added up elsewhere."""
+    world = World.join("cpu")
+    policy = world.place(Policy.load(model_dir), "ddp")
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
+    learner = world.data_parallel(policy)
+    groups = world.mine(fixed_groups(policy, 6))
+    seen = []
+    for parameter in policy.parameters():
+        parameter.register_post_accumulate_grad_hook(
+            lambda parameter: seen.append(parameter.grad.untyped_storage().data_ptr())
+        )
+    found = []
+    for _ in range(3):
+        seen.clear()
+        config = update_config(batch_size=6, beta=0.0, micro_batch=1)
+        ekipl.update(config, learner, None, optimizer, groups, world, lr=1e-3)
+        clear_gradients(learner, optimizer)
+        buckets = {p.grad.untyped_storage().data_ptr() for p in policy.parameters()}
+        assert len(buckets) < len(list(policy.parameters()))
+        assert all(not parameter.grad.any() for parameter in policy.parameters())
+        found.append(sum(place not in buckets for place in seen))
+    return found
+
+
+def test_gradients_are_added_up_in_the_buckets_of_ddp_from_the_first_micro_batch(random_model_dir):
+    assert in_two_processes(gradients_outside_the_buckets, random_model_dir) == [[0, 0, 0]] * 2
+
+
+def test_without_buckets_the_memory_of_gradients_is_given_back():
+    weight = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(weight.parameters())
+    weight(torch.ones(1, 2)).sum().backward()
+    clear_gradients(weight, optimizer)
+    assert all(parameter.grad is None for parameter in weight.parameters())
 
 
 def shares(model_dir) -> dict:

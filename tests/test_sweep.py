@@ -374,3 +374,25 @@ def test_rows_of_the_papers_data_are_reason_rfts(monkeypatch, capsys, tmp_path, 
     assert "--method bare" in learnt and "--mode bare" in evaluated_bare
     (zero_shot,) = [command for command in commands if "Qwen2-VL-2B-Instruct --sets" in command]
     assert "--mode answer" in zero_shot and "--mode" not in evaluated
+
+
+def test_of_a_finished_run_the_model_stays_and_the_optimizer_goes(tmp_path, monkeypatch):
+    task, model, trained = (
+        sweep.Task("run", tmp_path / "run", [["sft.py"]]),
+        tmp_path / "run/model",
+        [],
+    )
+
+    def train(*_, **__):
+        model.mkdir(parents=True)
+        for name in ("model.safetensors", "trainer.pt"):
+            (model / name).touch()
+        trained.append(name)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(sweep.subprocess, "run", train)
+    sweep.carry_out(task, None, 1, 1)
+    assert [file.name for file in model.iterdir()] == ["model.safetensors"]
+    (model / "trainer.pt").touch()  # as if killed between the mark and this
+    sweep.carry_out(task, None, 1, 1)
+    assert [file.name for file in model.iterdir()] == ["model.safetensors"] and len(trained) == 1
