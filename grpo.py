@@ -16,7 +16,8 @@ Where the paper is silent or allows two readings:
 - Selection changes the proposal to q_S = q 1[a in S] / q(S), S the actions whose reward reaches the G-th largest.
   We take S as fixed, though it was read off the sample. And if more than G candidates lie in S, the corrections
   (B) and (C) take the kept G for a fair sample of S. Breaking ties at random makes them one where all of S has the same
-  reward; "policy first" does not: it keeps more of the policy's actions than q_S has.
+  reward; "policy first" does not: it keeps more of the policy's actions than q_S has. Any G kept at random are a sample
+  of q itself: q(S) = 1.
 - Exponents are capped so that nothing overflows: the log-ratio and d at 20 per token, log w at 60. A mixture's
   w is at most 1 / alpha_0, far below that.
 """

@@ -405,6 +405,18 @@ def test_curves_are_drawn_whatever_was_measured(tmp_path, histories):
     assert not curves.plt.get_fignums()  # a long run must not pile up figures
 
 
+def test_the_share_of_equal_advantages_is_drawn_dashed_where_a_run_tells_it(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(curves.plt, "close", figures.append)
+    told = [{**record, "equal_advantages": 0.9} for record in history(3, "dead_groups")]
+    curves.draw({"new": told, "older": history(3, "dead_groups")}, tmp_path / "curves.png")
+    monkeypatch.undo()
+    (axis,) = (a for a in figures[0].axes if a.get_title().startswith("dead groups"))
+    dashed = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert [list(line.get_ydata()) for line in dashed] == [pytest.approx([0.9] * 3)]
+    curves.plt.close(figures[0])
+
+
 def test_each_measurement_has_its_panel_over_the_states_seen(tmp_path, monkeypatch):
     figures, keys = [], [*curves.PANELS, "eval/counting-id"]
     monkeypatch.setattr(curves.plt, "close", figures.append)

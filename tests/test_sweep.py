@@ -391,8 +391,8 @@ def test_of_a_finished_run_the_model_stays_and_the_optimizer_goes(tmp_path, monk
         return SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(sweep.subprocess, "run", train)
-    sweep.carry_out(task, None, 1, 1)
+    sweep.carry_out(task, None, 1)
     assert [file.name for file in model.iterdir()] == ["model.safetensors"]
     (model / "trainer.pt").touch()  # as if killed between the mark and this
-    sweep.carry_out(task, None, 1, 1)
+    sweep.carry_out(task, None, 1)
     assert [file.name for file in model.iterdir()] == ["model.safetensors"] and len(trained) == 1
