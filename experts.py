@@ -293,16 +293,16 @@ class ApiExpert:
                         requests=1,
                         answers=len(reply.answers),
                         seconds=reply.seconds,
-                        **({"unpriced": 1} if cost is None else {"cost": cost}),
                     )
+                    self.pay(cost)
         except UserError:  # the cache cannot be written: no more is bought
             raise
         except Exception as error:
-            if not isinstance(
-                error, (ApiError, TimeoutError)
-            ):  # whatever it is costs this state only
+            if not isinstance(error, (ApiError, TimeoutError)):  # it costs this state only
                 error = ApiError(refusals.one_line(f"{type(error).__name__}: {error}"))
-            self.count(failures=1, unpriced=int(getattr(error, "billed", False)))
+            self.count(failures=1)
+            if getattr(error, "billed", False):
+                self.pay(None)
             self.failed(str(error))
             raise error from None
         self.answered, self.in_a_row = True, 0
@@ -343,6 +343,13 @@ class ApiExpert:
             self.in_a_row,
             reason,
         )
+
+    def pay(self, cost: float | None) -> None:
+        """Counts what a reply costs, or, where tokens have a price, that nobody told how many."""
+        if cost is not None:
+            self.count(cost=cost)
+        elif self.price:
+            self.count(unpriced=1)
 
     def count(self, **more: float) -> None:
         with self.lock:

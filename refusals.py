@@ -45,7 +45,7 @@ WORDINGS = {
 }  # fmt: skip
 UNKNOWN = r"un(supported|known|recogni[sz]ed|expected)|not (supported|permitted|allowed)|extra"
 VALUE = r"too (large|long|high|big|small|low)|exceed|maximum|minimum|at (most|least)|[<>]|context"
-REFUSAL = rf"{UNKNOWN}|support|allow|permit|must|only|implement|at most|too many|invalid"
+REFUSAL = rf"{UNKNOWN}|support|allow|permit|must|only|implement|at most|too many|\binvalid\b"
 
 # How servers say that they will not answer this prompt, as a code and in words.
 FILTER_CODES = (
@@ -173,7 +173,7 @@ def pause(headers, body: object) -> float | None:
         except (ValueError, OverflowError, OSError):
             pass
     for delay in leaves(body, "retryDelay"):
-        if number := re.fullmatch(r"(\d+(\.\d+)?)s?", delay):
+        if number := re.fullmatch(r"(\d{1,5}(\.\d+)?)s?", delay):  # nanoseconds are longer
             told.append(float(number[1]))
     told = [seconds for seconds in told if 0 < seconds < math.inf]
     return max(told, default=None)
@@ -225,7 +225,12 @@ def cause(error: BaseException, url: str, seconds: float) -> str:
     via = " by way of the proxy that the environment names" if proxied(url) else ""
     host = urlsplit(url).hostname
     if "SOCKS" in (text := " ".join(map(str, chain))) or "proxy URL" in text:
-        return f"the proxy that the environment names (ALL_PROXY and the like) cannot be used: {chain[-1]}"
+        why = str(chain[-1])
+        if re.search("socksio|dependencies", why):
+            why = "a SOCKS proxy needs the package socksio (openai) or pysocks (gemini)"
+        return (
+            f"the proxy that the environment names (ALL_PROXY and the like) cannot be used: {why}"
+        )
     for link in reversed(chain):
         if isinstance(link, ConnectionRefusedError):
             return f"connection refused{via}"
