@@ -10,7 +10,7 @@ partial credit.
 
 Departures. The strict scorer, the default, closes the gaps through which a policy could earn reward without the
 answer: a second or an empty <answer>, one inside the thought, text after it, "nan", a leading number, a repeated
-call. It also accepts what is right but written differently (answers.py): "3.0" for "3", white space around the tags, a
+call. It also accepts what is right but written differently (expressions.py): "3.0" for "3", white space around the tags, a
 truth of 0. `legacy=True` gives the numbers of Reason-RFT's own code, as it is since May 2025, so that tables can be
 compared. Its training rewards: equal text ("discrete" and "math"), or equal calls, in the first <answer>; only that a
 response without <answer> is compared as text alone, where theirs also asks math-verify. Its test score: equal text or
@@ -27,7 +27,7 @@ import math
 import re
 import threading
 
-from answers import compared
+from expressions import compared
 
 KINDS = ("discrete", "math", "function")
 FULL_BELOW, NONE_ABOVE = (
@@ -115,7 +115,7 @@ def judge_answer(predicted: str, answer: str, kind: str) -> float:
 
     discrete: numbers by value ("3.0", "03" and "1,000" are numbers; "3 cubes", "4 - 1" and "nan" are not), choices
         by their letter ("b", "(B)", "B.", "B) 12 m", but no second letter on its own), other texts when they are equal.
-    math: values by relative error, see `_band`; what has no value is judged as in discrete. See answers.py.
+    math: values by relative error, see `_band`; what has no value is judged as in discrete. See expressions.py.
     function: matches / max(|predicted|, |answer|) over the sets of calls, times distinct / all predicted calls, so
         that neither more calls nor repeated ones pay.
     Raises ValueError for a kind that is not in KINDS.
