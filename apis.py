@@ -1,95 +1,158 @@
-"""Asking OpenAI and Gemini through their SDKs: one request in, one `Reply` with up to n answers out; and what it costs.
+"""The experts behind APIs by name: their addresses, keys, prompts, prices, and until when a vendor serves a model.
 
-    openai:MODEL              chat completions, n answers a request; @http://host:port/v1 behind it for any compatible server
+    openai:MODEL              OpenAI's chat completions; @http://host:port/v1 behind it for any server that speaks them
                               (vLLM with an open model, newer Gemini models, others)
-    gemini:MODEL              google-generativeai, whose support has ended: models it does not know go by openai:MODEL@URL
+    gemini:MODEL              Google's own protocol
 
 The prompt is the policy's, nothing more: one user turn, the images first. Answers are sampled at temperature 1, the model's own
-distribution, which is the one that its log-probs are of. Keys come from the environment only, and are cut out of every message.
-Retries are the SDK's own, one layer, and wait as long as a Retry-After header says.
+distribution, which is the one that its log-probs are of. Keys come from the environment only, and each goes to its vendor only.
+clients.py asks.
 """
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import io
 import math
 import os
-import textwrap
-import time
-import warnings
+import re
+from datetime import date
 from urllib.parse import urlsplit
 
-from cache import Answer, Reply
 from data import State
 
 TEMPERATURE = 1.0
-RETRIES = 2  # of the SDK, after a first attempt
-KEYS = {"openai": ("OPENAI_API_KEY",), "gemini": ("GEMINI_API_KEY", "GOOGLE_API_KEY")}
 ENDPOINTS = {
     "openai": "https://api.openai.com/v1",
     "gemini": "https://generativelanguage.googleapis.com",
 }
-BLOCKED = {
-    "content_filter",
-    "safety",
-    "recitation",
-    "blocklist",
-    "prohibited_content",
-    "spii",
-    "language",
-    "image_safety",
+KEYS = {  # by the host that a key is for, whatever the protocol
+    "api.openai.com": ("OPENAI_API_KEY",),
+    "generativelanguage.googleapis.com": ("GEMINI_API_KEY", "GOOGLE_API_KEY"),
 }
+OTHERS_KEY = "EXPERT_API_KEY"  # for every other server; it may be missing
+NO_KEY = "no-key"  # sent where there is none: the SDKs want one
+VERSION = r"(-(20\d\d(-?\d\d){0,2}|\d{3,8}|preview|exp|latest)(-\d\d)*)*"  # behind a model's name
 
 # US dollars for a million tokens, input and output, of requests that are not batched. These are the vendors' list prices as third
-# parties quoted them in June 2026, an assumption that --price replaces. A thinking model's thoughts are billed as output.
-PRICES_OF = "June 2026"
+# parties quoted them, an assumption that --price replaces. A thinking model's thoughts are billed as output.
+PRICES_OF = "June and November 2026"
 PRICES = {
     "gpt-4o": (2.50, 10.00), "gpt-4o-mini": (0.15, 0.60), "gpt-4.1": (2.00, 8.00), "gpt-4.1-mini": (0.40, 1.60),
     "gemini-2.5-pro": (1.25, 10.00), "gemini-2.5-flash": (0.30, 2.50), "gemini-2.5-flash-lite": (0.10, 0.40),
+    "gemini-3.8-flash": (1.50, 7.50),  # half of it until the end of 2026
+}  # fmt: skip
+
+# Models that their vendor no longer serves from that day on, and what it names in their place (the vendors' pages on deprecations,
+# November 2026). Google answers for gemini-2.5 with the other model, without a word.
+RETIRED = {
+    "gpt-4o": ("2027-01-14", "gpt-6-luna"), "gpt-4o-mini": ("2027-01-14", "gpt-6-luna"),
+    "gpt-4.1": ("2027-01-14", "gpt-6-luna"), "gpt-4.1-mini": ("2027-01-14", "gpt-6-luna"),
+    "gpt-5": ("2026-12-11", "gpt-5.6-sol"), "o3": ("2026-12-11", "gpt-5.6-sol"),
+    "gpt-4": ("2026-10-23", "gpt-5.6-sol"), "gpt-4-turbo": ("2026-10-23", "gpt-5.6-sol"), "o1": ("2026-10-23", "gpt-5.6-sol"),
+    "gpt-4o-2024-05-13": ("2026-10-23", "gpt-5.6-sol"), "o4-mini": ("2026-10-23", "gpt-5.6-terra"),
+    "gemini-2.5-pro": ("2026-12-01", "gemini-3.8-flash"), "gemini-2.5-flash": ("2026-12-01", "gemini-3.5-flash-lite"),
+    "gemini-2.0-flash": ("2026-06-01", "gemini-3.5-flash"), "gemini-1.5-pro": ("2025-09-29", "gemini-3.8-flash"),
+    "gemini-1.5-flash": ("2025-09-29", "gemini-3.5-flash-lite"), "gemini-1.5-flash-8b": ("2025-09-29", "gemini-3.5-flash-lite"),
 }  # fmt: skip
 
 
-class ApiError(Exception):
-    """A request that brought nothing. final: asking again will not help (a wrong key, an unknown model)."""
-
-    def __init__(self, message: str, final: bool = False):
-        super().__init__(message)
-        self.final = final
+# ---------------------------------------------------------------------------------------------- names
 
 
 def split_name(spec: str) -> tuple[str, str, str]:
-    """ "openai:MODEL@URL" as (vendor, model, URL). ValueError on anything else, and on a URL with a secret in it."""
+    """ "openai:MODEL@URL" as (vendor, model, URL). ValueError on anything else, and on a URL with a secret in it.
+
+    A model's own name may hold an @, as in "@cf/org/model" and "model@001", but behind it nothing
+    that may be meant as an address.
+    """
     vendor, _, rest = spec.partition(":")
-    model, _, url = rest.partition("@http")
-    url = f"http{url}".rstrip("/") if url else ENDPOINTS[vendor]
+    found = re.fullmatch(r"(.*?)@([a-z][a-z0-9+.-]*:/.*)", rest, re.IGNORECASE | re.DOTALL)
+    model, url = found.groups() if found else (rest, ENDPOINTS[vendor])
+    form = f"write {vendor}:MODEL or {vendor}:MODEL@http://host:port"
     if not model:
-        raise ValueError(
-            f"'{spec}' names no model: write {vendor}:MODEL or {vendor}:MODEL@http://host:port"
-        )
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"'{url}' is no address of a server: write {vendor}:MODEL@http://host:port"
-        )
-    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ValueError(f"'{spec}' names no model: {form}")
+    if not found and (at := model.find("@", 1)) > 0 and like_an_address(model[at + 1 :]):
+        raise ValueError(f"'{shown(model[at + 1 :])}' is no address of a server: {form}")
+    if "@" in url or "?" in url or "#" in url:
         raise ValueError(
             f"the address of {vendor}:{model} holds more than host, port and path: keys are read from the environment only"
         )
-    return vendor, model, url
+    if not is_address(url):
+        raise ValueError(f"'{url}' is no address of a server: {form}")
+    return vendor, model, url.rstrip("/")
+
+
+def like_an_address(text: str) -> bool:
+    """Whether a text behind an @ is meant as a server: "h:80", "//h", "127.0.0.1", "api.example.com"."""
+    host = r"localhost|\d+\.\d+\.\d+\.\d+|[\w.-]+\.[a-z]{2,}"
+    return not text or ":" in text or "/" in text or bool(re.fullmatch(host, text, re.IGNORECASE))
+
+
+def is_address(url: str) -> bool:
+    """Whether it is http(s)://host, with a port and a path if need be."""
+    try:
+        parts = urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number or too large; half a pair of brackets
+        return False
+    return bool(good) and re.fullmatch(r"[!-~]+", url) is not None
+
+
+def shown(text: str) -> str:
+    """What may be printed of an address that somebody wrote wrong: no user, no password, nothing behind ? or #."""
+    return re.split(r"[?#]", text.rpartition("@")[2])[0]
 
 
 def key_of(vendor: str, url: str) -> str:
-    """The key from the environment. Servers of one's own may do without. ValueError if it is missing."""
-    for variable in KEYS[vendor]:
+    """The key for the server at this address, from the environment. Servers of one's own may do without.
+
+    A vendor's key goes to that vendor's host only, and never without TLS. ValueError if it is missing or cannot be one.
+    """
+    parts = urlsplit(url)
+    own = [names for host, names in KEYS.items() if f".{parts.hostname}".endswith(f".{host}")]
+    variables = own[0] if own and parts.scheme == "https" else (OTHERS_KEY,)
+    for variable in variables:
         if key := os.environ.get(variable, "").strip():
-            return key
-    if url != ENDPOINTS[vendor]:
-        return "no-key"
+            if re.fullmatch(r"[!-~]+", key):
+                return key
+            raise ValueError(
+                f"{variable} holds a character that no key has, such as a space, a line break or a letter beyond ASCII"
+            )
+    if variables == (OTHERS_KEY,):
+        return NO_KEY
     raise ValueError(
-        f"{vendor} experts need a key in the environment: export {' or '.join(KEYS[vendor])}"
+        f"{vendor} experts need a key in the environment: export {' or '.join(variables)}"
     )
+
+
+def same_model(asked: str, answered: str) -> bool:
+    """Whether a server's name of a model may be that of the model asked for: "gpt-4o-2024-08-06"
+    for "gpt-4o", and the other way round. A path or vendor before it ("models/", "openai/") and
+    ":free" behind it say nothing."""
+    asked, answered = bare(asked), bare(answered)
+    return is_version(asked, answered) or answered == re.sub(f"{VERSION}$", "", asked)
+
+
+def bare(model: str) -> str:
+    return model.strip().rstrip("/").lower().rpartition("/")[2].removesuffix(":free")
+
+
+def is_version(model: str, name: str) -> bool:
+    """Whether a name is the model's, or that of one of its versions."""
+    return re.fullmatch(re.escape(model) + VERSION, name) is not None
+
+
+def retirement(model: str, url: str, today: date | None = None) -> tuple[bool, str] | None:
+    """Whether the vendor at this address serves the model no longer, and a line that says so or
+    when it will be. None for models without a known end, and for other servers."""
+    known = [name for name in RETIRED if is_version(name, bare(model))]
+    if not known or urlsplit(url).hostname not in KEYS:
+        return None
+    day, instead = RETIRED[max(known, key=len)]
+    gone = (today or date.today()).isoformat() >= day
+    when = f"not served since {day}" if gone else f"served until {day}"
+    return gone, f"{model} is {when}; its vendor names {instead} in its place"
 
 
 def request_content(name: str, state: State, max_tokens: int) -> dict:
@@ -152,229 +215,3 @@ def prompt_tokens(vendor: str, state: State) -> int:
             scale = min(1, 2048 / max(image.size), 768 / min(image.size))
             tokens += 85 + 170 * math.prod(math.ceil(side * scale / 512) for side in image.size)
     return tokens
-
-
-class Api:
-    """One model behind an SDK. timeout: seconds that one attempt may take. Safe to use from several threads."""
-
-    def __init__(self, model: str, url: str, key: str, max_tokens: int, timeout: float):
-        self.model, self.url, self.key, self.max_tokens, self.timeout = (
-            model,
-            url,
-            key,
-            max_tokens,
-            timeout,
-        )
-        self.most = None  # answers that the model gives for one request, where it has refused more
-
-    def ask(self, state: State, n: int) -> Reply:
-        """Up to n answers for one request. ApiError if there is no answer at all."""
-        for patience in range(10, -1, -1):
-            asked = min(n, self.most or n)
-            started = time.monotonic()
-            try:
-                answers, model, input_tokens, output_tokens = self.call(state, asked)
-                return Reply(
-                    answers[:n],
-                    model or self.model,
-                    input_tokens,
-                    output_tokens,
-                    time.monotonic() - started,
-                )
-            except ApiError:
-                raise
-            except (
-                Exception
-            ) as error:  # whatever an SDK makes of a server's bad day must not end the training
-                if not (patience and self.adapt(error, asked)):
-                    raise self.explain(error) from None
-
-    def call(self, state: State, n: int) -> tuple[list[Answer], str, int | None, int | None]:
-        """One request: answers, the model that gave them, tokens in and out. Raises what the SDK raises."""
-        raise NotImplementedError
-
-    def refusal(self, error: Exception) -> str | None:
-        """What the server objects to, if it calls the request itself wrong (400)."""
-        raise NotImplementedError
-
-    def final(self, error: Exception) -> bool:
-        raise NotImplementedError
-
-    def adapt(self, error: Exception, asked: int) -> bool:
-        """Whether another request may do better, after asking for less. A refused request costs nothing."""
-        complaint = (self.refusal(error) or "").lower()
-        if asked > 1 and (
-            "candidate" in complaint
-            or "'n'" in complaint
-            or "`n`" in complaint
-            or "n must be" in complaint
-        ):
-            self.most = asked // 2
-            return True
-        return False
-
-    def explain(self, error: Exception) -> ApiError:
-        """One line, without the key, however the server may have echoed it."""
-        text = str(getattr(error, "message", None) or error) or type(error).__name__
-        text = f"{type(error).__name__}: {text}".replace(self.key, "[key]")
-        return ApiError(textwrap.shorten(text, 200), self.final(error))
-
-
-class OpenAI(Api):
-    """Any server that speaks OpenAI's chat completions."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        import openai
-
-        self.sdk, self.logprobs = openai, True
-        self.client = openai.OpenAI(
-            api_key=self.key, base_url=self.url, timeout=self.timeout, max_retries=RETRIES
-        )
-
-    def call(self, state, n):
-        content = [
-            {"type": "text", "text": part} if isinstance(part, str)
-            else {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part).decode()}}
-            for part in parts_of(state)
-        ]  # fmt: skip
-        asked = {"logprobs": True} if self.logprobs else {}
-        completion = self.client.chat.completions.create(
-            model=self.model, messages=[{"role": "user", "content": content}], n=n, temperature=TEMPERATURE,
-            max_completion_tokens=self.max_tokens, **asked,
-        )  # fmt: skip
-        if not getattr(completion, "choices", None):
-            raise ApiError("the server's answer is no chat completion with choices")
-        answers = []
-        for choice in completion.choices:
-            logprobs = choice.logprobs.content if choice.logprobs else None
-            logp = math.fsum(token.logprob for token in logprobs) if logprobs else None
-            finish = choice.finish_reason or "unknown"
-            empty = (
-                "" if finish == "stop" and not choice.message.refusal else None
-            )  # said nothing, or was kept from it
-            text = empty if choice.message.content is None else choice.message.content
-            answers.append(
-                Answer(text, finish, logp if logp is not None and math.isfinite(logp) else None)
-            )
-        usage = completion.usage
-        return (
-            answers,
-            completion.model,
-            usage and usage.prompt_tokens,
-            usage and usage.completion_tokens,
-        )
-
-    def refusal(self, error):
-        return str(error) if isinstance(error, self.sdk.BadRequestError) else None
-
-    def final(self, error):
-        kinds = (
-            self.sdk.AuthenticationError,
-            self.sdk.PermissionDeniedError,
-            self.sdk.NotFoundError,
-            self.sdk.BadRequestError,
-        )
-        return isinstance(error, kinds) or getattr(error, "code", None) == "insufficient_quota"
-
-    def adapt(self, error, asked):
-        if "logprobs" in (self.refusal(error) or ""):  # this model tells none
-            self.logprobs = False
-            return True
-        return super().adapt(error, asked)
-
-
-class Gemini(Api):
-    """Google's models by google-generativeai 0.8.6 over REST. It tells no log-probs of its samples."""
-
-    def __init__(self, *args):
-        super().__init__(*args)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its support has ended, we know
-            import google.generativeai as genai
-        import requests
-        from google.api_core import exceptions, retry
-        from google.generativeai.client import get_default_generative_client
-
-        self.errors = exceptions
-        genai.configure(
-            api_key=self.key, transport="rest", client_options={"api_endpoint": self.url}
-        )
-        self.generative = genai.GenerativeModel(self.model)
-        self.generative._client = (
-            get_default_generative_client()
-        )  # else the endpoint configured last would be everybody's
-        # The SDK's own retry, told to do what OpenAI's does by itself.
-        passing = (
-            exceptions.TooManyRequests, exceptions.InternalServerError, exceptions.BadGateway, exceptions.ServiceUnavailable,
-            exceptions.GatewayTimeout,
-            requests.exceptions.ConnectionError, requests.exceptions.ChunkedEncodingError, requests.exceptions.Timeout,
-        )  # fmt: skip
-        self.retry = retry
-        self.passing = retry.if_exception_type(*passing)
-
-    def call(self, state, n):
-        attempts = iter(range(RETRIES))
-
-        def again(error: Exception) -> bool:  # it bounds time, not attempts
-            return self.passing(error) and next(attempts, None) is not None
-
-        response = self.generative.generate_content(
-            [
-                part if isinstance(part, str) else {"mime_type": "image/png", "data": part}
-                for part in parts_of(state)
-            ],
-            generation_config={
-                "candidate_count": n,
-                "max_output_tokens": self.max_tokens,
-                "temperature": TEMPERATURE,
-            },
-            request_options={
-                "timeout": self.timeout,
-                "retry": self.retry.Retry(
-                    predicate=again, initial=0.5, maximum=8.0, timeout=None, on_error=wait_as_told
-                ),
-            },
-        )
-        usage = response.usage_metadata
-        used = (
-            (usage.prompt_token_count, usage.total_token_count - usage.prompt_token_count)
-            if usage.total_token_count
-            else (None, None)
-        )
-        model = response.model_version
-        if not response.candidates:  # the prompt itself is blocked, however often one asks
-            reason = response.prompt_feedback.block_reason
-            if not reason:
-                raise ApiError("the server's answer holds neither candidates nor a reason why")
-            return [Answer(None, f"prompt_{reason.name.lower()}")] * n, model, *used
-        answers = []
-        for candidate in response.candidates:
-            texts, finish = (
-                [part.text for part in candidate.content.parts if "text" in part],
-                candidate.finish_reason.name.lower(),
-            )
-            answers.append(Answer("".join(texts) if texts or finish == "stop" else None, finish))
-        return answers, model, *used
-
-    def refusal(self, error):
-        return str(error) if isinstance(error, self.errors.BadRequest) else None
-
-    def final(self, error):
-        return isinstance(
-            error,
-            (
-                self.errors.Unauthorized,
-                self.errors.Forbidden,
-                self.errors.NotFound,
-                self.errors.BadRequest,
-            ),
-        )
-
-
-def wait_as_told(error: Exception) -> None:
-    """Retry-After in seconds, up to two minutes as OpenAI's SDK has it; the SDK's own pause comes on top."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    told = headers.get("Retry-After", "")
-    if told.replace(".", "", 1).isdigit() and float(told) <= 120:
-        time.sleep(float(told))

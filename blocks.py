@@ -16,16 +16,17 @@ misperceived, which is how the scripted experts of experts.py go wrong: plausibl
     python blocks.py --show sheet.png          # draws a sheet of examples
 """
 
-import argparse
 import hashlib
 import itertools
 import random
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+import runs
 from data import State
 from drawing import COLORS, column_row, draw_figure, draw_scene
 from rewards import judge_answer
@@ -642,12 +643,11 @@ def vocabulary() -> list[str]:
 
 def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
     """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
     import textwrap
 
     import matplotlib.pyplot as plt
+
+    import curves  # which chooses the backend
 
     names = [name for task, sets in SETS.items() for name in (f"{task}-train", *sets[1:])]
     figure, axes = plt.subplots(
@@ -670,13 +670,20 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
             )
             axis.text(0, -0.04, text, transform=axis.transAxes, fontsize=7, va="top")
     figure.subplots_adjust(left=0.02, right=0.98, top=0.98, bottom=0.03, hspace=0.75, wspace=0.1)
-    figure.savefig(path, dpi=25 * zoom)
-    plt.close(figure)
+    curves.save(figure, Path(path), dpi=25 * zoom)
+
+
+def run(argv: list[str]) -> None:
+    parser = runs.Parser(
+        prog="blocks.py", description="The blocks world: draws a sheet of examples of every set."
+    )
+    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
+    show(parser.parse_args(argv).show)
+
+
+def main() -> None:
+    runs.command("blocks.py", run)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description="The blocks world: draws a sheet of examples of every set."
-    )
-    parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
-    show(parser.parse_args().show)
+    main()

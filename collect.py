@@ -11,7 +11,6 @@ stopping, by hand, by the budget or by kill -9, loses nothing that had arrived, 
 import argparse
 import dataclasses
 import json
-import sys
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 
@@ -19,10 +18,11 @@ from tqdm import tqdm
 
 import apis
 import ekipl
+import runs
 from cache import Cache, request_id
 from data import training_states
 from experts import VENDORS, ApiExpert, expert_specs, parse_price
-from runs import UserError
+from runs import Parser, UserError
 
 # Assumed by --dry-run where the cache has no calls of this expert to learn from.
 ANSWER_TOKENS = 200  # of a thought and its answer
@@ -32,7 +32,7 @@ CALL_SECONDS = 3.0  # the upper end of the paper's "1-3 seconds per query"
 def states_to_ask(config: ekipl.Config) -> list:
     """The states of training in its order, each once."""
     questions, order = training_states(
-        dataclasses.replace(config, batch_size=1)
+        dataclasses.replace(config, batch_size=1), room=config.room(config.start)
     )  # fewer than a batch may be asked as well
     return [questions[i] for i in tqdm(list(dict.fromkeys(order)), desc="states", leave=False)]
 
@@ -221,8 +221,8 @@ def stats(cache: Cache) -> None:
         )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> None:
+    parser = Parser(
         prog="experts.py",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -244,36 +244,29 @@ def main() -> None:
         "--budget", type=float, metavar="USD", help="spend no more than this in this call"
     )
     buying.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
-    args, rest = parser.parse_known_args()
-    try:
-        if args.command == "collect":
-            if args.budget is not None and not args.budget > 0:
-                raise UserError("--budget must be above 0")
-            config, resume = ekipl.parse(rest)
-            if args.dry_run:
-                config.offline = True  # needs no key
-            ekipl.check(config, 1, resuming=True)
-            dry_run(config) if args.dry_run else collect(config, args.budget)
-        elif rest:
-            raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "collect":
+        if args.budget is not None and not args.budget > 0:
+            raise UserError("--budget must be above 0")
+        config, resume = ekipl.parse(rest)
+        if args.dry_run:
+            config.offline = True  # needs no key
+        ekipl.check(config, 1, resuming=True)
+        dry_run(config) if args.dry_run else collect(config, args.budget)
+    elif rest:
+        raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
+    else:
+        cache = Cache(args.cache, read_only=True)
+        if args.command == "stats":
+            stats(cache)
+        elif args.command == "export":
+            for entry in cache.entries():
+                print(json.dumps(entry, ensure_ascii=False))
+        elif faults := cache.faults():
+            raise UserError(f"{args.cache}: {'; '.join(faults[:5])}")
         else:
-            cache = Cache(args.cache, read_only=True)
-            if args.command == "stats":
-                stats(cache)
-            elif args.command == "export":
-                for entry in cache.entries():
-                    print(json.dumps(entry, ensure_ascii=False))
-            elif faults := cache.faults():
-                raise UserError(f"{args.cache}: {'; '.join(faults[:5])}")
-            else:
-                print(f"{args.cache}: {len(cache.entries())} answers, no fault")
-    except UserError as error:
-        print(f"experts.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:  # export | head
-        sys.stderr.close()
-    except KeyboardInterrupt:
-        print(
-            "\nstopped; what had arrived is in the cache, the same command goes on", file=sys.stderr
-        )
-        sys.exit(130)
+            print(f"{args.cache}: {len(cache.entries())} answers, no fault")
+
+
+def main() -> None:
+    runs.command("experts.py", run, "what had arrived is in the cache, the same command goes on")

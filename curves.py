@@ -7,12 +7,12 @@ Runs whose names differ in "-seedN" only share a colour.
 
 reward, accuracy   rise; accuracy is of the policy's samples, and dots are greedy accuracy on the test sets
 expert share       of the kept actions (Fig. 4): falls as the policy's own get better
-dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt
-ESS                effective sample size of the importance weights, as a share of the kept actions (A.3): how far what is kept is from
-                   what the policy would have done
+dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt. Dashed: share of groups
+                   whose kept actions all have the same advantage, 0 or not, so that none is preferred to another
+ESS                effective sample size of the importance weights, as a share of a state's kept actions, mean over states (A.3): how
+                   far what is kept is from what the policy would have done
 """
 
-import argparse
 import re
 from pathlib import Path
 
@@ -23,19 +23,49 @@ import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
 
 import runs
+from runs import Parser, UserError
 
 PANELS = {
     "reward": ("reward of the policy's actions", "reward"),
     "accuracy": ("accuracy of its samples (dots: greedy, test sets)", "accuracy"),
     "expert_share": ("expert share of the kept actions (Fig. 4)", "expert share"),
-    "dead_groups": ("dead groups", "share"),
+    "dead_groups": ("dead groups (dashed: all advantages equal)", "share"),
     "ess_share": ("effective sample size (A.3)", "ESS / n"),
     "kl": ("KL to the reference", "nats per token"),
 }
+DASHED = {"dead_groups": "equal_advantages"}  # a second figure of a panel, which older runs lack
 
 
 def method_of(name: str) -> str:
     return re.sub(r"-seed\d+$", "", name)
+
+
+def shown(name: str) -> str:
+    """A run's name as text of a picture, where $ is no mathematics, a leading _ hides nothing, and 200 letters leave room for curves."""
+    name = name.encode(errors="replace").decode()
+    name = name if len(name) <= 60 else f"{name[:40]} ... {name[-15:]}"
+    return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
+
+
+def metrics(file: Path) -> list[dict]:
+    """The records of a run's metrics.jsonl, of each what is a number."""
+    found = []
+    for record in runs.read(file):
+        numbers = {key: value for key, value in record.items() if isinstance(value, int | float)}
+        if "step" in numbers and "states" in numbers:
+            found.append(numbers)
+    return found
+
+
+def save(figure, out: Path, dpi: int = 90) -> None:
+    """As a picture of the kind that the name's ending says. UserError if it cannot be written."""
+    try:
+        with runs.writing(out):
+            figure.savefig(out, dpi=dpi)
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise UserError(f"cannot draw {out}: {error}") from None
+    finally:
+        plt.close(figure)
 
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
@@ -63,13 +93,14 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
         for name, history in histories.items():
             method = method_of(name)
             color = colors[methods.index(method) % len(colors)]
-            points = [
-                (record["states"], record[key]) for record in history if record.get(key) is not None
-            ]
-            if points:
-                x, y = zip(*points, strict=True)
-                axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
-                axis.plot(x, smooth(list(y)), color=color, linewidth=1.5)
+            for figure_of, style in ((key, "-"), (DASHED.get(key), "--")):
+                points = [
+                    (r["states"], r[figure_of]) for r in history if r.get(figure_of) is not None
+                ]
+                if points:
+                    x, y = zip(*points, strict=True)
+                    axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
+                    axis.plot(x, smooth(list(y)), style, color=color, linewidth=1.5)
             for test in sets if key == "accuracy" else ():
                 tested = [record for record in history if test in record]
                 axis.plot(
@@ -95,19 +126,18 @@ def draw(histories: dict[str, list[dict]], out: Path) -> None:
                     marker=marker,
                     linestyle="",
                     markersize=4,
-                    label=test.removeprefix("eval/"),
+                    label=shown(test.removeprefix("eval/")),
                 )
                 for test, marker in sets.items()
             ]
             axis.legend(handles=dots, fontsize=7, loc="upper left")
     if len(methods) > 1:  # colours mean the same in all panels
         lines = [
-            Line2D([], [], color=colors[i % len(colors)], label=method)
+            Line2D([], [], color=colors[i % len(colors)], label=shown(method))
             for i, method in enumerate(methods)
         ]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7))
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
+    save(figure, out)
 
 
 def draw_time(history: list[dict], out: Path) -> None:
@@ -141,42 +171,50 @@ def draw_time(history: list[dict], out: Path) -> None:
     )
     if phases:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
+    save(figure, out)
 
 
-def draw_run(metrics: Path, name: str) -> None:
-    """A run's own pictures, beside its metrics so far."""
-    history = runs.read(metrics)
-    draw({name: history}, metrics.with_name("curves.png"))
-    draw_time(history, metrics.with_name("time.png"))
+def draw_run(file: Path, name: str) -> None:
+    """A run's own pictures, beside its metrics so far. Never ends the run: it is worth more than its pictures."""
+    try:
+        draw_both(file, name)
+    except Exception as error:
+        runs.say(f"{name} goes on without its pictures: {error}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the curves of runs.")
+def draw_both(file: Path, name: str) -> None:
+    history = metrics(file)
+    draw({name: history}, file.with_name("curves.png"))
+    draw_time(history, file.with_name("time.png"))
+
+
+def run(argv: list[str]) -> str:
+    parser = Parser(prog="curves.py", description="Draws the curves of runs.")
     parser.add_argument("runs", nargs="+", help="run directories, or metrics.jsonl files")
     parser.add_argument(
         "--out", help="where to save the picture (default: curves.png in the only run)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     files = [path / "metrics.jsonl" if path.is_dir() else path for path in map(Path, args.runs)]
     for file in files:
-        if not file.is_file():
-            parser.error(f"no metrics at {file}")
+        if not file.is_file() or not metrics(file):
+            raise UserError(f"no metrics at {file}")
     if len(files) > 1 and not args.out:
-        parser.error("several runs in one picture need --out")
+        raise UserError("several runs in one picture need --out")
     names = [file.parent.name if file.name == "metrics.jsonl" else file.stem for file in files]
     names = [
         str(file.parent) if names.count(name) > 1 else name
         for name, file in zip(names, files, strict=True)
     ]
     if args.out:
-        draw(
-            {name: runs.read(file) for name, file in zip(names, files, strict=True)}, Path(args.out)
-        )
-    else:
-        draw_run(files[0], names[0])
-    print(args.out or files[0].with_name("curves.png"))
+        draw(dict(zip(names, map(metrics, files), strict=True)), Path(args.out))
+        return args.out
+    draw_both(files[0], names[0])
+    return str(files[0].with_name("curves.png"))
+
+
+def main() -> None:
+    runs.command("curves.py", run)
 
 
 if __name__ == "__main__":

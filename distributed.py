@@ -48,6 +48,8 @@ class World:
             )
         if cuda:
             torch.cuda.set_device(local)
+            # cuDNN's attention is tried first on an H100, and plans anew for each shape; ours change with every micro-batch.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         if size > 1:  # no process waits for ever for one that died
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
@@ -87,6 +89,11 @@ class World:
         """A placed policy as this process trains it: its gradients are the mean over the processes."""
         if self.size == 1 or isinstance(policy, FSDPModule):
             return policy
+        for parameter in policy.parameters():
+            if (
+                parameter.requires_grad
+            ):  # DDP takes what is there into its buckets; this 0 has no memory
+                parameter.grad = parameter.new_zeros(()).expand_as(parameter)
         with warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore", FutureWarning
@@ -117,6 +124,24 @@ class World:
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
+    def first(self, action):
+        """What action() returns in the first process, which alone calls it; all raise the UserError that it raises there."""
+        result, problem = None, None
+        if self.rank == 0:
+            try:
+                result = action()
+            except UserError as error:
+                problem = str(error)
+        result, problem = self.agree((result, problem))
+        if problem:
+            raise UserError(problem)
+        return result
+
+    def leave(self) -> None:
+        """Ends what `join` began."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
 
 # ---------------------------------------------------------------------------------------------- what DDP and FSDP do differently
 
@@ -131,6 +156,20 @@ def accumulating(learner: torch.nn.Module, last: bool):
         if isinstance(learner, DistributedDataParallel) and not last
         else nullcontext()
     )
+
+
+def keeps_gradients(policy: torch.nn.Module) -> bool:
+    """Whether gradients stay in memory between updates: with DDP, whose buckets hold them."""
+    several = dist.is_initialized() and dist.get_world_size() > 1
+    return several and not isinstance(policy, FSDPModule)
+
+
+def clear_gradients(learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Gives their memory back, or with DDP sets them to 0 where they are.
+
+    Had DDP none, a backward pass that does not average yet would make new ones outside of its buckets: 4 bytes a parameter more.
+    """
+    optimizer.zero_grad(set_to_none=not isinstance(learner, DistributedDataParallel))
 
 
 def clip_gradients(policy: torch.nn.Module, limit: float) -> float:
@@ -188,13 +227,18 @@ def collected(state, rank: int):
 
 
 def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """The state dict of an optimizer, with this process's share of what belongs to a parameter that is shared out."""
+    """The state dict of an optimizer as `restore` reads it, with this process's share of what belongs to a parameter that is shared out.
+
+    What stays in the machine's memory is copied: a view would keep the mapped file on the disk when a newer checkpoint has replaced it.
+    """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, values in state["state"].items():
-        if isinstance(parameter := parameters[i], DTensor):
-            for name, value in values.items():
-                if value.shape == parameter.shape:  # a moment; Adam's step counter is not
-                    values[name] = distribute_tensor(
-                        value, parameter.device_mesh, parameter.placements, src_data_rank=None
-                    )
+        parameter = parameters[i]
+        for name, value in values.items():
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:  # a moment
+                values[name] = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+            elif value.dim() == 0 or parameter.device.type == "cpu":  # Adam's step counter
+                values[name] = value.clone()
     return state

@@ -24,13 +24,11 @@ import os
 import pickle
 import random
 import sys
-import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -40,7 +38,16 @@ import plan
 import runs
 import settings
 from data import reports, test_sets, training_states
-from distributed import World, accumulating, clip_gradients, collected, shared_out, weights_of
+from distributed import (
+    World,
+    accumulating,
+    clear_gradients,
+    clip_gradients,
+    collected,
+    own,
+    shared_out,
+    weights_of,
+)
 from evaluate import answer_greedily, score
 from experts import (
     api_counts,
@@ -58,6 +65,7 @@ from sampling import Group, Sampler, add_expert_logps, autocast, select, total_g
 from scripted import ACCURACY
 from settings import Settings, option
 
+BUSY = "wait until that run has ended, or stop it first"
 AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
@@ -72,7 +80,7 @@ class Config(Settings):
     experts: str = option(
         "careful,quick",
         "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
-        "OPENAI_API_KEY and GEMINI_API_KEY); 'none' is plain GRPO",
+        "OPENAI_API_KEY and GEMINI_API_KEY, for other servers EXPERT_API_KEY); 'none' is plain GRPO",
     )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
@@ -142,7 +150,9 @@ def paper(task: str, size: str) -> dict:
         data="reason-rft",
         task=task,
         epochs={"counting": 1, "structure": 5, "transformation": 1}[task],  # Section 4.1
-        experts="openai:gpt-4o,gemini:gemini-1.5-pro",  # Section 4.1
+        # Section 4.1: GPT-4o and Gemini-1.5-Pro. The latter is gone; this is what Google names in its place
+        experts="openai:gpt-4o,gemini:gemini-3.8-flash",
+        expert_tokens=4096,  # gemini-3.8-flash thinks first, and its thoughts count
         num_samples=8,  # N and G: Section 4.1 (Reason-RFT samples 4 for some tasks of the 7B model)
         group_size=8,
         lr=1e-6,  # Reason-RFT's and TRL's default; Section 4.1 gives the schedule, cosine, and AdamW
@@ -215,46 +225,89 @@ def check(config: Config, world: int, resuming: bool) -> None:
 
 
 def open_run(config: Config, resume: Path | None, world: World, sets: list) -> Path:
-    """Makes the run's directory, in the first process, and tells what of the sets cannot be used; all processes raise what it raised."""
-    path, problem = resume, None
-    if world.rank == 0 and resume is None:
-        try:
-            path = runs.create(
-                config.runs,
-                config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3],
-                dataclasses.asdict(config),
-            )
-            lines, left_out = reports(sets)
-            print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
-            if left_out:
-                runs.append(path / "left_out.jsonl", left_out)
-        except UserError as error:
-            problem = str(error)
-    path, problem = world.agree((path, problem))
-    if problem:
-        raise UserError(problem)
-    return path
+    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used."""
+
+    def make() -> Path:
+        name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+        path = runs.create(config.runs, name, dataclasses.asdict(config))
+        runs.hold(path, BUSY)
+        lines, left_out = reports(sets)
+        print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
+        if left_out:
+            runs.append(path / "left_out.jsonl", [runs.finite(record) for record in left_out])
+        return path
+
+    return resume or world.first(make)
+
+
+def take(resume: Path | None, world: World) -> None:
+    """Keeps other processes out of a run that is resumed. UserError if one is at it."""
+    if resume:
+        world.first(lambda: runs.hold(resume, BUSY))
 
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
     """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
-    try:  # to the CPU first: Adam's step counters have to stay there
-        trainer = torch.load(
-            runs.last_checkpoint(resume) / "trainer.pt", map_location="cpu", weights_only=True
+    file = runs.last_checkpoint(resume) / "trainer.pt"
+    if not file.exists():
+        raise UserError(
+            f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
+            f"--model {resume}/model starts a new run from its weights"
         )
+    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process of a machine reads all of it into memory.
+    try:
+        trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
-        start, processes = trainer["step"], trainer["processes"]
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError):
+        start, processes = int(trainer["step"]), int(trainer["processes"])
+        threads = int(trainer.get("threads", torch.get_num_threads()))
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        pickle.UnpicklingError,
+        LookupError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ):
         raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
+    if broken := unsound(optimizer):
+        raise UserError(f"{resume} cannot go on: {broken} of its checkpoint; start a new run")
     if world.rank == 0:
-        if processes != world.size:
-            print(
-                f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped",
-                file=sys.stderr,
-            )
+        went_on_otherwise(resume, processes, threads, world)
         for file in ("metrics.jsonl", "samples.jsonl"):
             runs.forget_after(resume / file, start)
+        with runs.writing(resume / "model"):
+            runs.publish(resume)  # the run may have been killed before it did
     return start
+
+
+def went_on_otherwise(resume: Path, processes: int, threads: int, world: World) -> None:
+    """Tells what keeps a resumed run from being the run never stopped."""
+    if processes != world.size:
+        runs.say(
+            f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped"
+        )
+    now = torch.get_num_threads()
+    if world.device.type == "cpu" and threads != now:
+        runs.say(
+            f"{resume} was made with {threads} threads and goes on with {now}: sums are rounded otherwise, OMP_NUM_THREADS={threads} keeps them"
+        )
+
+
+def unsound(optimizer: torch.optim.Optimizer) -> str | None:
+    """What of the weights and of AdamW's state no training can go on from, None if nothing is."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not own(parameter.detach()).isfinite().all():
+                return "there are weights that are no finite numbers (NaN or infinity)"
+            for name, value in optimizer.state.get(parameter, {}).items():
+                value = torch.as_tensor(value)
+                if name != "step" and value.shape != parameter.shape:
+                    return f"AdamW's {name} is of another shape than its weights"
+                if not own(value).isfinite().all():
+                    return f"AdamW's {name} holds what is no finite number (NaN or infinity)"
+    return None
 
 
 # ---------------------------------------------------------------------------------------------- the update
@@ -262,7 +315,7 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
 
 def learning_rate(config: Config, step: int) -> float:
     """Linear warm-up, then a cosine to 0 (Section 4.1). step: from 0."""
-    warmup = max(1, round(config.warmup * config.steps))
+    warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
     return (
@@ -304,8 +357,10 @@ def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Te
         proposal = grpo.mixture_logp(
             torch.cat([own[:, None], experts], dim=1), group.mixture
         )  # (G,) log q
-        kept_share = grpo.selection_probability(group.rewards, min(g, len(group.actions)))  # q(S)
-        proposal = grpo.selected_proposal_logp(proposal, kept_share)  # (G,) log q_S
+        survival = 1.0  # q(S): where any G are kept, S holds every action
+        if group.selection == "top":
+            survival = grpo.selection_probability(group.rewards, min(g, len(group.actions)))
+        proposal = grpo.selected_proposal_logp(proposal, survival)  # (G,) log q_S
         result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
     return result.to(old_logp.device)
 
@@ -355,7 +410,7 @@ def update(
     for group in optimizer.param_groups:
         group["lr"] = lr
     for _ in range(config.updates_per_batch):
-        optimizer.zero_grad(set_to_none=True)
+        clear_gradients(policy, optimizer)
         if (
             config.updates_per_batch > 1 and batches[0].old_logp is None
         ):  # pi_old is the policy before the first update
@@ -393,7 +448,7 @@ def update(
             measure(rows, batch, stats)
         norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
-            raise RuntimeError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
+            raise UserError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
         lap("optimizer")
     return {
@@ -435,8 +490,10 @@ def deterministic(world: World) -> None:
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     deterministic(world)
-    questions, order = training_states(config)
-    tests = test_sets(config) if config.eval_every else {}
+    take(resume, world)
+    room = config.room(runs.last_checkpoint(resume) if resume else config.start)
+    questions, order = training_states(config, room=room)
+    tests = test_sets(config, room=room) if config.eval_every else {}
 
     def asked(step: int) -> list:
         """This process's states of a step."""
@@ -455,6 +512,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             gradient_checkpointing=config.gradient_checkpointing,
             **load,
         )
+        if config.freeze_vision:
+            policy.freeze_vision()
         policy = world.place(policy, config.parallel, config.bf16)
         reference = (
             world.place(
@@ -465,18 +524,19 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
+    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = open_run(config, resume, world, [questions, *tests.values()])
-    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
     )  # what there is; config.json keeps what was asked for
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    start = restore(optimizer, resume, world) if resume else 0
+    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so before they are there.
+    sampler = settings.sampler_of(config, policy, model, room.longest)
     learner = world.data_parallel(policy)
-
-    sampler = settings.sampler_of(config, policy, model)
+    start = restore(optimizer, resume, world) if resume else 0
     ties = (
         config.ties
         if config.ties != "auto"
@@ -522,6 +582,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- the update (Eq 2, 3)
         lr = learning_rate(config, step)
         updated = update(config, learner, reference, optimizer, groups, world, lr, watch.lap)
+        clear_gradients(learner, optimizer)  # where they go, the engine wakes to so much more room
         sampler.sync_weights()
         watch.lap("sync")
         # ---- evaluate, log, save
@@ -553,6 +614,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and start == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
+    runs.let_go(path)
     return path
 
 
@@ -594,40 +656,20 @@ def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: W
         bar.update(int("loss" in record))
 
 
-def command(program: str, run) -> None:
-    """Runs `run(argv)`, which returns the run's directory and what to say in the end; a mistake is told in one line, with exit code 2."""
-    rank = int(os.environ.get("RANK", 0))
-    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
-    try:
-        done = run(sys.argv[1:])
-    except UserError as error:
-        if rank > 0:
-            time.sleep(
-                10
-            )  # the first process tells, and torchrun ends the others; who is alone with the mistake tells it
-        print(f"{program}: error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if rank == 0:
-            print("\nstopped; --resume RUN goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if rank == 0:
-        print(done)
-
-
 def run(argv: list[str]) -> str:
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)
     check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-    path = train(config, resume, World.join(config.device))
+    world = World.join(config.device)
+    path = train(config, resume, world)
+    world.leave()
     return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"
 
 
 def main() -> None:
-    command("ekipl.py", run)
+    runs.command("ekipl.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

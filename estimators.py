@@ -21,7 +21,6 @@ bound_uncentred, largest_bias     Eq 10 with f = r; and the largest bias that an
 target_B, target_C                what B and C estimate after selection by A.5: E_{pi_old}[f 1_S] and E_{pi_old}[f | S], mean over the groups
 """
 
-import argparse
 import json
 from functools import cache
 from pathlib import Path
@@ -33,7 +32,10 @@ import matplotlib.pyplot as plt
 import torch
 from torch import Tensor
 
+import curves
 import grpo
+import runs
+from runs import Parser
 from sampling import select_top_g
 
 ACTIONS = ("glance, right", "check, right", "glance, wrong", "check, wrong")
@@ -319,8 +321,7 @@ def draw(rows: list[dict], out: Path) -> None:
         (ess, "lower left"),
     ):
         axis.legend(fontsize=7, loc=place)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
+    curves.save(figure, out)
 
 
 def table(rows: list[dict]) -> str:
@@ -353,22 +354,26 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+def run(argv: list[str]) -> str:
+    parser = Parser(prog="estimators.py", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--out",
         type=Path,
         default=Path("results/estimators.png"),
         help="the picture; numbers lie beside it (default %(default)s)",
     )
-    out = parser.parse_args().out
-    rows = [row for case in CASES for row in study(*case)]
+    out = parser.parse_args(argv).out
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(
-        "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    )
+    numbers = out.with_suffix(".json")
+    rows = [row for case in CASES for row in study(*case)]
+    with runs.writing(numbers):
+        numbers.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     draw(rows, out)
-    print(table(rows), f"{out}, {out.with_suffix('.json')}", sep="\n")
+    return f"{table(rows)}\n{out}, {numbers}"
+
+
+def main() -> None:
+    runs.command("estimators.py", run)
 
 
 if __name__ == "__main__":

@@ -19,29 +19,31 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import random
 import re
 import sys
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
+import curves
 import report
 import runs
 from blocks import SETS
 from data import CACHE, MODES, Part, State, load_set, reports
 from distributed import World
 from experts import VENDORS, make_experts
+from lengths import Room
 from policy import Policy, Prompt
-from rewards import accuracy_reward, format_reward, function_score
-from runs import UserError
+from rewards import KINDS, accuracy_reward, format_reward, function_score
+from runs import Parser, UserError
 from sampling import ROLLOUTS, Action, Sampler, make_sampler
 from scripted import ACCURACY
 
 EVAL_SEED = 0  # of Pass@k's samples
+MAX_K = 1024  # of Pass@k: as many samples of one question are drawn at a time
+MAX_STATES = 10**6  # of a set in an evaluation, which has them all in memory
 
 
 # ---------------------------------------------------------------------------------------------- scores
@@ -97,7 +99,10 @@ def score(states, actions: list[Action]) -> dict[str, float]:
     """`score_predictions` of one action for each state."""
     pairs = zip(states, actions, strict=True)
     return score_predictions(
-        [Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs]
+        [
+            Prediction("", s.answer, s.kind, s.reading(a.text), len(a.tokens), a.truncated)
+            for s, a in pairs
+        ]
     )
 
 
@@ -161,8 +166,10 @@ class ModelAnswers:
             actions = self.sampler.greedy(prompts)
         samples = (
             [
-                [action.text for action in said]
-                for said in self.sample(prompts, self.samples, "pass")
+                [state.reading(action.text) for action in said]
+                for state, said in zip(
+                    states, self.sample(prompts, self.samples, "pass"), strict=True
+                )
             ]
             if self.samples
             else [[]] * len(states)
@@ -172,7 +179,7 @@ class ModelAnswers:
                 state.id,
                 state.answer,
                 state.kind,
-                action.text,
+                state.reading(action.text),
                 len(action.tokens),
                 action.truncated,
                 texts,
@@ -210,13 +217,13 @@ class ExpertAnswers:
         for state, said in zip(
             states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True
         ):
-            samples = [sample.text for sample in said] if self.samples else []
+            samples = [state.reading(sample.text) for sample in said] if self.samples else []
             prediction = (
                 Prediction(
                     state.id,
                     state.answer,
                     state.kind,
-                    said[0].text,
+                    state.reading(said[0].text),
                     len(said[0].text.split()),
                     said[0].truncated,
                     samples,
@@ -235,13 +242,9 @@ def is_expert(name: str) -> bool:
 
 def predict(answers, states: list[State], file: Path, world: World, batch: int = 64) -> None:
     """Appends the predictions that `file` lacks, a batch at a time, shared among the processes; the first one writes."""
-    done = set()
-    if world.rank == 0 and file.exists():
-        records = runs.read(file)
-        with runs.writing(file):  # an interruption may have cut the last line short
-            runs.write_aside(file, "".join(json.dumps(record) + "\n" for record in records))
-        done = {record["id"] for record in records}
-    done = world.agree(done)
+    done = world.first(  # an interruption may have cut the last line short
+        lambda: {record["id"] for record in runs.mend(file, lambda r: bool(prediction(r)))}
+    )
     missing = [state for state in states if state.id not in done]
     bar = tqdm(
         total=len(states),
@@ -267,8 +270,17 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
     bar.close()
 
 
+def prediction(record: dict) -> Prediction:
+    """A line of a file of predictions. TypeError if it is another one."""
+    made = Prediction(**record)
+    texts = (made.id, made.answer, made.kind, made.text, *made.samples)
+    if not all(isinstance(text, str) for text in texts) or made.kind not in KINDS:
+        raise TypeError(f"no prediction: {record}")
+    return made
+
+
 def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
-    """By set, in the order of Table 1's columns. UserError if there are none."""
+    """By set, in the order of Table 1's columns, each question once; sets without answers are left out. UserError if there are none."""
     files = {file.stem: file for file in directory.glob("*.jsonl")}
     order = [name for names in SETS.values() for name in names]
     names = sorted(
@@ -276,25 +288,32 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
     )
     if not names:
         raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
+    found = {}
     try:
-        return {
-            name: sorted(
-                (Prediction(**record) for record in runs.read(files[name])), key=lambda p: p.id
-            )
-            for name in names
-        }
+        for name in names:
+            answers: dict[str, Prediction] = {}
+            for record in runs.read(files[name]):
+                made = prediction(record)
+                answers.setdefault(made.id, made)
+            found[name] = sorted(answers.values(), key=lambda p: p.id)
     except TypeError:
         raise UserError(f"{directory} holds other lines than predictions") from None
+    if not any(found.values()):
+        raise UserError(f"no answers in {directory}, so there is nothing to score")
+    return {name: answers for name, answers in found.items() if answers}
 
 
-def questions_of(name: str, args) -> Part:
-    """The first `--states` questions of a test set. ValueError or UserError if there is no such set."""
+def questions_of(name: str, args, room: Room | None) -> Part:
+    """The first `--states` questions of a test set. UserError if there is no such set."""
+    if name.endswith("-train"):
+        raise UserError(f"{name} is a training set: --sets names test sets")
     whole = load_set(
         name,
         argparse.Namespace(
             data=args.data, data_cache=args.data_cache, eval_states=args.states or 300
         ),
         args.mode,
+        room=room,
     )
     return Part(whole, 0, min(len(whole), args.states or len(whole)))
 
@@ -317,22 +336,28 @@ def claim(out: Path, settings: dict) -> None:
     file = out / "settings.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
+        runs.hold(out, "wait until that has ended, or choose another --out")
         if not file.exists():
             runs.write_aside(file, json.dumps(settings, indent=2) + "\n")
-        found = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        found = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot use {out} for predictions: {error}") from None
-    if found != settings:
-        other = next(name for name in settings if found.get(name) != settings[name])
-        raise UserError(
-            f"{out} holds predictions with another {other} ({found.get(other)}, not {settings[other]}): choose another --out"
-        )
+    for name in [*settings, *found]:
+        if found.get(name) != settings.get(name):
+            raise UserError(
+                f"{out} holds predictions with another {name} ({found.get(name)}, not {settings.get(name)}): choose another --out"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- the commands
 
 
 def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None:
+    """A line for each set. UserError if no question of any set has an answer."""
+    empty = [name for name, ps in predictions.items() if not ps]
+    predictions = {name: ps for name, ps in predictions.items() if ps}
+    if not predictions:
+        raise UserError(f"no question of {', '.join(empty)} was answered: nothing to score")
     ks = [
         2**i
         for i in range(10)
@@ -348,6 +373,18 @@ def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None
         print(
             line + "".join(f"  {100 * s[f'pass@{k}']:{4 + len(str(k))}.1f}" for k in ks), flush=True
         )
+    for name in empty:
+        print(f"{name:24s}     0  no answers")
+
+
+def samples_for(pass_k: str) -> int:
+    """How many samples these k need. UserError for what is no list of k."""
+    if not re.fullmatch(r"([0-9]{1,9}(,[0-9]{1,9})*)?", pass_k):
+        raise UserError(f"--pass-k wants numbers such as 1,2,4,8, not {pass_k}")
+    ks = [int(k) for k in pass_k.split(",") if k]
+    if ks and not 1 <= min(ks) <= max(ks) <= MAX_K:
+        raise UserError(f"--pass-k wants numbers from 1 to {MAX_K}, not {pass_k}")
+    return max(ks, default=0)
 
 
 def answer_command(argv: list[str]) -> None:
@@ -382,7 +419,7 @@ def answer_command(argv: list[str]) -> None:
         "--mode",
         choices=MODES,
         default="reason",
-        help="what the prompt asks for: answer is ANS-SFT's (default reason)",
+        help="what the prompt asks for: answer and bare are those of sft.py's methods (default reason)",
     )
     parser.add_argument(
         "--min-pixels",
@@ -427,9 +464,10 @@ def answer_command(argv: list[str]) -> None:
         help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)",
     )
     args = parser.parse_args(argv)
-    if not re.fullmatch(r"(\d+(,\d+)*)?", args.pass_k) or "0" in args.pass_k.split(","):
-        raise UserError(f"--pass-k wants numbers such as 1,2,4,8, not {args.pass_k}")
-    args.samples = max((int(k) for k in args.pass_k.split(",") if k), default=0)
+    args.samples = samples_for(args.pass_k)
+    known = [name for names in SETS.values() for name in names]
+    if unknown := [name for name in args.sets if name not in known]:
+        raise UserError(f"there is no set '{unknown[0]}' to answer; there are {', '.join(known)}")
     if (
         min(
             value
@@ -437,10 +475,11 @@ def answer_command(argv: list[str]) -> None:
             if value is not None
         )
         < 1
+        or (args.states or 1) > MAX_STATES
         or not 0 <= args.temperature < math.inf
     ):
         raise UserError(
-            "--states, --max-new-tokens and pixels must be at least 1, --temperature at least 0"
+            f"--states must be 1 to {MAX_STATES}, --max-new-tokens and pixels at least 1, --temperature at least 0"
         )
     if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
         raise UserError(
@@ -457,7 +496,11 @@ def answer_command(argv: list[str]) -> None:
     )
     out = Path(args.out) if args.out else beside
     try:
-        sets = {name: questions_of(name, args) for name in args.sets}
+        room = Room(
+            args.model, args.max_new_tokens, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+        )
+        asked = None if is_expert(args.model) else room
+        sets = {name: questions_of(name, args, asked) for name in args.sets}
         experts = (
             make_experts(args.model, Config(cache=args.cache, offline=args.offline))
             if is_expert(args.model)
@@ -474,35 +517,38 @@ def answer_command(argv: list[str]) -> None:
             )
         except ValueError as error:
             raise UserError(str(error)) from None
-    problem = None
-    if world.rank == 0:
-        try:
-            claim(out, settings_of(args))
-        except UserError as error:
-            problem = str(error)
-    if problem := world.agree(problem):
-        raise UserError(problem)
+    world.first(lambda: claim(out, settings_of(args)))
     if experts:
         answers = ExpertAnswers(experts[0], args.samples)
     else:
-        sampler = make_sampler(args.rollout, policy, args.model, args.max_new_tokens, bf16=True)
+        sampler = make_sampler(
+            args.rollout,
+            policy,
+            args.model,
+            args.max_new_tokens,
+            bf16=True,
+            max_model_len=room.longest,
+        )
         answers = ModelAnswers(sampler, args.temperature, args.samples)
     if world.rank == 0:
         for line in reports(list(sets.values()))[0]:
             print(line, file=sys.stderr)
     wanted = {}
     for name, questions in sets.items():
-        states = [questions[i] for i in range(len(questions))]
+        states = list(questions)
         predict(answers, states, out / f"{name}.jsonl", world)
         wanted[name] = {state.id for state in states}
     if not experts:
         sampler.close()
+    runs.let_go(out)
     if world.rank == 0:
         found = read_predictions(out)
         print_scores(
-            {name: [p for p in found[name] if p.id in wanted[name]] for name in sets}, args.legacy
+            {name: [p for p in found.get(name, []) if p.id in wanted[name]] for name in sets},
+            args.legacy,
         )
         print(f"predictions: {out}")
+    world.leave()
 
 
 def score_command(argv: list[str]) -> None:
@@ -552,7 +598,7 @@ def figures_command(argv: list[str]) -> None:
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    histories = {run.name: runs.read(run / "metrics.jsonl") for run in args.runs}
+    histories = {run.name: curves.metrics(run / "metrics.jsonl") for run in args.runs}
     histories = {name: history for name, history in histories.items() if history}
     samples = {}
     for run in args.runs:
@@ -573,35 +619,27 @@ def figures_command(argv: list[str]) -> None:
         )
     if histories:
         efficiency = report.data_efficiency(histories, args.out / "figure3.png")
-        (args.out / "figure3.txt").write_text(efficiency + "\n")
+        with runs.writing(args.out):
+            (args.out / "figure3.txt").write_text(efficiency + "\n")
         print(efficiency)
         report.sources(histories, args.out / "figure4.png")
     if any(samples.values()):
         report.pass_at(samples, pass_at_k, args.out / "figure5.png")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise UserError(message)
-
-
 COMMANDS = {"score": score_command, "table": table_command, "figures": figures_command}
 
 
-def main() -> None:
+def run(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()  # of loading: one bar is enough
-    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
-    try:
-        command(sys.argv[2:]) if command else answer_command(sys.argv[1:])
-    except UserError as error:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"evaluate.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    if argv and argv[0] in COMMANDS:
+        COMMANDS[argv[0]](argv[1:])
+    else:
+        answer_command(argv)
+
+
+def main() -> None:
+    runs.command("evaluate.py", run)
 
 
 if __name__ == "__main__":

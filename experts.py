@@ -1,7 +1,7 @@
 """Experts: the external auxiliary models pi_1 .. pi_m whose actions join the policy's (Eq 5).
 
     careful, quick                           scripted, for the blocks world (scripted.py)
-    openai:MODEL, gemini:MODEL               APIs with their vendors' SDKs (apis.py); keys from the environment only
+    openai:MODEL, gemini:MODEL               APIs with their vendors' SDKs (clients.py); keys from the environment only
     openai:MODEL@http://host:port/v1         any server that speaks OpenAI's chat completions
 
 An expert has a name, samples n texts for each state, and tells the log-density of an action, or None if it cannot (the weights of
@@ -22,13 +22,15 @@ import math
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, wait
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Protocol
 
 import apis
-from apis import ApiError
+import clients
+import refusals
 from cache import Answer, Cache, request_id
+from clients import CUT, ApiError
 from data import State
 from runs import UserError
 from sampling import Sample
@@ -39,7 +41,10 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("experts")
 PAUSE = 120.0  # seconds that a failing API is left alone
-VENDORS = {"openai": apis.OpenAI, "gemini": apis.Gemini}
+VENDORS = {"openai": clients.OpenAI, "gemini": clients.Gemini}
+BLOCKED = {  # finish reasons of answers that the API withheld, whole or in part
+    "content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety",
+}  # fmt: skip
 
 
 class Expert(Protocol):
@@ -104,13 +109,27 @@ class ApiExpert:
         self.jobs: dict[str, Future] = {}  # by request, from its prefetch until its step
         self.answered = False  # ever; before, an error that lasts is the user's to mend
         self.in_a_row, self.off_until = 0, 0.0
+        self.spoken, self.cut_in_a_row = False, 0  # see hear
+        self.dense = True  # until an answer came without a density that is needed
         self.counts: dict[str, float] = {}
+        self.models: set[str] = set()
+        for call in cache.calls():
+            if call["expert"] == self.identity:
+                self.meet(call["model"])
         if not self.offline:
-            api = VENDORS[self.vendor]
-            self.api = api(
-                self.model, url, apis.key_of(self.vendor, url), self.max_tokens, self.deadline
-            )
+            self.connect(url)
             self.workers = Workers(settings.expert_requests)
+
+    def connect(self, url: str) -> None:
+        """Makes the SDK's client. UserError if it cannot be made, as with a proxy that it does not know."""
+        if ending := apis.retirement(self.model, url):
+            LOG.warning("%s: %s", self.name, ending[1])
+        key = apis.key_of(self.vendor, url)
+        try:
+            self.api = VENDORS[self.vendor](self.model, url, key, self.max_tokens, self.deadline)
+        except Exception as error:
+            why = refusals.one_line(refusals.cause(error, url, self.deadline), key)
+            raise UserError(f"{self.identity} cannot be asked: {why}") from None
 
     # ------------------------------------------------------------------------------------------ as an expert
 
@@ -119,6 +138,17 @@ class ApiExpert:
         if not self.offline:
             for state in states:
                 self.job(state, n)
+
+    def introduce(self, state: State, n: int) -> None:
+        """Asks for the first state, and waits until the SDK has given up. UserError if nobody answers."""
+        job = None if self.offline else self.job(state, n)
+        if job is None:
+            return
+        attempts = 1 + clients.RETRIES
+        wait([job], timeout=(1 + attempts) * self.deadline + clients.RETRIES * refusals.LONGEST)
+        problem = self.problem(job)
+        if problem and not self.cache.get(request_id(self.content(state)), 1):
+            raise UserError(f"{self.identity} does not answer: {problem}")
 
     def sample(self, states: list[State], n: int, seed: int = 0) -> list[list[Sample]]:
         """Waits for at most the deadline. UserError if offline and the cache lacks an answer; if the cache cannot be written;
@@ -156,6 +186,8 @@ class ApiExpert:
                     len(states),
                     without[0],
                 )
+        for answers in found:
+            self.hear(answers)
         return [
             [sample for answer in answers if (sample := self.usable(answer))] for answers in found
         ]
@@ -166,14 +198,51 @@ class ApiExpert:
 
     def usable(self, answer: Answer) -> Sample | None:
         """The answer as an action's text, as it is; None if it was blocked, or cut before it began."""
-        cut = answer.finish in ("length", "max_tokens")
-        if answer.text is None or answer.finish in apis.BLOCKED or (cut and not answer.text):
+        cut = answer.finish in CUT
+        if answer.text is None or answer.finish in BLOCKED or spent(answer):
             self.count(blocked=1)
             return None
         if self.densities and answer.logp is None:
             self.count(without_density=1)
+            if self.dense:
+                self.dense = False
+                LOG.warning(
+                    "%s: answers whose density is unknown are left out, as the estimator needs it",
+                    self.name,
+                )
             return None
         return Sample(answer.text, answer.logp, cut)
+
+    def hear(self, answers: list[Answer]) -> None:
+        """Tells when a model thinks its whole limit away: at the first state, else after as many in a
+        row as failures would be told."""
+        if any(not spent(answer) for answer in answers):
+            self.spoken, self.cut_in_a_row = True, 0
+        elif answers:
+            self.cut_in_a_row += 1
+            if self.cut_in_a_row == (self.patience if self.spoken else 1):
+                LOG.warning(
+                    "%s: all %d answers to a state were cut before they began: it thinks until the limit "
+                    "of %d tokens; raise --expert-tokens", self.name, len(answers), self.max_tokens,
+                )  # fmt: skip
+
+    def meet(self, model: str) -> None:
+        """Tells, once, that a model answers that is not the one asked for, or not the one so far."""
+        with self.lock:
+            if model in self.models or model == self.model:
+                return
+            self.models.add(model)
+            several = len(self.models) > 1
+        where = f"{self.cache.path} keeps which answer is whose"
+        if not apis.same_model(self.model, model):
+            LOG.warning(
+                "%s: %s answers, which is not the model asked for; %s", self.name, model, where
+            )
+        elif several:
+            LOG.warning(
+                "%s: its answers are of several models: %s; %s", self.name,
+                ", ".join(sorted(self.models)), where,
+            )  # fmt: skip
 
     def metrics(self) -> dict[str, float]:
         """Counts since the last time: requests, answers, cache_hits, failures, states_without, blocked, seconds of the requests, and
@@ -218,17 +287,24 @@ class ApiExpert:
                 while missing := n - len(self.cache.get(request, n)):
                     reply = self.api.ask(state, missing)
                     self.cache.put(content, reply)
+                    self.meet(reply.model)
                     cost = apis.dollars(self.price, reply.input_tokens, reply.output_tokens)
                     self.count(
                         requests=1,
                         answers=len(reply.answers),
                         seconds=reply.seconds,
-                        **({} if cost is None else {"cost": cost}),
                     )
-        except (ApiError, TimeoutError) as error:
-            self.count(failures=1)
-            self.failed(str(error))
+                    self.pay(cost)
+        except UserError:  # the cache cannot be written: no more is bought
             raise
+        except Exception as error:
+            if not isinstance(error, (ApiError, TimeoutError)):  # it costs this state only
+                error = ApiError(refusals.one_line(f"{type(error).__name__}: {error}"))
+            self.count(failures=1)
+            if getattr(error, "billed", False):
+                self.pay(None)
+            self.failed(str(error))
+            raise error from None
         self.answered, self.in_a_row = True, 0
 
     def problem(self, job: Future | None) -> str | None:
@@ -245,10 +321,10 @@ class ApiExpert:
             return None
         except UserError:
             raise
-        except (ApiError, TimeoutError, CancelledError) as error:
+        except Exception as error:
             if getattr(error, "final", False) and not self.answered:
                 raise UserError(f"{self.identity}: {error}") from None
-            return str(error)
+            return str(error) or type(error).__name__
 
     @property
     def off(self) -> bool:
@@ -268,10 +344,22 @@ class ApiExpert:
             reason,
         )
 
+    def pay(self, cost: float | None) -> None:
+        """Counts what a reply costs, or, where tokens have a price, that nobody told how many."""
+        if cost is not None:
+            self.count(cost=cost)
+        elif self.price:
+            self.count(unpriced=1)
+
     def count(self, **more: float) -> None:
         with self.lock:
             for name, value in more.items():
                 self.counts[name] = self.counts.get(name, 0) + value
+
+
+def spent(answer: Answer) -> bool:
+    """Whether the length limit ended an answer before its first letter."""
+    return answer.finish in CUT and not (answer.text or "").strip()
 
 
 # ---------------------------------------------------------------------------------------------- by name
@@ -293,7 +381,8 @@ def parse_price(text: str) -> tuple[float, float] | None:
 def expert_specs(names: str, offline: bool = False) -> list[str]:
     """The experts of a comma-separated list, such as "careful,openai:gpt-4o"; "none" gives none. Loads nothing.
 
-    ValueError on an unknown or repeated name and, unless offline, on a key that is missing.
+    ValueError on an unknown or repeated name and, unless offline, on a model that its vendor no longer
+    serves and on a key that is missing.
     """
     if names == "none":
         return []
@@ -304,6 +393,8 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
             sources.append(f"{vendor}:{model}")
             if not offline:
                 apis.key_of(vendor, url)
+                if (ending := apis.retirement(model, url)) and ending[0]:
+                    raise ValueError(f"{vendor}:{ending[1]}")
         elif spec in ACCURACY:
             sources.append(spec)
         else:
@@ -331,22 +422,19 @@ def make_experts(names: str, settings=None, densities: bool = False) -> list[Exp
 
 def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
     """Asks each API for a state that training needs anyway, before anything is loaded. UserError for what only the user can mend:
-    what `ApiExpert.sample` tells, and, where the estimator needs them, densities that the API does not tell."""
+    an API that does not answer, and, where the estimator needs them, densities that it does not tell."""
     for expert in experts:
         if isinstance(expert, ApiExpert):
+            first = state()
+            expert.introduce(first, n)
             needed, expert.densities = expert.densities, False
-            (samples,) = expert.sample([state()], n)
+            (samples,) = expert.sample([first], n)
             expert.densities = needed
             for name in ("cache_hits", "states_without"):  # the first step will count this state
                 expert.counts.pop(name, None)
-            if needed and (not samples or any(sample.logp is None for sample in samples)):
-                why = (
-                    "tells no log-probs"
-                    if samples
-                    else "did not answer, so that nobody knows whether it tells log-probs"
-                )
+            if needed and samples and all(sample.logp is None for sample in samples):
                 raise UserError(
-                    f"--estimator is and snis need every expert's density, and {expert.name} {why}: use --estimator uncorrected"
+                    f"--estimator is and snis need every expert's density, and {expert.name} tells no log-probs: use --estimator uncorrected"
                 )
             if needed:
                 LOG.warning(

@@ -323,13 +323,17 @@ def ekipl_loss(
     return loss, stats
 
 
-def diagnostics(objective, kl, clip_fraction, weights, sources: list[str]) -> dict[str, float]:
+def diagnostics(
+    objective, kl, clip_fraction, weights, sources: list[str], states: list | None = None
+) -> dict[str, float]:
     """What A.3 and A.4 ask to watch, over all kept actions of a step and per source.
 
     objective, kl, clip_fraction: (n,), as in `ekipl_loss`'s stats, absent actions left out. weights: (n,), or None
-    where densities are unknown. sources: n names. Returns finite floats: "clip_fraction", "kl"; with weights also
-    "ess" (in actions), "ess_share" (of n), "weight_var", "weight_q95", "tv", "bias_bound". "ess/NAME" and so on are
-    the same over the actions of one source, without the last two: its actions are no sample of q.
+    where densities are unknown. sources: n names. states: which state each action answers, n numbers; None: all the same.
+    Returns finite floats: "clip_fraction", "kl"; with weights also "ess" (in actions of a state) and "ess_share" (of a
+    state's kept actions), both means over the states, since only actions of one state share q (A.3); "weight_var",
+    "weight_q95", "tv", "bias_bound", over all n. "ess/NAME" and so on are the same over the actions of one source and
+    the states that keep any of it, without the last two: its actions are no sample of q.
     ValueError on non-finite values, on lengths that differ and on n = 0.
     """
     columns = {"clip_fraction": clip_fraction, "kl": kl, "objective": objective}
@@ -342,6 +346,9 @@ def diagnostics(objective, kl, clip_fraction, weights, sources: list[str]) -> di
         raise ValueError(
             f"{len(sources)} sources for { ({name: tuple(v.shape) for name, v in columns.items()}) }"
         )
+    states = [0] * len(sources) if states is None else states
+    if len(states) != len(sources):
+        raise ValueError(f"{len(sources)} sources for {len(states)} states")
 
     report = {}
     for source in [None, *dict.fromkeys(sources)]:
@@ -351,11 +358,15 @@ def diagnostics(objective, kl, clip_fraction, weights, sources: list[str]) -> di
             report[name + suffix] = columns[name][rows].mean().item()
         if weights is not None:
             w = columns["weights"][rows]  # (n of this source,)
-            ess = effective_sample_size(w).item()
-            report["ess" + suffix], report["ess_share" + suffix] = ess, ess / len(rows)
-            report["weight_var" + suffix] = w.var(
-                correction=0
-            ).item()  # 1 / ess_share = 1 + variance / mean^2
+            of_state = {}  # the rows of each state, by their places in w
+            for place, row in enumerate(rows):
+                of_state.setdefault(states[row], []).append(place)
+            ess = [effective_sample_size(w[places]).item() for places in of_state.values()]
+            shares = [e / len(places) for e, places in zip(ess, of_state.values(), strict=True)]
+            report["ess" + suffix] = sum(ess) / len(ess)
+            report["ess_share" + suffix] = sum(shares) / len(shares)
+            # Of one state alone: 1 / ess_share = 1 + variance / mean^2.
+            report["weight_var" + suffix] = w.var(correction=0).item()
             report["weight_q95" + suffix] = w.quantile(0.95).item()
     if weights is not None:
         report["tv"] = total_variation(columns["weights"]).item()

@@ -94,15 +94,17 @@ def step_metrics(groups: list[dict]) -> dict[str, float]:
         "kept_reward": mean(g["format"][i] + g["accuracy"][i] for g in groups for i in g["kept"]),
         "expert_share": mean(source != POLICY for source in kept),  # Fig. 4
         "dead_groups": mean(not any(g["advantages"]) for g in groups),
+        # Dead ones, and those that only say "more of all that was kept": no kept action is preferred to another.
+        "equal_advantages": mean(len(set(g["advantages"])) == 1 for g in groups),
     }
     for name in dict.fromkeys(source for source, *_ in flat if source != POLICY):
         result[f"accuracy/{name}"] = mean(a for source, _, a, *_ in flat if source == name)
         result[f"share/{name}"] = mean(source == name for source in kept)
     columns = [sum((g[name] for g in groups), []) for name in ("objective", "kl", "clip_fraction")]
     known = all(g["weights"] is not None for g in groups)
-    return result | grpo.diagnostics(
-        *columns, sum((g["weights"] for g in groups), []) if known else None, kept
-    )
+    weights = sum((g["weights"] for g in groups), []) if known else None
+    states = [i for i, g in enumerate(groups) for _ in g["kept"]]
+    return result | grpo.diagnostics(*columns, weights, kept, states)
 
 
 def transcripts(step: int, groups: list[Group]) -> list[dict]:

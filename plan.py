@@ -12,6 +12,7 @@ What a GPU takes beside (CUDA's own half GB, fragments) is left a margin of 5 %.
 import dataclasses
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ WORDS = 256  # tokens of a prompt beside its images
 LOGIT_CHUNK = 512  # Policy's
 BYTES_OF_A_LOGIT = 12  # float32: log-softmax, its gradient and that of the logits
 ROWS = 512  # TransformersSampler's, at a time
+GRAPHS = 25e6  # bytes a layer, about, of vLLM's CUDA graphs; it tells its own figure when it starts
+WEIGHTS, MOMENTS = 4, 8  # bytes of a parameter in a checkpoint
 PHASES = {"generating": "generating", "learning": "learning", "step": "AdamW's step"}
 
 
@@ -169,24 +172,32 @@ def activations(
 ) -> tuple[float, float]:
     """Bytes kept of a whole forward pass, and the most that comes and goes beside them in the backward pass.
 
-    That is the logits of a chunk, or later the gradients of a layer's MLP, with checkpointing together with the layer computed again.
+    That is at one of four moments: the logits of a chunk; the head's gradient, when a further chunk's is added to it; the gradients of a
+    layer's MLP, with checkpointing together with the layer computed again; the gradient of the embeddings, when what was kept is gone.
+    The gradient of a tied vocabulary waits from the head until there.
     """
     layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
     layer, layer_input = kept_by_layer(config, batch, half, sharded)
     block, block_input = kept_by_block(config, batch, half)
-    mask = (
-        (2 if half else 4) * batch.B * batch.G * batch.T * (batch.P + batch.T)
-    )  # the same in all layers
-    logits = BYTES_OF_A_LOGIT * LOGIT_CHUNK * config.text_config.vocab_size
-    gradients = 3 * (2 if half else 4) * config.text_config.intermediate_size * batch.N
+    c = 2 if half else 4
+    mask = c * batch.B * batch.G * batch.T * (batch.P + batch.T)  # the same in all layers
+    predicted, words = batch.B * batch.G * batch.T, config.text_config.vocab_size
+    table = words * config.text_config.hidden_size  # entries of the embeddings, and of the head
+    chunks = 2 if predicted > LOGIT_CHUNK else 1  # or more
+    logits = BYTES_OF_A_LOGIT * min(LOGIT_CHUNK, predicted) * words + c * table * (chunks - 1)
+    head = c * table * (2 * chunks - 1)  # the sum so far, a chunk's, their sum
+    gradients = 3 * c * config.text_config.intermediate_size * batch.N
+    embeddings = (c if sharded else 4) * table
+    waiting = embeddings if config.tie_word_embeddings else 0
     ends = (
         block + 6 * 4 * config.text_config.hidden_size * batch.N
     )  # patches, merger, embeddings, last norm, the hidden states that predict
     if checkpointing:
-        return layers * layer_input + blocks * block_input + mask + ends, max(
-            logits, layer + gradients, block
-        )
-    return layers * layer + blocks * block + mask + ends, max(logits, gradients)
+        kept = layers * layer_input + blocks * block_input + mask + ends
+        backward = max(layer + gradients, block)
+    else:
+        kept, backward = layers * layer + blocks * block + mask + ends, gradients
+    return kept, max(logits, head, waiting + backward, embeddings + 2 * waiting - kept)
 
 
 # ---------------------------------------------------------------------------------------------- the table
@@ -224,7 +235,8 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
     c = 2 if half else 4
     rows = [
         Row("policy, float32", 4 * mine, 4 * mine, 4 * mine),
-        Row("gradients, float32", 4 * mine, 4 * mine, 4 * mine),
+        # Between updates DDP keeps them in its buckets, and nobody else.
+        Row("gradients, float32", 0 if sharded or processes == 1 else 4 * mine, 4 * mine, 4 * mine),
     ]
     rows += [Row("AdamW, two moments, float32", 8 * mine, 8 * mine, 8 * mine)]
     if getattr(config, "beta", 0):
@@ -244,6 +256,16 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
     rows += [
         Row("activations", learning=kept),
         Row("logits, or a layer in its backward pass", learning=passing),
+    ]
+    if sharded:  # last of all, when a layer's buffers and all that was kept are gone
+        gone = kept + passing + (3 * c + 4) * count.layer
+        rows += [
+            Row(
+                "more for the float32 sum of embeddings and head",
+                learning=max(0, 4 * count.rest - gone),
+            )
+        ]
+    rows += [
         Row("roots of the second moments", step=4 * mine),
     ]
 
@@ -271,6 +293,8 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
                 generating=token * (batch.P + config.max_new_tokens),
             )
         ]
+        graphs = GRAPHS * text.num_hidden_layers  # they stay where they are while vLLM sleeps
+        rows += [Row("vLLM: CUDA graphs, about", graphs, graphs, graphs)]
     return rows
 
 
@@ -356,8 +380,50 @@ def report(config: Settings) -> str:
             if left > 0
             else []
         )
-    host = (4 + (4 + 8) * (config.parallel == "fsdp" and processes > 1)) * sizes(model).total
-    lines += [
-        f"in the memory of the machine: {4 * sizes(model).total / GB:.0f} GB for each GPU while weights are loaded; {host / GB:.0f} in the first while it saves"
-    ]
+    lines += other_memory(config, sizes(model).total, processes)
     return "\n".join(lines)
+
+
+def other_memory(config: Settings, total: int, processes: int) -> list[str]:
+    """What the machine and its disk have to hold. total: parameters."""
+    saving = 4 + 12 * (config.parallel == "fsdp" and processes > 1)
+    lines = [
+        f"in the memory of the machine: {4 * total / GB:.0f} GB for each GPU while weights are loaded; {saving * total / GB:.0f} in the first while it saves"
+    ]
+    if config.rollout != "transformers":
+        asleep = (
+            (2 if config.bf16 else 4) * total / GB
+        )  # PyTorch rounds each block up to a power of two
+        lines += [
+            f"and, pinned, vLLM's weights while it sleeps: {asleep:.0f} to {2 * asleep:.0f} GB for each GPU, as their blocks fall"
+        ]
+    checkpoint = (WEIGHTS + MOMENTS) * total / GB
+    return [
+        *lines,
+        f"on the disk: {checkpoint:.1f} GB a checkpoint (12 bytes a parameter), twice that while the next one is saved",
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- the disk
+
+
+def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -> None:
+    """UserError if the disk has no room for what the run will save. config: with the number of states that there are.
+
+    A checkpoint holds the weights and the moments of what is trained. The newest is whole before the one before it goes.
+    """
+    needed = sum(
+        parameter.numel() * (WEIGHTS + MOMENTS * parameter.requires_grad)
+        for parameter in policy.parameters()
+    )
+    if not resume and 0 < config.save_every < config.steps:
+        needed *= 2
+    place = resume or Path(config.runs)
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            f"the disk of {place} has {free / GB:.1f} GB free, and checkpoints take {needed / GB:.1f} (12 bytes a parameter, twice while one "
+            f"is saved): make room, or choose another --runs"
+        )

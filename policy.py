@@ -246,6 +246,10 @@ class Policy(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(model, processor, temperature=temperature, logit_chunk=logit_chunk).train()
 
+    def freeze_vision(self) -> None:
+        """Leaves the vision tower and its projector (`visual.merger`) as they are. Before `World.place`."""
+        self.model.model.visual.requires_grad_(False)
+
     def save(self, path: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
         """Write model and processor in Hugging Face layout, for `load`, vLLM and evaluation. weights: None are the model's own."""
         self.model.save_pretrained(path, state_dict=weights)

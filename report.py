@@ -14,7 +14,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from blocks import SETS
-from curves import method_of, smooth
+from curves import method_of, save, shown, smooth
+from runs import writing
 
 Columns = dict[str, dict[str, list[float]]]  # by method and column: one number for each seed
 
@@ -59,9 +60,10 @@ def table(results: dict[str, dict[str, float]], out: Path) -> str:
         "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean of the task's columns.",
     ]
     text = "\n".join(lines) + "\n"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    Path(f"{out}.md").write_text(text)
-    with open(f"{out}.csv", "w", newline="") as file:
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{out}.md").write_text(text)
+    with writing(out), open(f"{out}.csv", "w", newline="") as file:
         rows = [
             (
                 method,
@@ -147,7 +149,7 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
             if not curves:
                 continue
             means[method] = mean_curve(curves)
-            (line,) = axis.plot(*zip(*means[method], strict=True), "o-", label=method)
+            (line,) = axis.plot(*zip(*means[method], strict=True), "o-", label=shown(method))
             for curve in curves if len(curves) > 1 else []:
                 axis.plot(
                     *zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1
@@ -164,11 +166,10 @@ def data_efficiency(histories: dict[str, list[dict]], out: Path) -> str:
                 said.append(
                     f"{name}: {method} reaches the end of {base} ({100 * target:.1f} %) {reached}"
                 )
-        axis.set(title=name, xlabel="states seen", ylabel="greedy accuracy")
+        axis.set(title=shown(name), xlabel="states seen", ylabel="greedy accuracy")
         axis.grid(alpha=0.3)
     legend(figure)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
+    save(figure, out)
     return "\n".join(said)
 
 
@@ -200,19 +201,18 @@ def sources(histories: dict[str, list[dict]], out: Path) -> None:
             for name in names
         }
         own = [1 - sum(values[i] for values in shares.values()) for i in steps]
-        labels = ["policy", *(name.removeprefix("share/") for name in names)]
+        labels = ["policy", *(shown(name.removeprefix("share/")) for name in names)]
         axis.stackplot(
             [found[0][i]["step"] for i in steps], own, *shares.values(), labels=labels, alpha=0.85
         )
         axis.set(
-            title=f"sources of the kept actions: {method}",
+            title=f"sources of the kept actions: {shown(method)}",
             xlabel="step",
             ylabel="share",
             ylim=(0, 1),
         )
     legend(figure)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
+    save(figure, out)
 
 
 def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out: Path) -> None:
@@ -235,16 +235,15 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
         for method, found in methods.items():
             means = mean_curve(found)
             rows += [[method, test, k, f"{value:.4f}", len(found)] for k, value in means]
-            (line,) = axis.plot(*zip(*means, strict=True), "o-", label=method)
+            (line,) = axis.plot(*zip(*means, strict=True), "o-", label=shown(method))
             for curve in found if len(found) > 1 else []:
                 axis.plot(
                     *zip(*curve, strict=True), color=line.get_color(), alpha=0.25, linewidth=1
                 )
-        axis.set(title=test, xlabel="k", ylabel="Pass@k")
+        axis.set(title=shown(test), xlabel="k", ylabel="Pass@k")
         axis.set_xscale("log", base=2)
         axis.grid(alpha=0.3)
     legend(figure)
-    figure.savefig(out, dpi=90)
-    plt.close(figure)
-    with open(out.with_suffix(".csv"), "w", newline="") as file:
+    save(figure, out)
+    with writing(out), open(out.with_suffix(".csv"), "w", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)

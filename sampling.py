@@ -67,7 +67,8 @@ class Group:
 
     format, accuracy: (M,), the parts of each reward. kept: indices of the G actions that train the policy, best first.
     advantages: (G,), of the kept ones, in their order. expert_logps: (G, m), log-density of each kept action under each
-    expert that took part, -inf where it never says this, or None if some expert does not tell.
+    expert that took part, -inf where it never says this, or None if some expert does not tell. selection: how they were
+    chosen, the "top" G or any at "random"; the weights of A.5 depend on it.
     """
 
     state: State
@@ -78,6 +79,7 @@ class Group:
     kept: list[int] = field(default_factory=list)
     advantages: list[float] = field(default_factory=list)
     expert_logps: list[list[float]] | None = None
+    selection: str = "top"
 
     @property
     def rewards(self) -> list[float]:
@@ -427,12 +429,13 @@ def select_top_g(
 def select(
     groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random
 ) -> None:
-    """Sets `kept` and `advantages` (Eq 1) of each group. A group of fewer than g actions keeps them all.
+    """Sets `kept`, `selection` and `advantages` (Eq 1) of each group. A group of fewer than g actions keeps them all.
 
     baseline: whose mean and std Eq 1 takes, those of all the "candidates" or those of the "selected".
     """
     for group in groups:
         group.kept = select_top_g(group.rewards, min(g, len(group.actions)), ties, selection, rng)
+        group.selection = selection
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)
         group.advantages = grpo.group_advantages(

@@ -14,9 +14,12 @@ import torch
 
 import runs
 from data import CACHE, TASKS
+from lengths import Room
 from policy import Policy
-from runs import UserError
+from runs import Parser, UserError
 from sampling import ROLLOUTS, Sampler, make_sampler
+
+MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -73,8 +76,15 @@ class Settings:
     )
     lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
+    warmup_steps: int = option(
+        0, "number of steps in which it rises, whatever that share is; 0: --warmup's share"
+    )
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    freeze_vision: bool = option(
+        False,
+        "leave the vision tower and its projector as they are: the language model alone learns",
+    )
     # the machine
     device: str = option(
         "auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda")
@@ -124,6 +134,10 @@ class Settings:
         """For `Policy.load`."""
         return {"min_pixels": self.min_pixels or None, "max_pixels": self.max_pixels or None}
 
+    def room(self, model: str | Path) -> Room:
+        """What a prompt of this run has to fit in, with the config and tokenizer of that model."""
+        return Room(model, self.max_new_tokens, self.max_model_len, **self.pixels)
+
 
 def presets(paper) -> dict[str, dict]:
     """By name: the blocks world's tasks, and paper(task, size), the paper's settings for Reason-RFT-CoT."""
@@ -139,10 +153,6 @@ def parse(
     kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]
 ) -> tuple[Settings, Path | None]:
     """The settings that the command line asks for, and the run to resume if it does. UserError for what cannot be read."""
-
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(f"{message} (--help explains every flag)")
 
     parser = Parser(description=about, allow_abbrev=False)
     parser.add_argument(
@@ -202,10 +212,12 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         "min_pixels",
         "max_pixels",
         "warmup",
+        "warmup_steps",
         "weight_decay",
         "gpu_memory_utilization",
         "max_model_len",
         "eval_every",
+        "eval_states",
         "save_every",
     )
     above_zero(config, "lr", "max_grad_norm")
@@ -233,6 +245,8 @@ def check(config: Settings, world: int, resuming: bool) -> None:
         raise UserError(
             f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {config.batch_size}"
         )
+    if config.states * config.epochs > MOST:
+        raise UserError(f"--states times --epochs must be at most {MOST}")
     if config.data == "blocks" and config.steps < 1:
         raise UserError(
             f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}"
@@ -252,17 +266,20 @@ def above_zero(config: Settings, *names: str) -> None:
             )
 
 
-def sampler_of(config: Settings, policy: Policy, model: str) -> Sampler:
-    """The sampler that the settings ask for. model: what the policy's config and processor came from."""
+def sampler_of(config: Settings, policy: Policy, model: str, longest: int = 0) -> Sampler:
+    """The sampler that the settings ask for. model: what the policy's config and processor came from. longest: tokens of the longest
+    prompt and response, where they are known (`Room.longest`)."""
     return make_sampler(
         config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
-        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len,
+        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len or longest,
     )  # fmt: skip
 
 
 def must(config: Settings, least: int, *names: str) -> None:
-    """UserError for a setting that is less than that, or no number."""
+    """UserError for a setting that is less than that, or beyond any machine, or no number."""
     for name in names:
+        if MOST < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {MOST}")
         if not least <= getattr(config, name) < math.inf:
             raise UserError(
                 f"--{name.replace('_', '-')} must be {'at least 1' if least else '0 or above'}, not {getattr(config, name)}"

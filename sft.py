@@ -8,7 +8,8 @@
 
     method    prompt asks for          target                                                        paper
     cot       a thought and an answer  <think>{thought}</think> <answer>{answer}</answer>, then EOS  CoT-SFT
-    answer    the answer alone         <answer>{answer}</answer>, then EOS                           ANS-SFT
+    answer    the answer alone         <answer>{answer}</answer>, then EOS                           ANS-SFT, with tags as in RL
+    bare      nothing                  {answer}, then EOS                                            ANS-SFT, as Reason-RFT's
 
 The loss is the mean of -log pi_theta over the target tokens of the global batch, by the forward pass that RL uses (policy.py): the sum over
 a micro-batch, divided by the number of target tokens in the whole batch over all processes, which is known before the first
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import curves
 import ekipl
@@ -35,13 +37,17 @@ import plan
 import runs
 import settings
 from data import State, test_sets, training_states
-from distributed import World, accumulating, clip_gradients
+from distributed import World, accumulating, clear_gradients, clip_gradients
 from policy import Policy, Prompt, pack
 from runs import UserError
 from sampling import autocast
 from settings import Settings, option
 
-METHODS = {"cot": "reason", "answer": "answer"}  # and what the prompt asks for (data.MODES)
+METHODS = {  # and what the prompt asks for (data.MODES)
+    "cot": "reason",
+    "answer": "answer",
+    "bare": "bare",
+}
 
 
 @dataclass
@@ -50,25 +56,28 @@ class Config(Settings):
 
     method: str = option(
         "cot",
-        "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT)",
+        "what is learnt: a thought and the answer (CoT-SFT), or the answer alone (ANS-SFT), in its tags, or bare as the response to the "
+        "bare question (Reason-RFT's ANS-SFT; evaluate.py --mode bare)",
         tuple(METHODS),
     )
 
 
 def paper(task: str, size: str) -> dict:
-    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings."""
+    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings, and where
+    they say nothing the defaults of LLaMA-Factory, which they call."""
     return dict(
         model=f"Qwen/Qwen2-VL-{size}-Instruct",
         data="reason-rft",
         task=task,
         epochs=1,
         lr=1e-5,
-        warmup=0.05,  # theirs: 100 steps, which is 5 % of the counting task's
+        warmup_steps=100,  # whatever the number of steps
         weight_decay=0.1,
+        freeze_vision=True,  # LLaMA-Factory's freeze_vision_tower and freeze_multi_modal_projector
         max_grad_norm=1.0,  # the default of transformers
         batch_size=16,  # 8 GPUs x 1 x 2 steps of accumulation
         min_pixels=3136,
-        max_pixels=480000,
+        max_pixels=262144,  # LLaMA-Factory's image_max_pixels at that time
         max_new_tokens=768,  # their limit when they evaluate; they cut prompt and target at 4096 tokens together
         micro_batch=1,
         gradient_checkpointing=True,
@@ -100,6 +109,8 @@ class Example:
 
 def target_text(state: State, method: str) -> str:
     """The response to learn. ValueError if it needs a thought and the state has none."""
+    if method == "bare":
+        return state.answer
     answer = f"<answer>\n{state.answer}\n</answer>"
     if method == "answer":
         return answer
@@ -140,7 +151,7 @@ def update(
     ]
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.zero_grad(set_to_none=True)
+    clear_gradients(policy, optimizer)
     nats = torch.zeros((), device=device)  # read once, at the end: reading waits for the GPU
     for i, part in enumerate(micro):
         with accumulating(policy, last=i == len(micro) - 1):
@@ -156,7 +167,7 @@ def update(
         nats += loss.detach()
     norm = clip_gradients(policy, config.max_grad_norm)
     if not math.isfinite(norm):
-        raise RuntimeError(f"the gradient is not finite (norm {norm}): lower --lr")
+        raise UserError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
     return {"loss": sum(world.gather([nats.item()])), "target_tokens": total, "grad_norm": norm}
 
@@ -167,28 +178,34 @@ def update(
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     ekipl.deterministic(world)
+    ekipl.take(resume, world)
     mode = METHODS[config.method]
-    questions, order = training_states(config, mode, thoughts=config.method == "cot")
-    tests = test_sets(config, mode) if config.eval_every else {}
+    start = runs.last_checkpoint(resume) if resume else config.start
+    room = config.room(start)
+    questions, order = training_states(config, mode, config.method == "cot", room)
+    tests = test_sets(config, mode, room) if config.eval_every else {}
     try:
-        start = runs.last_checkpoint(resume) if resume else config.start
         policy = Policy.load(
             start, gradient_checkpointing=config.gradient_checkpointing, **config.pixels
         )
+        if config.freeze_vision:
+            policy.freeze_vision()
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
+    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
     path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
-    tests = {name: [test[i] for i in range(len(test))] for name, test in tests.items()}
+    tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
     )  # what there is; config.json keeps what was asked for
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    done = ekipl.restore(optimizer, resume, world) if resume else 0
+    # Before moments and gradients are there, as in ekipl.py.
+    sampler = settings.sampler_of(config, policy, str(start), room.longest)
     learner = world.data_parallel(policy)
-    sampler = settings.sampler_of(config, policy, str(start))
+    done = ekipl.restore(optimizer, resume, world) if resume else 0
 
     bar = tqdm(
         total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True
@@ -211,6 +228,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         lr = ekipl.learning_rate(config, step)
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= update(config, learner, optimizer, batch, world, lr)
+        clear_gradients(learner, optimizer)
         truncated = world.gather([float(example.truncated) for example in batch])
         clock.append(time.perf_counter())
         record |= {
@@ -233,20 +251,24 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and done == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
+    runs.let_go(path)
     return path
 
 
 def run(argv: list[str]) -> str:
+    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)
     settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
-    path = train(config, resume, World.join(config.device))
+    world = World.join(config.device)
+    path = train(config, resume, world)
+    world.leave()
     return f"done: {path}/model is the model; python ekipl.py --model {path}/model goes on with RL"
 
 
 def main() -> None:
-    ekipl.command("sft.py", run)
+    runs.command("sft.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@
 
 Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset, the flags left over (sft.py gets those that it
 knows) and, above these, the row's own; predictions lie beside its model. Stopped at any moment, the same command goes on: finished commands are
-skipped, a run with a checkpoint is resumed. The table and the figures are made from whatever is finished.
+skipped, a run with a checkpoint is resumed. Of a finished run the model stays and trainer.pt goes. The table and the figures are made from whatever is finished.
 """
 
-import argparse
 import dataclasses
 import json
 import os
@@ -38,6 +37,8 @@ from experts import expert_specs
 from runs import UserError
 
 HERE = Path(__file__).resolve().parent
+# Of each process, whatever --jobs and the machine: with another number sums are rounded otherwise.
+THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
 @dataclass
@@ -54,8 +55,11 @@ class Row:
 
 
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
-    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest."""
-    rest = ("--skip", str(stage1))
+    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest,
+    but of the paper's structure task all. With the paper's data zero-shot and ANS-SFT have prompts of their own, as in Reason-RFT."""
+    real = config.data != "blocks"
+    rest = () if real and config.task == "structure" else ("--skip", str(stage1))
+    zero_shot, answer = (("--mode", "answer"), "bare") if real else ((), "answer")
     experts = expert_specs(config.experts, offline=True)
     ours = [
         Row("Vision-EKIPL", "ekipl.py"),
@@ -63,8 +67,8 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     ]
     return [
         *(Row(expert.partition("@")[0], model=expert) for expert in experts),
-        Row("Zero-shot", model=config.start),
-        Row("ANS-SFT", "sft.py", ("--method", "answer")),
+        Row("Zero-shot", flags=zero_shot, model=config.start),
+        Row("ANS-SFT", "sft.py", ("--method", answer)),
         Row("CoT-SFT", "sft.py"),
         Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
         Row("Reason-RFT-Zero", "ekipl.py", ("--experts", "none")),
@@ -204,7 +208,8 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
                 )
                 commands.append([row.program, *flags])
             model = str(path / "model") if row.program else row.model
-            mode = ["--mode", "answer"] if "answer" in row.flags else []
+            mode = [word for word in row.flags if word in ("answer", "bare")]
+            mode = ["--mode", *mode] if mode else []
             if row.listed:
                 commands.append(
                     [
@@ -241,7 +246,23 @@ def program(name: str, processes: int) -> list[str]:
     return [sys.executable, *torchrun, str(HERE / name)]
 
 
-def carry_out(task: Task, before: Future | None, threads: int, processes: int) -> None:
+def has_checkpoint(path: Path) -> bool:
+    return bool(runs.checkpoints(path)) or os.path.lexists(path / "model")
+
+
+def clear(path: Path) -> None:
+    """Removes a run that was stopped before its first checkpoint, and nothing else. UserError if something else is there."""
+    if path.is_symlink() or not path.is_dir() or (path / "predictions").exists():
+        raise UserError(f"{path} is in the way, and no run of a sweep: move it")
+    left = {file.name for file in path.iterdir()} - {"config.json.tmp"}
+    if left and "config.json" not in left:
+        raise UserError(f"{path} is in the way, and no run of this program: move it")
+    runs.hold(path, "wait until that run has ended, or stop it first")
+    shutil.rmtree(path)
+    runs.let_go(path)
+
+
+def carry_out(task: Task, before: Future | None, processes: int) -> None:
     """Runs the commands that are not done yet. UserError with the last line of the one that fails; its log lies beside the run."""
     if before is not None:
         before.result()
@@ -255,15 +276,16 @@ def carry_out(task: Task, before: Future | None, threads: int, processes: int) -
                 f"{task.path} was made by another command ({mark.read_text()}): choose another --runs"
             )
         if mark.exists():
+            drop_optimizer(task)
             continue
-        if command[0] != "evaluate.py" and task.path.exists():  # it was stopped
-            if (task.path / "model").exists():
+        if command[0] != "evaluate.py" and os.path.lexists(task.path):  # it was stopped
+            if has_checkpoint(task.path):
                 command = [command[0], "--resume", str(task.path)]
             else:
-                shutil.rmtree(task.path)
+                clear(task.path)
         for stale in later:
             stale.unlink(missing_ok=True)
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        environment = {**os.environ, "OMP_NUM_THREADS": THREADS}
         with open(log, "a") as file:
             done = subprocess.run(
                 [*program(command[0], processes), *command[1:]],
@@ -276,17 +298,23 @@ def carry_out(task: Task, before: Future | None, threads: int, processes: int) -
             last = [line for line in log.read_text().splitlines() if line.strip()][-1:]
             raise UserError(f"{task.name}: {last[0] if last else 'no word'} (log: {log})")
         mark.write_text(said)
+        drop_optimizer(task)
+
+
+def drop_optimizer(task: Task) -> None:
+    """Of a run that has finished the model is wanted, and no longer AdamW's moments: two thirds of its checkpoint."""
+    (task.path / "model" / "trainer.pt").unlink(missing_ok=True)
 
 
 def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
     """`jobs` tasks at a time, each after the one it starts from. Returns what went wrong."""
-    problems, futures, threads = [], {}, max(1, (os.cpu_count() or 1) // (jobs * processes))
+    problems, futures = [], {}
     with ThreadPoolExecutor(jobs) as pool:
         for task in (
             made
         ):  # a task stands behind the one it waits for, so that one of them is always running
             futures[task.name] = pool.submit(
-                carry_out, task, futures.get(task.waits_for), threads, processes
+                carry_out, task, futures.get(task.waits_for), processes
             )
         bar = tqdm(as_completed(futures.values()), total=len(futures), desc="sweep")
         for future in bar:
@@ -320,9 +348,8 @@ def comparison(finished: list[Task], out: Path) -> None:
             name: evaluate.score_predictions(ps)["accuracy"]
             for name, ps in evaluate.read_predictions(task.path / "predictions").items()
         }
-        records = [record for record in runs.read(task.path / "metrics.jsonl") if "loss" in record][
-            -LAST:
-        ]
+        history = curves.metrics(task.path / "metrics.jsonl")
+        records = [record for record in history if "loss" in record][-LAST:]
         scores |= {
             name: statistics.fmean(r[name] for r in records)
             for name in FIGURES
@@ -344,7 +371,8 @@ def comparison(finished: list[Task], out: Path) -> None:
         "",
         f"Accuracy on test sets in %; the other figures are means over the last {LAST} steps of training.",
     ]
-    out.write_text("\n".join(lines) + "\n")
+    with runs.writing(out):
+        out.write_text("\n".join(lines) + "\n")
 
 
 def slim(record: dict) -> dict:
@@ -352,7 +380,7 @@ def slim(record: dict) -> dict:
     kept = [
         key
         for key in record
-        if key in (*curves.PANELS, "step", "states", "loss")
+        if key in (*curves.PANELS, *curves.DASHED.values(), "step", "states", "loss")
         or key.startswith(("share/", "eval/", "seconds/"))
     ]
     return {
@@ -363,7 +391,6 @@ def slim(record: dict) -> dict:
 
 def results(kind: str, finished: list[Task], out: Path) -> None:
     """Tables and figures of what is finished, and the metrics that they are drawn from."""
-    out.mkdir(parents=True, exist_ok=True)
     listed = [task for task in finished if task.listed]
     for task in finished:
         if (task.path / "metrics.jsonl").exists():
@@ -382,8 +409,9 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
     evaluate.figures_command([*paths, "--out", str(out)])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
+def run(argv: list[str]) -> None:
+    parser = runs.Parser(
+        prog="sweep.py",
         description=__doc__.split("\n\n")[0],
         epilog="Other flags are those of ekipl.py and go to the training runs.",
         allow_abbrev=False,
@@ -400,7 +428,7 @@ def main() -> None:
         "--jobs",
         type=int,
         default=1,
-        help="runs at a time; each gets its share of the cores (default 1)",
+        help=f"runs at a time, each of {THREADS} threads (OMP_NUM_THREADS; default 1)",
     )
     parser.add_argument(
         "--processes",
@@ -429,49 +457,52 @@ def main() -> None:
         help="where tables, figures and metrics go (default RUNS/PRESET/results)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
-    args, extra = parser.parse_known_args()
-    try:
-        if (
-            not re.fullmatch(r"\d+(,\d+)*", args.seeds)
-            or min(args.jobs, args.processes, args.stage1, args.test_states) < 1
-        ):
-            raise UserError(
-                "--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1"
-            )
-        args.seeds = [int(seed) for seed in args.seeds.split(",")]
-        if own := {"--seed", "--name", "--resume"} & {word.partition("=")[0] for word in extra}:
-            raise UserError(f"{min(own)} is sweep.py's to choose, run by run")
-        args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
-        keyless = args.dry_run or args.config.offline
-        ekipl.check(
-            dataclasses.replace(args.config, offline=keyless), args.processes, resuming=False
+    args, extra = parser.parse_known_args(argv)
+    if (
+        not re.fullmatch(r"[0-9]{1,18}(,[0-9]{1,18})*", args.seeds)
+        or min(args.jobs, args.processes, args.stage1, args.test_states) < 1
+    ):
+        raise UserError(
+            "--seeds wants numbers such as 0,1,2; --jobs, --processes, --stage1 and --test-states must be at least 1"
         )
-        made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
-        if args.dry_run:
-            start = (
-                f"torchrun --standalone --nproc_per_node {args.processes}"
-                if args.processes > 1
-                else "python"
-            )
-            print(
-                *(f"{start} {shlex.join(command)}" for task in made for command in task.commands),
-                sep="\n",
-            )
-            return
-        problems = carry_all_out(made, args.jobs, args.processes)
-        finished = [task for task in made if all(mark.exists() for mark in marks(task))]
-        if any(task.listed for task in finished):
-            results(args.list, finished, args.out or Path(args.runs) / args.preset / "results")
-        if problems:
-            raise UserError(
-                f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}; the same command tries them again"
-            )
-    except UserError as error:
-        print(f"sweep.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on", file=sys.stderr)
-        sys.exit(130)
+    args.seeds = list(dict.fromkeys(int(seed) for seed in args.seeds.split(",")))
+    if own := {"--seed", "--name", "--resume"} & {word.partition("=")[0] for word in extra}:
+        raise UserError(f"{min(own)} is sweep.py's to choose, run by run")
+    evaluate.samples_for(args.pass_k)
+    args.config, _ = ekipl.parse(["--preset", args.preset, *extra])
+    keyless = args.dry_run or args.config.offline
+    ekipl.check(dataclasses.replace(args.config, offline=keyless), args.processes, resuming=False)
+    made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
+    if args.dry_run:
+        start = (
+            f"torchrun --standalone --nproc_per_node {args.processes}"
+            if args.processes > 1
+            else "python"
+        )
+        print(
+            *(f"{start} {shlex.join(command)}" for task in made for command in task.commands),
+            sep="\n",
+        )
+        return
+    root = Path(args.runs) / args.preset
+    out = args.out or root / "results"
+    for directory in (root, out):
+        with runs.writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+    runs.hold(root, "wait until that sweep has ended, or choose another --runs")
+    problems = carry_all_out(made, args.jobs, args.processes)
+    finished = [task for task in made if all(mark.exists() for mark in marks(task))]
+    if any(task.listed for task in finished):
+        results(args.list, finished, out)
+    runs.let_go(root)
+    if problems:
+        raise UserError(
+            f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}; the same command tries them again"
+        )
+
+
+def main() -> None:
+    runs.command("sweep.py", run)
 
 
 if __name__ == "__main__":

@@ -103,14 +103,14 @@ def random_model(
         ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
     )}  # fmt: skip
     text = dict(
-        vocab_size=len(tokenizer) + unused_ids, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=2048,
+        vocab_size=len(tokenizer) + unused_ids, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,  # far from uniform, so that an error shows in the log-probabilities
+        initializer_range=0.2,  # far from uniform, so that an error shows in the log-probabilities
     )  # fmt: skip
     vision = dict(
-        depth=2, embed_dim=64, hidden_size=64, num_heads=2, mlp_ratio=2, patch_size=8, spatial_merge_size=2,
+        depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2, patch_size=8, spatial_merge_size=2,
         temporal_patch_size=2, initializer_range=0.3,
     )  # fmt: skip
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)

@@ -1,7 +1,8 @@
 """The network's far end: a server on loopback that speaks OpenAI's and Gemini's HTTP, and does what a test tells it to.
 
 `server.script` is a list of behaviours, one a request, the last one repeated: a dict is the JSON to answer with, (status, headers,
-body) any answer, "hang" never answers, "cut" closes the connection in the middle, a number waits so many seconds and then answers,
+body) any answer, "hang" never answers, "cut" closes the connection in the middle, "drip" sends a byte now and then, for ever, a number
+waits so many seconds and then answers,
 a function gets the request's body and returns any of these. By default n good answers.
 """
 
@@ -55,7 +56,7 @@ def content(texts, finish="STOP", usage=(100, 20, 150)) -> dict:
     tokens = dict(
         zip(("promptTokenCount", "candidatesTokenCount", "totalTokenCount"), usage, strict=True)
     )
-    return {"candidates": candidates, "usageMetadata": tokens, "modelVersion": "gemini-tiny-001"}
+    return {"candidates": candidates, "usageMetadata": tokens, "modelVersion": "tiny-001"}
 
 
 class Server(ThreadingHTTPServer):
@@ -129,6 +130,9 @@ class Handler(BaseHTTPRequestHandler):
             server.stop.wait(60)
             self.close_connection = True
             return
+        if behaviour == "drip":
+            self.drip()
+            return
         if behaviour == "good":
             behaviour = server.good(body)
         status, headers, reply = behaviour if isinstance(behaviour, tuple) else (200, {}, behaviour)
@@ -150,6 +154,15 @@ class Handler(BaseHTTPRequestHandler):
         self.close_connection = self.close_connection or reply == "cut"
         with server.lock:
             server.answered += status == 200 and reply != "cut"
+
+    def drip(self):
+        self.send_response(200)
+        self.send_header("Content-Length", "999999")
+        self.end_headers()
+        while not self.server.stop.wait(0.1):
+            self.wfile.write(b" ")
+            self.wfile.flush()
+        self.close_connection = True
 
     def log_message(self, *arguments):
         """Quiet."""

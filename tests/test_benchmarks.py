@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import against_trl  # noqa: E402
 import gains  # noqa: E402
+import gpu_check  # noqa: E402
 import growth  # noqa: E402
 import processes  # noqa: E402
 import sides  # noqa: E402
@@ -344,3 +345,64 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         f"{result['speed_up']['median']:.2f} times as fast as one"
         in (ROOT / "README.md").read_text()
     )
+
+
+# ---------------------------------------------------------------------------------------------- the check on a GPU
+
+ENGINE = {
+    "device": "cuda", "dtype": "bfloat16", "tolerance": 0.1, "start, s": 60.0, "parity": [0.02, 0.03], "sync, s": [1.0, 1.1],
+    "rollout, tokens/s": 9000.0, "update, bytes": 10e9, "planned, bytes": 11e9, "before the engine": 20e9,
+    "with the engine": 60e9, "awake": 62e9, "asleep": 23e9,
+}  # fmt: skip
+RESUMED = {
+    "stopped": 130,
+    "resumed": 0,
+    "records": [{"step": i, "parity": 0.02} for i in (1, 2, 3, 4)],
+    "last": ["done"],
+}
+FAULTS = {
+    "parity": {"parity": [0.02, 0.2]},
+    "peak": {"update, bytes": 12e9},
+    "sleep": {"asleep": 40e9},
+}
+
+
+def test_the_check_on_a_gpu_judges_parity_peak_and_sleep():
+    assert all(check.holds is not False for check in gpu_check.engine_checks(ENGINE))
+    for word, change in FAULTS.items():
+        wrong = [c.name for c in gpu_check.engine_checks({**ENGINE, **change}) if c.holds is False]
+        assert len(wrong) == 1 and word in wrong[0]
+
+
+def test_the_check_on_a_gpu_judges_a_resumed_run():
+    assert all(check.holds is not False for check in gpu_check.resume_checks(RESUMED))
+    lost = {**RESUMED, "resumed": 1, "records": RESUMED["records"][:2], "last": ["error: no room"]}
+    wrong = [check for check in gpu_check.resume_checks(lost) if check.holds is False]
+    assert [check.name for check in wrong] == ["and resumed"] and "no room" in wrong[0].found
+
+
+def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu_check, "engine_part", gpu_check.used)  # no world: an error
+    monkeypatch.setattr(gpu_check, "resume_part", lambda *_: RESUMED)
+    monkeypatch.setattr(gpu_check, "find_spec", lambda name: None)
+    monkeypatch.setattr(
+        sys, "argv", ["gpu_check.py", "--model", "tiny", "--out", str(tmp_path / "x")]
+    )
+    with pytest.raises(SystemExit) as end:
+        gpu_check.main()
+    assert end.value.code == 1
+    text, figures = (tmp_path / "x.md").read_text(), json.loads((tmp_path / "x.json").read_text())
+    assert text.count("**fails**") == 1 and "| engine | TypeError: " in text
+    assert "| and resumed | steps [1, 2, 3, 4] | all 4 | holds |" in text
+    assert "| TRL | not installed: left out" in text
+    assert [check["holds"] for check in figures["checks"]] == [False, True, True, None, None]
+
+
+def test_the_planned_peak_of_the_check_is_the_plans_without_what_is_there(small_model):
+    config, _ = ekipl.parse(gpu_check.flags_of(SMALL, small_model))
+    small = policy.Policy.load(small_model)
+    prompt = small.encode(workload.make_states(SMALL, small.processor))[0]
+    size = sum(parameter.numel() for parameter in small.parameters())
+    assert (
+        gpu_check.planned(config, small, prompt, SMALL) >= 8 * size
+    )  # gradients, and roots in the step

@@ -522,6 +522,20 @@ def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
     )
 
 
+@pytest.mark.parametrize("arguments, says", [
+    ([], "--show"), (["--sow", "x.png"], "--show"), (["--show", "{tmp}/nowhere/x.png"], "cannot write {tmp}/nowhere/x.png: No such file"),
+    (["--show", "{tmp}"], "Is a directory"), (["--show", "{tmp}/" + 300 * "x"], "File name too long"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    monkeypatch.setattr(sys, "argv", ["blocks.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        blocks.main()
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and said.count("\n") == 1
+    assert said.startswith("blocks.py: error: ") and says.format(tmp=tmp_path) in said
+
+
 def test_the_sheet_of_examples_is_a_picture(tmp_path):
     blocks.show(str(tmp_path / "sheet.png"), per_set=2, zoom=1)
     with Image.open(tmp_path / "sheet.png") as sheet:

@@ -97,7 +97,9 @@ def test_what_cannot_be_used_is_left_out_and_told(directory):
 
 @pytest.mark.parametrize("task, answer, kind", [
     ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None), ("counting", "A", None), ("counting", "nan", None),
-    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"), ("structure", "E", None), ("structure", "2\\sqrt{3}", "math"),
+    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"), ("structure", "E", "discrete"), ("structure", "b", "discrete"), ("structure", "(f).", "discrete"),
+    ("structure", "2\\sqrt{3}", "math"), ("structure", "½", "math"), ("structure", "9米", "math"), ("structure", "（B）", "discrete"),
+    ("counting", "1,000", "discrete"), ("counting", "１２", "discrete"), ("counting", "1,00", None), ("counting", "true", None),
     ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None), ("structure", "", None),
     ("structure", "3</answer>", None),
     ("transformation", "change_size(0, small)", "function"),
@@ -146,11 +148,222 @@ def test_the_order_is_fixed_and_a_record_left_out_does_not_change_it(directory, 
     other = miniature.make(tmp_path, zipped=False)
     file = other / data.FILES["structure-train"]
     records = json.loads(file.read_text())
-    records[4]["answer"] = records[4]["solution"] = "E"
+    records[4]["answer"] = records[4]["solution"] = "none"
     file.write_text(json.dumps(records))
     assert [ReasonRFTSet("structure-train", other)[i].id for i in range(11)] == [
         id for id in ids if id != "structure-train-4"
     ]
+
+
+def changed(tmp_path, change, name="counting-train", count=8) -> Path:
+    """The miniature with `count` records in each file, those of that set after change(records)."""
+    directory = miniature.make(tmp_path / "data", size=count, zipped=False, broken=False)
+    file = directory / data.FILES[name]
+    records = json.loads(file.read_text())
+    change(records)
+    file.write_text(json.dumps(records))
+    return directory
+
+
+def every(**values):
+    """A change of every record: a value may be a function of the record."""
+
+    def change(records):
+        for record in records:
+            record |= {k: v(record) if callable(v) else v for k, v in values.items()}
+
+    return change
+
+
+def truth(record) -> str:
+    return record.get("answer") or record.get("solution")
+
+
+TAKEN = {
+    "in tags": every(answer=lambda r: f"<answer> {truth(r)} </answer>"),
+    "in tags, with a thought": every(
+        answer=lambda r: f"<think> a </think>\n<answer>\n{truth(r)}\n</answer>"
+    ),
+    "null beside a solution": every(solution=truth, answer=None),
+    "blank beside a solution": every(solution=truth, answer=" "),
+    "empty tags beside a solution": every(solution=truth, answer="<answer></answer>"),
+    "an empty list beside a solution": every(solution=truth, answer=[]),
+    "a list": every(answer=lambda r: [truth(r)]),
+    "a number": every(answer=lambda r: int(truth(r))),
+    "a list of a number": every(answer=lambda r: [float(truth(r))]),
+    "{path}": every(image=lambda r: {"path": r["image"]}),
+    "a list of {path}": every(image=lambda r: [{"bytes": None, "path": r["image"]}]),
+    "a list of a path": every(image=lambda r: [r["image"]]),
+    "backslashes": every(image=lambda r: r["image"].replace("/", "\\")),
+    "within the set": every(image=lambda r: f"counting/../{r['image']}"),
+    "a list of a question": every(problem=lambda r: [r["problem"]]),
+}
+
+
+@pytest.mark.parametrize("form", TAKEN)
+def test_a_record_is_taken_in_each_form_that_reason_rft_takes(tmp_path, form):
+    directory = changed(tmp_path, TAKEN[form])
+    questions = ReasonRFTSet("counting-train", directory)
+    assert len(questions) == 8 and not questions.left_out
+    for state in map(questions.__getitem__, range(8)):
+        number = int(state.id.split("-")[-1])
+        assert float(state.answer) == number and state.question.endswith(f"? {number}")
+        assert list(state.images)[0].size == (40, 32)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_an_absolute_path_into_the_set_is_taken_and_one_out_of_it_is_not(
+    tmp_path, monkeypatch, relative
+):
+    images = tmp_path / "data" / "images" / "train_images"
+
+    def change(records):
+        for record in records:
+            record["image"] = str(images / record["image"])
+        (tmp_path / "secret.png").write_bytes(miniature.png(1))
+        records[3]["image"] = str(tmp_path / "secret.png")
+        records[4]["image"] = str(images / "counting" / "nowhere.png")
+
+    directory = changed(tmp_path, change)
+    monkeypatch.chdir(tmp_path)
+    questions = ReasonRFTSet("counting-train", Path("data") if relative else directory)
+    assert len(questions) == 6 and list(questions[0].images)
+    assert [
+        (record["record"], record["reason"].split(":")[0]) for record in questions.left_out
+    ] == [
+        (3, "image outside the data set"),
+        (4, "missing image"),
+    ]
+
+
+def test_a_link_out_of_the_data_set_is_not_followed(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    for i in range(2):
+        (outside / f"{i}.png").write_bytes(miniature.png(i))
+
+    def change(records):
+        for i, place in enumerate(["counting/link.png", "folder/1.png", "../out.png"]):
+            records[i]["image"] = place
+        records[3]["image"] = "counting/inner.png"
+
+    directory = changed(tmp_path, change)
+    images = directory / "images" / "train_images"
+    (images / "counting" / "link.png").symlink_to(outside / "0.png")
+    (images / "folder").symlink_to(outside)
+    (images.parent / "out.png").symlink_to(outside / "0.png")
+    (images / "counting" / "inner.png").symlink_to("5.png")
+    questions = ReasonRFTSet("counting-train", directory)
+    assert {(r["record"], r["reason"].split(":")[0]) for r in questions.left_out} == {
+        (i, "image outside the data set") for i in range(3)
+    }
+
+
+def test_the_folder_of_images_may_be_a_link_to_another_disk(tmp_path):
+    directory = changed(tmp_path, lambda records: None)
+    (directory / "images").rename(tmp_path / "disk")
+    (directory / "images").symlink_to(tmp_path / "disk")
+    assert len(ReasonRFTSet("counting-train", directory)) == 8
+
+
+@pytest.mark.parametrize("answer, as_read", [
+    ("change_position(0, front-left)", "change_position(0, front_left)"),
+    ("change_position(0, 'Behind-Right')", "change_position(0, 'Behind_Right')"),
+    ("change_position(0, behind left)", "change_position(0, behind_left)"),
+    ("change_size(0, small), change_size(0, small)", "change_size(0, small)"),
+    ("change_position(1, left); Change_Position(1, 'left'); change_size(0, small)", "change_position(1, left), change_size(0, small)"),
+    (["change_size(0, small)", "change_color(1, red)"], "change_size(0, small), change_color(1, red)"),
+    (", ".join(f"change_size({i % 2}, small)" for i in range(6)), "change_size(0, small), change_size(1, small)"),
+    ("change_size(0, small), change_size(0, small), paint(0)", None),
+    ("change_position(0, front-up)", None),
+])  # fmt: skip
+def test_a_sequence_is_read_as_the_prompt_and_the_rewards_spell_it(tmp_path, answer, as_read):
+    directory = changed(
+        tmp_path, lambda records: records[2].update(answer=answer), "transformation-train", 4
+    )
+    questions = ReasonRFTSet("transformation-train", directory)
+    read = {state.id: state for state in map(questions.__getitem__, range(len(questions)))}
+    state = read.get("transformation-train-2")
+    if as_read is None:
+        assert state is None and "unknown form" in questions.left_out[0]["reason"]
+    else:
+        assert state.answer == as_read
+        said = f"<answer>{state.answer}</answer>"
+        assert rewards.accuracy_reward(said, state.answer, "function") == 1
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(image="A" * 300), "missing image: 'A"),
+    (dict(image="A" * 5000), "missing image: 'A"),
+    (dict(image="/9j/" + "A/b+" * 2000), "image outside the data set: '/9j/"),
+    (dict(image="data:image/png;base64,AAAA"), "missing image: 'data:"),
+    (dict(image="a\0b"), "missing image"),
+    (dict(image="\ud83d.png"), "missing image"),
+    (dict(image="https://host/x.png"), "missing image"),
+    (dict(image={"bytes": "AAAA", "path": None}), "no image"),
+    (dict(image=[["counting/0.png"]]), "no image"),
+    (dict(image="counting"), "missing image: 'counting'"),
+    (dict(problem="how many ? " * 100_000), "question too long: 1099999 characters"),
+    (dict(problem=["how many", "are there ?"]), "no question"),
+    (dict(problem=float("nan")), "no question"),
+    (dict(answer=float("nan")), "unknown form of answer: 'nan'"),
+    (dict(answer=True, solution=None), "no answer"),
+    (dict(answer={"value": 3}, solution=None), "no answer"),
+    (dict(answer=["3", ["4"]], solution=None), "no answer"),
+    (dict(answer="9" * 5000), "unknown form of answer: '9"),
+    (dict(answer="3\ud83d"), "unknown form of answer: '3"),
+])  # fmt: skip
+@pytest.mark.parametrize("id", [float("nan"), ["x"] * 999, "\ud83d" * 300, 7])
+def test_a_record_that_cannot_be_used_is_one_line_and_never_ends_the_run(
+    tmp_path, change, reason, id
+):
+    directory = changed(tmp_path, lambda records: records[2].update(change, id=id))
+    questions = ReasonRFTSet("counting-train", directory)
+    (left_out,) = questions.left_out
+    assert len(questions) == 7 and left_out["record"] == 2
+    assert left_out["reason"].startswith(reason) and len(left_out["reason"]) < 200
+    assert len(json.dumps(left_out, allow_nan=False)) < 2500
+    left_out["reason"].encode()
+    assert left_out["id"] == 7 or id != 7
+
+
+def test_a_number_too_long_for_python_is_one_record(tmp_path):
+    directory = changed(tmp_path, lambda records: records[2].update(answer="DIGITS"))
+    file = directory / data.FILES["counting-train"]
+    file.write_text(file.read_text().replace('"DIGITS"', "9" * 5000))
+    assert len(ReasonRFTSet("counting-train", directory)) == 7
+
+
+@pytest.mark.parametrize("text", ["red \ud83d", "\udc00 red", "a \ud83d b \udc00 c"])
+def test_half_a_surrogate_pair_in_a_text_is_repaired(tmp_path, text):
+    change = every(problem=text, cot=f"thought {text}")
+    questions = ReasonRFTSet("counting-train", changed(tmp_path, change))
+    state = questions[0]
+    assert "\ufffd" in state.question and "\ufffd" in state.thought
+    assert state.question.encode() and state.thought.encode()
+    Policy.load(ROOT / "tiny").encode([state])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
+def test_a_file_is_read_in_every_encoding_of_unicode(tmp_path, encoding):
+    directory = changed(tmp_path, every(problem="wie viele rote Würfel ? ６"))
+    file = directory / data.FILES["counting-train"]
+    file.write_bytes(json.dumps(json.loads(file.read_text()), ensure_ascii=False).encode(encoding))
+    questions = ReasonRFTSet("counting-train", directory)
+    assert len(questions) == 8 and questions[0].question == "wie viele rote Würfel ? ６"
+
+
+@pytest.mark.parametrize("seen", ["[]", "3", '{"x": 3}', "{", "[" * 99999, b"\xff", "old"])
+def test_a_damaged_list_of_checked_images_is_made_anew(tmp_path, seen):
+    directory, cache = changed(tmp_path, lambda records: None), tmp_path / "cache"
+    ReasonRFTSet("counting-train", directory, cache=cache)
+    (file,) = cache.glob("counting-train-*.json")
+    whole = json.loads(file.read_text())
+    if seen == "old":  # without sizes
+        seen = json.dumps({path: entry[:2] for path, entry in whole.items()})
+    file.write_bytes(seen if isinstance(seen, bytes) else seen.encode())
+    assert len(ReasonRFTSet("counting-train", directory, cache=cache)) == 8
+    assert whole.items() <= json.loads(file.read_text()).items()
 
 
 # ---------------------------------------------------------------------------------------------- images
@@ -183,7 +396,7 @@ def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, rand
     for width, fits in ((1600, True), (1608, False)):
         path = tmp_path / f"{width}.png"
         Image.new("RGB", (width, 8)).save(path)
-        assert (data.image_problem(path) is None) == fits
+        assert (data.look_into(path)[0] is None) == fits
         state = State("0", ImageFiles([path]), "how many ?", "1", "discrete")
         if fits:
             Policy.load(random_model_dir).encode([state])
@@ -194,10 +407,8 @@ def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, rand
 
 def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_path, monkeypatch):
     other = miniature.make(tmp_path / "data", zipped=False)
-    looked, image_problem = [], data.image_problem
-    monkeypatch.setattr(
-        data, "image_problem", lambda path: looked.append(path.name) or image_problem(path)
-    )
+    looked, look_into = [], data.look_into
+    monkeypatch.setattr(data, "look_into", lambda path: looked.append(path.name) or look_into(path))
     for times in (1, 2):
         questions = ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")
         assert len(looked) == 13 and len(questions) == 12
@@ -224,18 +435,19 @@ def test_a_prompt_is_one_turn_with_the_images_first_and_asks_for_what_the_mode_s
             and len(images) == len(state.images)
         )
         text = text["text"]
+        if mode == "bare":  # Reason-RFT's ANS-SFT
+            assert text == state.question
+            continue
         assert (
             text.index(state.question) < text.index(state.request)
             and "<answer> and </answer>" in text
         )
         assert ("<think>" in text) == (mode == "reason")
-        form = (
-            "a sequence of functions"
-            if "transformation" in name
-            else "a letter"
-            if state.answer in "ABCD"
-            else "a number"
-        )
+        form = {
+            "counting": "a number",
+            "structure": "a letter, a number or an expression",
+            "transformation": "a sequence of functions",
+        }[name.split("-")[0]]
         assert form in state.request
         rules = [
             f"{function}(object_id, value): {', '.join(values)}"
@@ -244,6 +456,29 @@ def test_a_prompt_is_one_turn_with_the_images_first_and_asks_for_what_the_mode_s
         assert all((rule in text) == ("transformation" in name) for rule in rules)
         if "transformation" in name:
             assert text.index(rules[-1]) < text.index(state.question)
+            assert "('object_id', 'shape', 'size', 'color', 'material')" in text
+
+
+@pytest.mark.parametrize("mode", data.MODES)
+def test_a_prompt_does_not_depend_on_the_truth(directory, mode):
+    """A model that is told "a letter" where the truth is one has half of the answer."""
+    requests = {
+        state.request
+        for state in map(ReasonRFTSet("structure-id", directory, mode).__getitem__, range(12))
+    }
+    assert len(requests) == 1
+
+
+def test_an_answer_in_mode_bare_is_read_without_tags(directory):
+    asked = {mode: ReasonRFTSet("counting-id", directory, mode)[0] for mode in data.MODES}
+    assert (
+        asked["bare"].reading("3") == "<answer>3</answer>" and asked["answer"].reading("3") == "3"
+    )
+    assert asked["bare"].reading("<answer>3</answer>") == "<answer>3</answer>"
+    for mode, right in (("reason", 0), ("answer", 0), ("bare", 1)):
+        state = asked[mode]
+        said = state.reading(state.answer)
+        assert rewards.accuracy_reward(said, state.answer, state.kind) == right
 
 
 # ---------------------------------------------------------------------------------------------- the sets of a run
@@ -343,7 +578,11 @@ def archive_of(path: Path, *names: str, content: bytes = b"x" * 50) -> Path:
         "/evil.png",
         "a/../../../evil.png",
         "..\\evil.png",
+        "\\evil.png",
+        "\\\\host\\share\\evil.png",
+        "a\\..\\..\\evil.png",
         "C:/evil.png",
+        "C:\\evil.png",
         "train_images/../../evil.png",
         "train_images",
     ],
@@ -383,6 +622,23 @@ def test_an_archive_that_lies_about_its_sizes_writes_no_more_than_it_said(tmp_pa
         unpack(archive, tmp_path / "images")
     assert "broken" in one_line(error) and not (tmp_path / "images").exists()
     assert sum(path.stat().st_size for path in (tmp_path / "images.tmp").rglob("*.png")) <= 100
+
+
+@pytest.mark.parametrize("prefix", ["", "train_images\\", "images\\train_images\\"])
+def test_an_archive_made_on_windows_is_unpacked(tmp_path, prefix):
+    directory = miniature.make(tmp_path / "data")
+    archive = directory / "train_images.zip"
+    with zipfile.ZipFile(archive) as file:
+        content = {entry.filename: file.read(entry) for entry in file.infolist()}
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in [prefix + "counting/", *content]:  # folders have entries of their own
+            entry = zipfile.ZipInfo("x")
+            entry.filename = prefix + name.removeprefix("train_images/").replace("/", "\\")
+            if name not in content:
+                entry.filename = prefix + "counting\\"
+            file.writestr(entry, content.get(name, b""))
+    prepare(str(directory), ["counting-train"], tmp_path / "cache")
+    assert len(ReasonRFTSet("counting-train", directory)) == 12
 
 
 @pytest.mark.parametrize("keep", [0.0, 0.5, 0.99])
@@ -437,6 +693,53 @@ def test_a_data_set_that_cannot_be_used_is_told_in_a_line(tmp_path, spoil, says)
     with pytest.raises(UserError) as error:
         data.load_set("counting-train", settings(directory, tmp_path / "cache"))
     assert says in one_line(error)
+
+
+@pytest.mark.parametrize("source", ["blocks", "real"])
+@pytest.mark.parametrize("name", ["counting", "counting-none", "nothing-train", "", "../x"])
+def test_an_unknown_set_is_told_in_a_line(directory, tmp_path, source, name):
+    config = settings("blocks" if source == "blocks" else directory, tmp_path)
+    with pytest.raises(UserError) as error:
+        data.load_set(name, config)
+    assert repr(name) in one_line(error) and "counting-id" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--data-cache", "~/x"], ["--data", "~/x", "--data-cache", "x"], []]
+)
+def test_no_home_is_told_in_a_line(tmp_path, monkeypatch, capsys, arguments):
+    def nobody(self):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", lambda self: nobody(self) if "~" in str(self) else self)
+    monkeypatch.chdir(tmp_path)
+    assert "no home directory" in told(monkeypatch, capsys, arguments)
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["--task", "all"], "--task"), (["--what"], "--what"), (["--data", "{tmp}/nowhere"], "no data at"), (["--data", "{tmp}"], "has no"),
+    (["--data-cache", "{tmp}/file"], "cannot write"),
+])  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
+    (tmp_path / "file").write_text("")
+    arguments = [argument.format(tmp=tmp_path) for argument in arguments]
+    arguments = (
+        arguments
+        if "--data-cache" in arguments
+        else [*arguments, "--data-cache", str(tmp_path / "c")]
+    )
+    assert says in told(monkeypatch, capsys, arguments)
+
+
+def told(monkeypatch, capsys, arguments) -> str:
+    """What data.py says before it exits with 2: one line."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        data.main()
+    said = capsys.readouterr()
+    assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
+    assert said.err.startswith("data.py: error: ")
+    return said.err
 
 
 def test_no_directory_is_told_in_a_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import random
 import shutil
@@ -21,6 +22,7 @@ import ekipl
 import runs
 from data import State
 from ekipl import Config, World
+from metrics import step_metrics
 from policy import Policy
 from sampling import Action, Group, select
 
@@ -234,6 +236,56 @@ def test_no_process_hangs_when_one_raises(tmp_path):
     assert done.returncode != 0 and "broken on purpose" in done.stderr
 
 
+# ---------------------------------------------------------------------------------------------- weights and metrics
+
+
+def drawn_group(rng: random.Random, densities: dict[str, list[float]], n: int = 2) -> Group:
+    """n one-token actions of each source; the reward of action a is a."""
+    actions = [
+        Action([a], "", source)
+        for source, density in densities.items()
+        for a in rng.choices(range(len(density)), density, k=n)
+    ]
+    rewards = [float(action.tokens[0]) for action in actions]
+    return Group(None, None, actions, [0.0] * len(rewards), rewards)
+
+
+@pytest.mark.parametrize("g", [1, 3, 9])  # 9: more than there are, so that all are kept
+def test_where_any_are_kept_the_weights_have_the_mean_1(g):
+    """E_q[w] = sum q pi_old / q = 1: what is kept at random is a fair sample of q, and w_S = w."""
+    policy, expert = [0.6, 0.3, 0.1], [0.05, 0.15, 0.8]
+    rng, weights = random.Random(g), []
+    groups = [drawn_group(rng, {"policy": policy, "expert": expert}) for _ in range(1000)]
+    select(groups, g, "candidates", "policy_first", "random", rng)
+    for group in groups:
+        group.expert_logps = [[math.log(expert[a.tokens[0]])] for a in group.kept_actions]
+        old_logp = torch.tensor([[[math.log(policy[a.tokens[0]])] for a in group.kept_actions]])
+        weights.append(ekipl.log_weights([group], old_logp, g).exp().mean())
+    weights = torch.stack(weights)
+    error = weights.std() / len(weights) ** 0.5
+    assert 0 < error < 0.03 and abs(weights.mean() - 1) < 4 * error
+
+
+def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal():
+    def of_group(advantages: list[float], weights: list[float]) -> dict:
+        n = len(advantages)
+        told = {name: [1.0] * n for name in ("format", "accuracy", "tokens", "objective", "kl")}
+        return {
+            **told, "sources": ["policy"] * n, "truncated": [False] * n, "clip_fraction": [0.0] * n,
+            "kept": list(range(n)), "advantages": advantages, "weights": weights,
+        }  # fmt: skip
+
+    dead, same, apart = [0.0, 0.0], [0.7, 0.7, 0.7], [0.7, 0.7, 0.2, -1.0]
+    groups = [of_group(dead, [2, 2]), of_group(same, [1, 0, 0]), of_group(apart, [3, 3, 3, 0])]
+    found = step_metrics(groups)
+    assert found["dead_groups"] == pytest.approx(1 / 3)
+    assert found["equal_advantages"] == pytest.approx(2 / 3)
+    assert found["ess"] == pytest.approx((2 + 1 + 3) / 3)
+    assert found["ess_share"] == pytest.approx((1 + 1 / 3 + 3 / 4) / 3)
+    groups[1]["weights"] = None  # one density unknown: nothing is said of any weight
+    assert "ess" not in step_metrics(groups) and step_metrics(groups)["equal_advantages"] > 0
+
+
 # ---------------------------------------------------------------------------------------------- whole runs
 
 
@@ -257,7 +309,7 @@ def test_a_run_leaves_what_it_says(finished):
     assert json.loads((finished / "config.json").read_text())["states"] == 24
     records = runs.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
-    names = "reward accuracy format expert_share dead_groups reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
+    names = "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
     assert all(name in record for record in records[1:] for name in names)
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
     phases = "preprocessing rollout experts rewards selection packing reference forward backward optimizer sync logging".split()

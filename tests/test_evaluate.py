@@ -174,7 +174,7 @@ def test_partial_credit_is_for_function_sequences_only():
 
 def run(monkeypatch, *arguments) -> None:
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-    monkeypatch.setattr(evaluate.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     evaluate.main()
 
 

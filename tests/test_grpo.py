@@ -744,6 +744,26 @@ def test_diagnostics_of_a_worked_example():
     assert all(type(value) is float for value in report.values())
 
 
+def test_ess_is_of_one_state_and_its_mean_over_the_states():
+    """Two states of equal weights each are as good as can be, whatever the two weights are."""
+    zeros, names = torch.zeros(7), ["policy", "policy", "careful", "careful", "policy", "policy"]
+    report = grpo.diagnostics(
+        *[zeros[:6]] * 3, torch.tensor([2.0, 2, 2, 2, 0.1, 0.1]), names, [7, 7, 7, 7, 3, 3]
+    )
+    assert report["ess"] == pytest.approx((4 + 2) / 2) and report["ess_share"] == pytest.approx(1)
+    assert report["ess/policy"] == pytest.approx(2) and report["ess_share/policy"] == 1
+    assert report["ess/careful"] == pytest.approx(2)  # of the one state that keeps any of it
+    assert report["weight_var"] == pytest.approx(0.81 * 1.9**2 / 0.81 * 2 / 9)
+    # Weights 3, 1, 0 and 1, 1, 1, 1 of two states that take turns: 16 / 10 of 3 and 4 of 4.
+    report = grpo.diagnostics(
+        *[zeros] * 3, torch.tensor([3.0, 1, 1, 1, 0, 1, 1]), ["policy"] * 7, list("abababb")
+    )
+    assert report["ess"] == pytest.approx((1.6 + 4) / 2)
+    assert report["ess_share"] == pytest.approx((1.6 / 3 + 1) / 2)
+    with pytest.raises(ValueError, match="7 sources for 2 states"):
+        grpo.diagnostics(*[zeros] * 3, None, ["policy"] * 7, [1, 2])
+
+
 def test_diagnostics_relate_ess_to_the_variance_of_the_weights():
     w, zeros = (2 * torch.randn(50, generator=generator(0))).exp(), torch.zeros(50)
     report = grpo.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)

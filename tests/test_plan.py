@@ -1,6 +1,8 @@
 """The plan of a GPU's memory, compared with what is really there: bytes of tensors, what autograd keeps, and the peak of a whole update."""
 
 import dataclasses
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -231,16 +233,8 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     assert 0.6 * planned < measured < 1.05 * planned
 
 
-def wide(directory) -> Policy:
-    """Parameters weigh more than activations."""
-    config = AutoConfig.from_pretrained(directory)
-    config.text_config.hidden_size = config.vision_config.hidden_size = 256
-    config.text_config.intermediate_size, config.text_config.num_attention_heads = 1024, 8
-    (
-        config.text_config.num_hidden_layers,
-        config.text_config.layer_types,
-        config.text_config.vocab_size,
-    ) = 6, ["full_attention"] * 6, 4096
+def made(config, chunk: int) -> Policy:
+    """Random weights, with gradient checkpointing."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(
         config,
@@ -251,14 +245,61 @@ def wide(directory) -> Policy:
         },
     )
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    return Policy(model, random_processor(random_tokenizer()), logit_chunk=64).train()
+    return Policy(model, random_processor(random_tokenizer()), logit_chunk=chunk).train()
 
 
-def sharded_peak(directory, config) -> tuple[int, float]:
+def wordy(directory, tied: bool, chunk: int) -> Policy:
+    """The vocabulary weighs more than all else."""
+    config = AutoConfig.from_pretrained(directory)
+    config.text_config.hidden_size = config.vision_config.hidden_size = 128
+    config.text_config.num_attention_heads, config.text_config.vocab_size = 4, 20_000
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+    return made(config, chunk)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("chunk", [512, 64])  # all that a micro-batch predicts at once, or in six
+def test_the_gradients_of_a_large_vocabulary_are_planned_as_often_as_they_exist(
+    random_model_dir, monkeypatch, tied, chunk
+):
+    monkeypatch.setattr(plan, "LOGIT_CHUNK", chunk)
+    config = ekipl.Config(batch_size=4, micro_batch=2, group_size=G, max_new_tokens=T, beta=0.0,
+                          gradient_checkpointing=True)  # fmt: skip
+    policy = wordy(random_model_dir, tied, chunk)
+    optimizer, groups = torch.optim.AdamW(policy.parameters()), groups_of(policy, 4)
+    ekipl.update(config, policy, None, optimizer, groups, CPU, 1e-4)
+    optimizer.zero_grad(set_to_none=True)
+    measured = peak(lambda: ekipl.update(config, policy, None, optimizer, groups, CPU, 1e-4))
+    prompt = groups[0].prompt
+    batch = plan.MicroBatch(2, len(prompt.input_ids), G, T, 2 * len(prompt.pixel_values))
+    rows = plan.memory(config, policy.model.config, batch, 1, False)
+    there = ("policy, float32", "AdamW, two moments, float32")
+    planned = max(
+        sum(getattr(row, phase) for row in rows if row.name not in there)
+        for phase in ("learning", "step")
+    ) - plan.GRAPHS * policy.model.config.text_config.num_hidden_layers  # fmt: skip
+    print(f"planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
+    assert 0.95 * planned < measured < 1.03 * planned
+
+
+def wide(directory) -> Policy:
+    """Parameters weigh more than activations."""
+    config = AutoConfig.from_pretrained(directory)
+    config.text_config.hidden_size = config.vision_config.hidden_size = 256
+    config.text_config.intermediate_size, config.text_config.num_attention_heads = 1024, 8
+    (
+        config.text_config.num_hidden_layers,
+        config.text_config.layer_types,
+        config.text_config.vocab_size,
+    ) = 6, ["full_attention"] * 6, 4096
+    return made(config, 64)
+
+
+def sharded_peak(directory, config, words: bool = False) -> tuple[int, float]:
     """In one of two processes: bytes allocated in an update beside weights and moments; and what the plan says of that."""
     plan.LOGIT_CHUNK = 64
     world = World.join("cpu")
-    policy = world.place(wide(directory), "fsdp")
+    policy = world.place(wordy(directory, False, 64) if words else wide(directory), "fsdp")
     optimizer = torch.optim.AdamW(policy.parameters())
     groups = world.mine(groups_of(policy, 2))
     ekipl.update(config, policy, None, optimizer, groups, world, 1e-4)
@@ -273,11 +314,15 @@ def sharded_peak(directory, config) -> tuple[int, float]:
         "gathered parameters and their gradients",
         "activations",
         "logits, or a layer in its backward pass",
+        "more for the float32 sum of embeddings and head",
     )
     return measured, sum(row.learning for row in rows if row.name in kept)
 
 
-def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(random_model_dir):
+@pytest.mark.parametrize("words", [False, True], ids=["layers", "vocabulary"])
+def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(
+    random_model_dir, words
+):
     config = ekipl.Config(
         batch_size=2,
         micro_batch=1,
@@ -287,7 +332,7 @@ def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(r
         beta=0.0,
         parallel="fsdp",
     )
-    for measured, planned in in_two_processes(sharded_peak, random_model_dir, config):
+    for measured, planned in in_two_processes(sharded_peak, random_model_dir, config, words):
         print(f"fsdp: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}")
         assert 0.6 * planned < measured < 1.15 * planned  # it varies with who waits for whom
 
@@ -333,3 +378,87 @@ def test_a_model_that_is_not_there_gives_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot read the config") as error:
         sft.run(["--model", str(tmp_path), "--plan", "80"])
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------- around the engine, and the disk
+
+
+@pytest.mark.parametrize("program", [ekipl, sft])
+def test_the_engine_starts_before_moments_and_buckets_are_there_in_fresh_and_resumed_runs(
+    tmp_path, monkeypatch, program
+):
+    small = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--save-every", "1",
+             "--max-new-tokens", "4", "--rollout", "transformers", "--runs", str(tmp_path)]  # fmt: skip
+    flags = [*small, "--name", "run"]
+    order = []
+
+    def noted(owner, name):
+        inner = getattr(owner, name)
+
+        def outer(*arguments, **named):
+            order.append(name)
+            return inner(*arguments, **named)
+
+        monkeypatch.setattr(owner, name, outer)
+
+    noted(program.settings, "sampler_of")
+    noted(World, "data_parallel")
+    noted(ekipl, "restore")
+    program.run(flags)
+    assert order == ["sampler_of", "data_parallel"]
+    order.clear()
+    program.run(["--resume", str(tmp_path / "run")])
+    assert order == ["sampler_of", "data_parallel", "restore"]
+
+
+@pytest.mark.parametrize("program", [ekipl, sft])
+def test_a_disk_without_room_for_checkpoints_is_told_before_anything_is_made(
+    tmp_path, monkeypatch, program
+):
+    size = 12 * plan.sizes(AutoConfig.from_pretrained(ekipl.Config().start)).total
+    flags = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--max-new-tokens", "4",
+             "--rollout", "transformers", "--runs", str(tmp_path / "runs")]  # fmt: skip
+    free = [0]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
+    for often, room in (("1", 2 * size), ("0", size)):
+        free[0] = room - 1
+        with pytest.raises(UserError, match=r"the disk of .* GB free, and checkpoints") as error:
+            program.run([*flags, "--save-every", often])
+        assert "\n" not in str(error.value) and not (tmp_path / "runs").exists()
+    free[0] = 2 * size
+    program.run([*flags, "--save-every", "1", "--name", "run"])
+    free[0] = size - 1  # one is there already, and makes room for the next
+    with pytest.raises(UserError, match="make room"):
+        program.run(["--resume", str(tmp_path / "runs" / "run")])
+    free[0] = size
+    program.run(["--resume", str(tmp_path / "runs" / "run")])
+
+
+def test_a_run_whose_trainer_pt_was_dropped_says_so(tmp_path):
+    flags = "--states 4 --batch-size 4 --eval-every 0 --max-new-tokens 4 --rollout transformers"
+    ekipl.run([*flags.split(), "--runs", str(tmp_path), "--name", "run"])
+    (tmp_path / "run" / "model" / "trainer.pt").unlink()
+    with pytest.raises(UserError, match=r"trainer.pt is missing.*--model .*run/model") as error:
+        ekipl.run(["--resume", str(tmp_path / "run")])
+    assert "\n" not in str(error.value)
+
+
+def test_a_checkpoint_is_mapped_and_nothing_that_is_kept_lies_in_the_file(tmp_path, monkeypatch):
+    flags = "--states 4 --batch-size 4 --eval-every 0 --max-new-tokens 4 --rollout transformers"
+    ekipl.run([*flags.split(), "--runs", str(tmp_path), "--name", "run"])
+    load, mapped = torch.load, []
+
+    def spy(*arguments, **named):
+        mapped.append(named.get("mmap"))
+        return load(*arguments, **named)
+
+    monkeypatch.setattr(torch, "load", spy)
+    policy = Policy.load(tmp_path / "run" / "model")
+    optimizer = torch.optim.AdamW(policy.parameters())
+    mapped.clear()
+    ekipl.restore(optimizer, tmp_path / "run", CPU)
+    assert mapped == [True]
+    file = os.path.realpath(tmp_path / "run" / "model" / "trainer.pt")
+    assert file not in Path("/proc/self/maps").read_text()
+    assert all(len(state) == 3 for state in optimizer.state.values())

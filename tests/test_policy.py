@@ -167,7 +167,7 @@ def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
     other = Policy.load(random_model_dir)
     config = other.model.config.to_dict()
     vision = dict(
-        depth=2, hidden_size=64, out_hidden_size=64, num_heads=2, intermediate_size=96, patch_size=8, window_size=32,
+        depth=2, hidden_size=64, out_hidden_size=128, num_heads=2, intermediate_size=96, patch_size=8, window_size=32,
         fullatt_block_indexes=[1], spatial_merge_size=2, initializer_range=0.3,
     )  # fmt: skip
     ids = {

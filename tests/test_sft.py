@@ -216,12 +216,12 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
         for state, example in zip(states, sft.examples(policy, states, method, 200), strict=True):
             text = sft.target_text(state, method)
             assert rewards.accuracy_reward(
-                text, state.answer, state.kind
+                state.reading(text), state.answer, state.kind
             ) == 1 and rewards.format_reward(text) == (method == "cot")
             assert rewards.accuracy_reward(text, state.answer, state.kind, legacy=True) in (
                 0,
                 1,
-            )  # theirs misses an answer on its own line
+            )
             assert (
                 example.tokens[-1] == policy.eos_id
                 and example.tokens.count(policy.eos_id) == 1
@@ -231,13 +231,17 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
                 assert policy.tokenizer.decode(
                     example.tokens, skip_special_tokens=True
                 ) == " ".join(text.split())
-            assert ("<think>" in text) == (method == "cot") == ("think" in state.request)
+            assert ("<think>" in text) == (method == "cot")
+            asked = state.messages()[0]["content"][-1]["text"]
+            assert ("think" in asked.removeprefix(state.question)) == (method == "cot")
+            assert (asked == state.question) == (method == "bare") == ("<answer>" not in text)
 
 
 def test_reason_rfts_targets():
     state = data.State("0", (), "how many ?", "3", "discrete", thought="one\ntwo")
     assert sft.target_text(state, "cot") == "<think>\none\ntwo\n</think>\n<answer>\n3\n</answer>"
     assert sft.target_text(state, "answer") == "<answer>\n3\n</answer>"
+    assert sft.target_text(state, "bare") == "3"
     with pytest.raises(ValueError, match="no thought"):
         sft.target_text(dataclasses.replace(state, thought=""), "cot")
 
@@ -262,6 +266,88 @@ def test_special_tokens_in_a_target_are_left_out():
     assert policy.tokenizer.decode(
         example.tokens[:-1]
     ).split() == "<think> a1 cube gone </think> <answer>".split() + [state.answer, "</answer>"]
+
+
+# ---------------------------------------------------------------------------------------------- the vision tower left as it is
+
+
+def moved(before: dict, after: dict) -> set[str]:
+    """The names of the weights that are no longer what they were."""
+    assert before.keys() == after.keys()
+    return {name for name in before if not torch.equal(before[name], after[name])}
+
+
+def vision(names) -> set[str]:
+    return {name for name in names if ".visual." in name}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("module", [sft, ekipl])
+def test_a_frozen_vision_tower_stays_to_the_bit_and_all_else_learns(
+    tmp_path, module, checkpointing
+):
+    frozen = dict(
+        states=8, batch_size=4, micro_batch=3, eval_every=0, lr=1e-2, weight_decay=0.1, runs=str(tmp_path), name="run", freeze_vision=True,
+        gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    if module is ekipl:
+        frozen |= dict(num_samples=2, group_size=3, max_new_tokens=12, beta=0.04)
+    path = module.train(module.Config(**frozen, rollout="transformers"), None, CPU)
+    before, after = Policy.load(ROOT / "tiny").state_dict(), weights(path)
+    changed = moved(before, after)
+    assert any("merger" in name for name in vision(before))
+    assert not vision(changed) and changed >= {name for name in before if ".layers." in name}
+    saved = torch.load(path / "model" / "trainer.pt", weights_only=True)["optimizer"]["state"]
+    trained = [n for n, _ in Policy.load(ROOT / "tiny").named_parameters() if not vision([n])]
+    assert len(saved) == len(trained)  # no moments of what does not learn
+
+
+def test_freezing_does_not_change_the_gradient_of_the_rest(random_model_dir, whole_batch):
+    policy = DoublePolicy.load(random_model_dir)
+    policy.freeze_vision()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
+    config = Config(micro_batch=2, max_grad_norm=1e9)
+    sft.update(config, policy, optimizer, fixed_examples(policy, 6), CPU, lr=0.0)
+    left = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+    right = {n: g for n, g in whole_batch[0].items() if not vision([n])}
+    assert_same_gradient({name: left[name] for name in left}, right)
+
+
+def test_a_frozen_run_resumes_to_the_bit(tmp_path):
+    settings = dict(freeze_vision=True, warmup_steps=4, eval_every=0)
+    whole = sft.train(small(tmp_path, **settings, name="whole"), None, CPU)
+    with stopped_in_the_step_after(3):
+        sft.train(small(tmp_path, **settings), None, CPU)
+    path = sft.train(*sft.parse(["--resume", str(tmp_path / "run")]), CPU)
+    assert timeless(path) == timeless(whole) and not moved(weights(path), weights(whole))
+
+
+@pytest.mark.parametrize(
+    "parallel, checkpointing", [("ddp", False), ("fsdp", False), ("fsdp", True)]
+)
+def test_two_processes_leave_a_frozen_vision_tower_as_one_does(tmp_path, parallel, checkpointing):
+    frozen = {**SMALL, "states": 8, "freeze_vision": "", "parallel": parallel, "runs": tmp_path}
+    arguments = [a.removesuffix("=") for a in flags(**frozen)] + ["--rollout=transformers"]
+    arguments += ["--gradient-checkpointing"] if checkpointing else []
+    in_two_processes(train_here, arguments)
+    one = small(tmp_path, states=8, name="one", freeze_vision=True, rollout="transformers")
+    before = Policy.load(ROOT / "tiny").state_dict()
+    alone, shared = weights(sft.train(one, None, CPU)), weights(tmp_path / "run")
+    assert not vision(moved(before, shared)) and moved(before, shared) == moved(before, alone)
+    for name in alone:
+        torch.testing.assert_close(
+            shared[name], alone[name], atol=2e-3, rtol=0
+        )  # two steps of 1e-3
+    layout = [sorted(p.name for p in (tmp_path / n / "model").iterdir()) for n in ("run", "one")]
+    assert layout[0] == layout[1]
+
+
+@pytest.mark.parametrize("steps", [4, 100, 150])
+def test_warm_up_takes_its_number_of_steps_whatever_there_are(steps):
+    config = Config(states=4 * steps, batch_size=4, lr=1.0, warmup=0.5, warmup_steps=100)
+    rates = [ekipl.learning_rate(config, step) for step in range(steps)]
+    assert rates[:100] == pytest.approx([(i + 1) / 100 for i in range(min(100, steps))])
+    assert rates[100:] == sorted(rates[100:], reverse=True) and all(0 < rate <= 1 for rate in rates)
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -345,6 +431,9 @@ def test_there_is_a_preset_for_every_task_and_size_of_the_paper():
                 and preset[-2:].upper() in config.model
             )
             assert config.epochs == (5 if config.task == "structure" else 1)
+            assert learnt.freeze_vision and not config.freeze_vision
+            assert learnt.max_pixels == 262144 and config.max_pixels == 480000
+            assert learnt.warmup_steps == 100 and config.warmup_steps == 0
 
 
 @pytest.mark.parametrize("preset", REAL[::2])
@@ -438,6 +527,8 @@ def test_two_processes_share_real_data(directory, tmp_path):
     (sft, ["--fraction", "1.5"], "--fraction"),
     (sft, ["--limit", "3"], "less than one batch"),
     (sft, ["--skip", "5000"], "less than one batch"),
+    (sft, ["--warmup-steps", "-1"], "--warmup-steps"),
+    (sft, ["--data-cache", "~nobody-of-that-name/x", "--data", "{tmp}/thoughtless"], "no home directory"),
     (sft, ["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels"),
     (sft, ["--resume", "{tmp}/rl"], "another program"),
     (sft, ["--data", "{tmp}/thoughtless", "--eval-every", "0"], "no usable thought"),
@@ -456,7 +547,8 @@ def test_a_mistake_is_told_in_one_line_with_exit_code_2(
     arguments = [argument.format(tmp=tmp_path) for argument in arguments] + (
         [] if "--resume" in arguments else ["--runs", str(tmp_path / "runs")]
     )
-    arguments += [] if "--resume" in arguments else ["--data-cache", str(tmp_path / "cache")]
+    if not {"--resume", "--data-cache"} & set(arguments):
+        arguments += ["--data-cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, module, arguments)
     error = capsys.readouterr().err.strip()

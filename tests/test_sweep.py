@@ -302,3 +302,25 @@ def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second
         "careful",
         "quick",
     ]
+
+
+@pytest.mark.parametrize("task", ["counting", "structure", "transformation"])
+def test_rows_of_the_papers_data_are_reason_rfts(monkeypatch, capsys, tmp_path, task):
+    """Stage 2 of structure learns from all samples; zero-shot and ANS-SFT have prompts of their own."""
+    flags = ["--experts", "none", "--dry-run", "--runs", tmp_path]
+    assert call(monkeypatch, "table1", "--preset", f"{task}-2b", "--seeds", "0", *flags) == 0
+    commands = capsys.readouterr().out.splitlines()
+
+    def of(name: str) -> list[str]:
+        return [
+            command
+            for command in commands
+            if f"/{name}-seed0" in command or f"--name {name}-seed0" in command
+        ]
+
+    second, evaluated = of("Reason-RFT")
+    assert ("--skip 1600" in second) == (task != "structure") and "Stage-1-seed0/model" in second
+    learnt, evaluated_bare = of("ANS-SFT")
+    assert "--method bare" in learnt and "--mode bare" in evaluated_bare
+    (zero_shot,) = [command for command in commands if "Qwen2-VL-2B-Instruct --sets" in command]
+    assert "--mode answer" in zero_shot and "--mode" not in evaluated

@@ -5,13 +5,16 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SPECIAL, agrees
+from conftest import SPECIAL, agrees, random_model, random_processor, random_tokenizer
 from test_sampling import STATES, allowed_tokens, picture
+from transformers import Qwen2VLForConditionalGeneration
 
 import runs
 from data import State
@@ -249,7 +252,9 @@ def test_other_weights_change_what_it_says_of_the_same_prompt(sampler, part):
     )
 
 
-def parity(sampler: VLLMSampler) -> dict[str, float]:
+def parity(sampler: VLLMSampler, first: bool = True) -> dict[str, float]:
+    """first: as in the first check of a run."""
+    sampler._checked = not first
     return sampler.check_parity(sampled(sampler, STATES[:4]))
 
 
@@ -264,6 +269,54 @@ def test_parity_holds_after_a_sync_and_not_after_an_update_without(sampler):
     assert "\n" not in str(error.value)
     sampler.sync_weights()
     assert parity(sampler)["parity"] < 1e-5
+
+
+def test_a_breach_after_the_first_check_is_told_in_one_line_and_the_run_goes_on(sampler, capsys):
+    parity(sampler, first=False)
+    assert capsys.readouterr().err == ""
+    train_a_step(sampler.policy, lr=1e-3)
+    for _ in range(2):
+        assert parity(sampler, first=False)["parity"] > 1e-4
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and said.startswith("warning: parity: log-probabilities")
+    with torch.no_grad():  # numbers that are none are no matter of tolerance
+        sampler.policy.model.get_output_embeddings().weight.fill_(math.nan)
+    with pytest.raises(UserError, match="differ by nan"):
+        parity(sampler, first=False)
+
+
+def test_the_tolerance_of_bfloat16_leaves_healthy_engines_alone():
+    assert rollout_vllm.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
+
+
+def untied_gaps(path: Path) -> list[float]:
+    """Of a model whose head is not its embedding: the largest difference before an update, after it, and after the sync."""
+    tokenizer = random_tokenizer()
+    config = random_model(tokenizer).config
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = False
+    torch.manual_seed(0)
+    Qwen2VLForConditionalGeneration(config).save_pretrained(path)
+    random_processor(tokenizer).save_pretrained(path)
+    policy = Policy.load(path).to(DEVICE)
+    head, embedding = policy.model.get_output_embeddings(), policy.model.get_input_embeddings()
+    assert head.weight is not embedding.weight
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(0.5)
+    sampler = VLLMSampler(policy, str(path), 12)
+    found = [gap(sampler, sampled(sampler, STATES))]
+    train_a_step(policy)
+    found.append(gap(sampler, sampled(sampler, STATES)))
+    sampler.sync_weights()
+    found.append(gap(sampler, sampled(sampler, STATES)))
+    sampler.close()
+    return found
+
+
+def test_head_and_embedding_of_an_untied_model_arrive_each_for_itself(tmp_path):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # an engine of its own
+        before, without, after = pool.submit(untied_gaps, tmp_path).result(timeout=300)
+    assert before < 1e-4 and without > 0.1 and after < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -302,6 +355,29 @@ def test_parity_catches_caches_that_were_kept(sampler, monkeypatch):
     monkeypatch.undo()
     sampler.sync_weights()
     assert parity(sampler)["parity"] < 1e-5
+
+
+def test_keys_and_values_that_the_engine_does_not_give_up_stop_the_sync(sampler, monkeypatch):
+    monkeypatch.setattr(sampler.llm, "reset_prefix_cache", lambda: False)
+    with pytest.raises(UserError, match="kept keys and values of older weights"):
+        sampler.sync_weights()
+
+
+def test_an_engine_that_sleeps_is_woken_before_it_ends(monkeypatch):
+    done = []
+    engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: done.append("end")))
+    sampler = VLLMSampler.__new__(VLLMSampler)
+    sampler.llm = SimpleNamespace(wake_up=lambda: done.append("wake"), llm_engine=engine)
+    sampler._asleep = True
+    sampler.close()
+    assert done == ["wake", "end"]
+
+    def no_room():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sampler.llm.wake_up, sampler._asleep = no_room, True
+    sampler.close()  # after another error: it is not to hide that one
+    assert done == ["wake", "end", "end"]
 
 
 def test_a_weight_that_does_not_arrive_or_is_not_known_stops_the_sync(sampler, monkeypatch):
@@ -392,16 +468,22 @@ def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
         suppressed_ids=SimpleNamespace(device=torch.device("cuda")),
         parameters=lambda: iter(parameters),
     )
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (64 * 2**30, 80 * 2**30))
-    assert rollout_vllm.derived_gpu_memory_utilization(policy) == pytest.approx(
-        (64 - 24) / 80 - 0.05
-    )  # 12 bytes for each trained one
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30 * 2**30, 80 * 2**30))
-    with pytest.raises(UserError, match="30 GiB free and training needs 24"):
-        rollout_vllm.derived_gpu_memory_utilization(policy)
+    free, keeps = [64], [True]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0] * 2**30, 80 * 2**30))
+    monkeypatch.setattr(rollout_vllm, "keeps_gradients", lambda policy: keeps[0])
+
+    def share():
+        return rollout_vllm.derived_gpu_memory_utilization(policy)
+
+    assert share() == pytest.approx((64 - 24) / 80 - 0.05)  # 12 bytes for each trained one
+    keeps[0] = False  # gradients are gone when the engine wakes
+    assert share() == pytest.approx((64 - 16) / 80 - 0.05)
+    free[0] = 20
+    with pytest.raises(UserError, match="20 GiB free and training needs 16"):
+        share()
     parameters[0].requires_grad_(False)  # evaluation: all of it, but for a margin
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (79 * 2**30, 80 * 2**30))
-    assert rollout_vllm.derived_gpu_memory_utilization(policy) == 0.9
+    free[0] = 79
+    assert share() == 0.9
 
 
 # ---------------------------------------------------------------------------------------------- whole runs
@@ -439,3 +521,15 @@ def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
         math.isfinite(record["grad_norm"]) and record["seconds/sync"] > 0 for record in records[1:]
     )
     assert all("eval/counting-id" in records[i] for i in (0, 2))
+
+
+def test_the_check_for_a_gpu_runs_here_with_the_tiny_model(tmp_path):
+    command = [sys.executable, "benchmarks/gpu_check.py", "--model", "tiny", "--states", "2"]
+    sizes = ["--group-size", "3", "--action-tokens", "6", "--out", str(tmp_path / "check")]
+    done = subprocess.run(
+        [*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=1000, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "check.md").read_text()
+    assert text.count("| holds |") == 4 and "fails" not in text
+    assert (tmp_path / "check.json").exists()
