@@ -5,29 +5,40 @@ The paper takes both from Reason-RFT, its reference [52], which judges three kin
   math       a quantity: full reward below 5 % of relative error, falling smoothly to none at 20 %;
   function   a sequence of calls like change_color(0, blue): the share of calls that are right.
 
+Evaluation is another matter (`accuracy_score`): there a quantity is right or wrong, as in Table 1, and a sequence has
+partial credit.
+
 Departures. The strict scorer, the default, closes the gaps through which a policy could earn reward without the
 answer: a second or an empty <answer>, one inside the thought, text after it, "nan", a leading number, a repeated
-call. It also accepts what is right but written differently: "3.0" for "3", white space around the tags, a truth of 0.
-`legacy=True` gives the numbers that Reason-RFT's own training code gives, so that tables can be compared, except
-that a response without <answer> is compared as text only (theirs also asks math-verify), and that ties of its greedy
-partial credit, which follow Python's random string hashes, are settled by the order of the calls.
+call. It also accepts what is right but written differently (expressions.py): "3.0" for "3", white space around the tags, a
+truth of 0. `legacy=True` gives the numbers of Reason-RFT's own code, as it is since May 2025, so that tables can be
+compared. Its training rewards: equal text ("discrete" and "math"), or equal calls, in the first <answer>; only that a
+response without <answer> is compared as text alone, where theirs also asks math-verify. Its test score: equal text or
+math-verify's verdict, and partial credit; ties of its greedy pairing, which follow Python's random string hashes, are
+settled by the order of the calls.
 
 Texts come from models, so they are hostile: nothing here evaluates them, raises on them, returns anything that is not
-finite, or needs more than linear time (what is not linear sees a bounded length).
+finite, or needs more than linear time (what is not linear sees a bounded length). The one exception is math-verify,
+which only the legacy test score asks, within a time limit: see `_verified`.
 """
 
+import logging
 import math
 import re
+import threading
+
+from expressions import compared
 
 KINDS = ("discrete", "math", "function")
 FULL_BELOW, NONE_ABOVE = (
     0.05,
     0.20,
 )  # relative errors of "math" between which the reward falls from 1 to 0
-ZERO_TOLERANCE = 1e-6  # a truth of 0 has no relative error: the prediction must be this close to it
-MAX_ANSWER = 1000  # characters of an answer that is read as a number, a letter or a phrase; a longer one is wrong
-MAX_ATOMS = 50  # numbers, roots, fractions and brackets of an expression that is evaluated
+TOLERANCE = (
+    1e-6  # relative error of equal values (a decimal is rounded); absolute where the truth is 0
+)
 MAX_PARTIAL = 64  # calls of a side that partial credit pairs (TRANCE has at most 4)
+MATH_VERIFY = "math-verify[antlr4_13_2]==0.9.0"  # what the legacy test score needs
 
 
 # ------------------------------------------------------------------------------------------------ the rewards
@@ -66,8 +77,8 @@ def accuracy_reward(text: str, answer: str, kind: str, legacy: bool = False) -> 
 
     Strict: what `extract_answer` finds, judged by `judge_answer`; 0.0 if it finds none. The format is not asked for
     again here: an answer without a thought still earns its accuracy, as in Reason-RFT.
-    Legacy: the first <answer> that opens and closes on one line, or the whole text without one, must equal the truth
-    letter by letter ("discrete" and "math"), or is searched for calls ("function").
+    Legacy: the first <answer>, or the whole text without one, must equal the truth letter by letter ("discrete" and
+    "math"), or is searched for calls ("function").
     Raises ValueError for a kind that is not in KINDS.
     """
     _check(kind)
@@ -103,8 +114,8 @@ def judge_answer(predicted: str, answer: str, kind: str) -> float:
     """How right a bare answer is, in [0, 1]: the strict rules. Use it for models that answer without tags (ANS-SFT).
 
     discrete: numbers by value ("3.0", "03" and "1,000" are numbers; "3 cubes", "4 - 1" and "nan" are not), choices
-        by their letter ("b", "(B)", "B.", "B) 12", but no second letter on its own), other texts by `_same_text`.
-    math: values by relative error, see `_band`; what has no value is judged as in discrete. See `_value`.
+        by their letter ("b", "(B)", "B.", "B) 12 m", but no second letter on its own), other texts when they are equal.
+    math: values by relative error, see `_band`; what has no value is judged as in discrete. See expressions.py.
     function: matches / max(|predicted|, |answer|) over the sets of calls, times distinct / all predicted calls, so
         that neither more calls nor repeated ones pay.
     Raises ValueError for a kind that is not in KINDS.
@@ -112,17 +123,39 @@ def judge_answer(predicted: str, answer: str, kind: str) -> float:
     _check(kind)
     if kind == "function":
         return _full_matches(_calls(predicted), _calls(answer))
-    if len(predicted) > MAX_ANSWER or len(answer) > MAX_ANSWER:
+    values = compared(predicted, answer, kind)
+    if values is None:
         return 0.0
-    predicted, answer = _clean(predicted), _clean(answer)
-    read = _value if kind == "math" else _number
-    truth = read(answer)
-    if truth is None:
-        return _same_text(predicted, answer)
-    value = read(predicted)
-    if value is None or (value[1] and truth[1] and value[1] != truth[1]):  # 12 mm for 12 cm
-        return 0.0
-    return _band(value[0], truth[0]) if kind == "math" else float(value[0] == truth[0])
+    return _band(*values) if kind == "math" else float(values[0] == values[1])
+
+
+# ------------------------------------------------------------------------------------------- scores of evaluation
+
+
+def accuracy_score(text: str, answer: str, kind: str, legacy: bool = False) -> float:
+    """Table 1's accuracy of the response `text`: right or wrong, 1 or 0; partial credit in [0, 1] for "function".
+
+    Strict: quantities are right when equal, but for TOLERANCE; the rest is as in `accuracy_reward`.
+    Legacy: Reason-RFT's test score. The first <answer>, or the whole text without one, equals the truth, or
+    math-verify says so; UserError where it is not installed.
+    Raises ValueError for a kind that is not in KINDS.
+    """
+    _check(kind)
+    if kind == "function":
+        return function_score(text, answer, legacy)
+    if legacy:
+        found = _legacy_answer(text)
+        return float(found == answer.strip() or _verified(found, answer))
+    predicted = extract_answer(text)
+    values = compared(predicted, answer, kind) if predicted is not None else None
+    return float(values is not None and _equal(*values))
+
+
+def wholly_right(text: str, answer: str, kind: str, legacy: bool = False) -> bool:
+    """What "exact" and Pass@k count: an accuracy of 1; of a sequence also, unless legacy, that no call is repeated."""
+    if kind == "function" and not legacy:
+        return accuracy_reward(text, answer, kind) == 1.0
+    return accuracy_score(text, answer, kind, legacy) == 1.0
 
 
 def function_score(text: str, answer: str, legacy: bool = False) -> float:
@@ -130,9 +163,10 @@ def function_score(text: str, answer: str, legacy: bool = False) -> float:
 
     Calls of prediction and truth are paired, each at most once: 1 for equal calls, 0.5 if function and object or
     function and value agree, 0.25 for the function alone. The sum is divided by max(|predicted|, |answer|).
-    Strict: the pairing is the best one. Legacy: four greedy passes, in this order, over the legacy answer.
+    Strict: the pairing is the best one. Legacy: four greedy passes, in this order, over the first <answer> that opens
+    and closes on one line, or the whole text without one.
     """
-    found = _legacy_answer(text) if legacy else extract_answer(text) or ""
+    found = _legacy_answer(text, one_line=True) if legacy else extract_answer(text) or ""
     predicted, truth = (list(dict.fromkeys(_calls(part, legacy))) for part in (found, answer))
     if not predicted or not truth:
         return 0.0
@@ -157,183 +191,17 @@ def _check(kind: str) -> None:
         raise ValueError(f"unknown kind of answer {kind!r}: it is one of {', '.join(KINDS)}")
 
 
-# ------------------------------------------------------------------------------------------ numbers, letters, texts
-
-_NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
-_TOKEN = re.compile(
-    rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])"
-)  # no rule takes a character that is none of ours
-_UNITS = {  # every name of a unit: its first name, or "" for "units", which names none
-    name: names.split()[0]
-    for names in (
-        "deg degree degrees", "rad radian radians", "mm millimeter millimeters", "cm centimeter centimeters",
-        "m meter meters", "km kilometer kilometers", "in inch inches", "ft foot feet", "mi mile miles",
-    )
-    for name in names.split()
-} | {"unit": "", "units": ""}  # fmt: skip
-_UNIT = re.compile(
-    rf"(?<![a-z\\])(?:(?:square|sq|cubic) )?({'|'.join(_UNITS)})(?: ?\^ ?\{{? ?[23] ?\}}?|[²³])?$"
-)
-
-
 def _band(value: float, truth: float) -> float:
     """Reason-RFT's reward of a quantity: half a cosine wave between the relative errors 0.05 and 0.20."""
-    if truth == 0.0:
-        return float(abs(value) <= ZERO_TOLERANCE)
+    if truth == 0.0:  # it has no relative error
+        return float(_equal(value, truth))
     error = abs(value - truth) / abs(truth)  # may be inf, never NaN
     fall = min(max((error - FULL_BELOW) / (NONE_ABOVE - FULL_BELOW), 0.0), 1.0)
     return 0.5 * (math.cos(math.pi * fall) + 1.0)
 
 
-def _clean(text: str) -> str:
-    """Lower case, single spaces, without what says how a formula looks but not what it is."""
-    text = re.sub(
-        r"\\?\$|\\[()\[\]]", " ", text.lower().replace("−", "-")
-    )  # $5$, \(5\), the typographic minus
-    text = (
-        re.sub(r"\\(?:left|right)(?![a-z])|\\[,!]", "", text)
-        .replace("{,}", ",")
-        .replace(r"\%", "%")
-    )
-    text = re.sub(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox) ?\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"\^ ?\{? ?\\circ ?\}?|\\degree|°", " deg", text)
-    text = (
-        re.sub(r"(?:\\[;: ]|~|\s)+", " ", text).strip().rstrip(" .")
-    )  # the full stop, but not of ".5"
-    boxed = re.fullmatch(r"\\boxed ?\{(.*)\}", text)
-    return boxed.group(1).strip().rstrip(" .") if boxed else text
-
-
-def _number(text: str) -> tuple[float, str] | None:
-    """A number written in digits, as (value, no unit), or None; in double precision."""
-    match = re.fullmatch(rf"([+-]?) ?({_NUMBER})", text)
-    value = float(match.group(1) + match.group(2).replace(",", "")) if match else math.inf
-    return (value, "") if math.isfinite(value) else None
-
-
-def _value(text: str) -> tuple[float, str] | None:
-    """A quantity as (value, unit or ""), or None if it is not one, such as "AB", "1/0", "1 or 2" or "9^9^9^9".
-
-    Read are numbers, + - * / ^ %, fractions, mixed numbers, square roots, pi, brackets, in LaTeX or plain, and one
-    unit of length or angle at the end. 50% is 0.5. A product without a sign binds like one with it: 1/2\\pi is pi/2.
-    """
-    unit = _UNIT.search(text)
-    text = text[: unit.start()] if unit else text
-    text = re.sub(
-        r"\\(?:cdot|times)(?![a-z])|\*\*|[×·]", lambda sign: "^" if sign[0] == "**" else "*", text
-    )
-    text = re.sub(r"\\[dt]frac", r"\\frac", text).replace("÷", "/").replace(r"\div", "/")
-    text = re.sub(
-        r"√|(?<![a-z\\])sqrt", r"\\sqrt", re.sub(r"π|(?<![a-z\\])pi(?![a-z])", r"\\pi ", text)
-    )
-    text = re.sub(r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}", text)  # \frac12
-    text = re.sub(
-        r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text
-    )  # 3\frac{1}{2}
-    text = re.sub(r"(?<![0-9.,^/}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)", text)  # 3 1/2
-    try:
-        return _Expression(text).value(), _UNITS[unit.group(1)] if unit else ""
-    except (
-        ValueError,
-        ArithmeticError,
-    ):  # not an expression; division by zero, overflow, root of a negative number
-        return None
-
-
-class _Expression:
-    """Evaluates an expression in floats by recursive descent; ValueError or ArithmeticError where it has no value."""
-
-    def __init__(self, text: str):
-        self.tokens = [
-            float(digits.replace(",", "")) if digits else sign
-            for digits, sign in _TOKEN.findall(text)
-        ]
-        self.tokens = [
-            None,
-            *reversed(self.tokens),
-        ]  # a stack, the next token last, None under them all
-        self.atoms_left = MAX_ATOMS
-
-    def value(self) -> float:
-        value = self.sum()
-        if self.tokens != [None]:
-            raise ValueError("something follows the expression")
-        return value
-
-    def take(self, *signs: str) -> str | None:
-        return self.tokens.pop() if self.tokens[-1] in signs else None
-
-    def sum(self) -> float:
-        value = self.product()
-        while sign := self.take("+", "-"):
-            value += self.product() if sign == "+" else -self.product()
-        return _finite(value)
-
-    def product(self) -> float:
-        value = self.power()
-        while True:
-            if sign := self.take("*", "/"):
-                value = value * self.power() if sign == "*" else value / self.power()
-            elif self.tokens[-1] in ("\\frac", "\\sqrt", "\\pi", "("):  # 2\sqrt{3}, but never 2 3
-                value *= self.power()
-            else:
-                return _finite(value)
-
-    def power(self) -> float:
-        sign = 1.0
-        while token := self.take("+", "-"):
-            sign = -sign if token == "-" else sign
-        value = self.atom()
-        if self.take("^"):
-            value = math.pow(
-                value, self.power()
-            )  # floats only: no huge integers, no complex numbers
-        return sign * value / (100.0 if self.take("%") else 1.0)
-
-    def atom(self) -> float:
-        token = self.tokens.pop()
-        self.atoms_left -= 1  # bounds the recursion
-        if isinstance(token, float):
-            return _finite(token)
-        if token is None or self.atoms_left < 0:
-            raise ValueError("not an expression, or one too long")
-        if token == "\\pi":
-            return math.pi
-        if token == "\\sqrt":
-            return math.sqrt(self.atom())
-        if token == "\\frac":
-            return self.atom() / self.atom()
-        value = self.sum() if token in ("(", "{") else None
-        if value is None or not self.take(")" if token == "(" else "}"):
-            raise ValueError("not an expression")
-        return value
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):  # 1e999 is inf, and would make 1/1e999 a right 0
-        raise OverflowError("not finite")
-    return value
-
-
-def _same_text(predicted: str, answer: str) -> float:
-    """Choices by their letter, other texts when equal but for spaces beside signs; "nan" and "inf" are never right."""
-    letter = _choice(answer)
-    if letter is not None:
-        return float(_choice(predicted) == letter)
-    predicted, answer = (re.sub(r" ?([^\w ]) ?", r"\1", text) for text in (predicted, answer))
-    return float(
-        predicted == answer != "" and not re.fullmatch(r"[+-]?(?:nan|inf|infinity)", answer)
-    )
-
-
-def _choice(text: str) -> str | None:
-    """The letter of "b", "(b)", "b." or "b) 12", unless what follows has a letter on its own, as in "b) 12 c) 13"."""
-    match = re.fullmatch(r"(\( ?)?([a-z]) ?(?(1)\)|(?:[.):]|$))(.*)", text)
-    return (
-        match.group(2)
-        if match and not re.search(r"(?<![^\W_])[a-z](?![^\W_])", match.group(3))
-        else None
-    )
+def _equal(value: float, truth: float) -> bool:
+    return abs(value - truth) <= TOLERANCE * (abs(truth) or 1.0)
 
 
 # ----------------------------------------------------------------------------------------------- sequences of calls
@@ -391,11 +259,45 @@ def _most_pairs(predicted: list[Call], truth: list[Call]) -> int:
     return sum(place(call, set()) for call in truth)
 
 
-def _legacy_answer(text: str) -> str:
-    """What Reason-RFT's `<answer>(.*?)</answer>` finds first, or without it all the text."""
-    for line in text.split("\n"):  # at a newline its dot stops
-        start = line.find("<answer>")
-        end = line.find("</answer>", start + len("<answer>"))
+# ----------------------------------------------------------------------------------------------- Reason-RFT's own
+
+
+def _legacy_answer(text: str, one_line: bool = False) -> str:
+    """What Reason-RFT's `<answer>(.*?)</answer>` finds first, or without it all the text. one_line: its dot stops at a newline."""
+    for part in text.split("\n") if one_line else (text,):
+        start = part.find("<answer>")
+        end = part.find("</answer>", start + len("<answer>"))
         if start >= 0 and end >= 0:
-            return line[start + len("<answer>") : end].strip()
+            return part[start + len("<answer>") : end].strip()
     return text.strip()
+
+
+def need_math_verify() -> None:
+    """UserError, with what to install, if math-verify is not there."""
+    try:
+        import math_verify  # noqa: F401
+    except ImportError:
+        from runs import UserError  # not needed to reward
+
+        raise UserError(
+            f"legacy scores ask math-verify, which is not installed: pip install '{MATH_VERIFY}'"
+        ) from None
+
+
+def _verified(predicted: str, answer: str) -> bool:
+    """math-verify's verdict, called as Reason-RFT does. Lenient: it finds an answer in a longer text, and "2" in 2\\sqrt{3}.
+
+    It hands digits and operators to sympy's parser, which evaluates them; its own time-outs, 5 s each, end what takes
+    too long. They are signals, so this runs in the main thread only: RuntimeError elsewhere.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise RuntimeError("math-verify needs the main thread: its time-outs are signals")
+    need_math_verify()
+    from math_verify import parse, verify
+    from math_verify.errors import TimeoutException
+
+    logging.getLogger("math_verify").setLevel(logging.CRITICAL)  # it would print the text
+    try:
+        return bool(verify(parse(predicted), parse(answer)))
+    except (Exception, TimeoutException):  # theirs: whatever it raises is a wrong answer
+        return False
