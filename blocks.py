@@ -644,7 +644,8 @@ def vocabulary() -> list[str]:
 
 
 def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
-    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG. UserError where it cannot."""
+    """Draws `per_set` questions of every set with answer and thought, and saves the sheet as PNG.
+    UserError where it cannot."""
     import matplotlib
 
     matplotlib.use("Agg")
