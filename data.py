@@ -10,11 +10,13 @@ since experts that are told more than the policy teach it what it cannot see.
 
 Reason-RFT-CoT is JSON files of records, and zip archives of images. Every record is checked once, before anything is trained: one that
 could not be used (an image is missing or broken, an answer has no form that the rewards know, ...) is left out and listed with its
-reason. Images are opened when they are used (pictures.py). The order is the same always; any first part of a set is a fair sample of the whole.
+reason. Images are opened when they are used (pictures.py). The order is the same always; any first
+part of a set is a fair sample of the whole.
 
     python data.py --data reason-rft --task counting        # downloads, unpacks and checks: worth doing before GPUs wait for it
 
-Departure from Reason-RFT: the prompts are in our words, but for mode "bare", which is its ANS-SFT's.
+Departure from Reason-RFT: the prompts are in our words, but for mode "bare", which is its
+ANS-SFT's.
 """
 
 from __future__ import annotations
@@ -48,7 +50,8 @@ from runs import UserError
 
 CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
 TASKS = ("counting", "structure", "transformation")
-# What a prompt asks for: a thought and an answer; the answer alone; or nothing, the question being all of it (Reason-RFT's ANS-SFT).
+# What a prompt asks for: a thought and an answer; the answer alone; or nothing, the question being
+# all of it (Reason-RFT's ANS-SFT).
 MODES = ("reason", "answer", "bare")
 FORMS = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}
 
@@ -63,8 +66,9 @@ class State:
     id: unique within its set. images: RGB pictures, in the order in which the question speaks of them; some sets open them only when
     they are used. question: the text t. answer: the truth, as text. kind: how the answer is judged ("discrete", "math" or "function",
     see rewards.py). thought: a correct chain of thought, "" where the data set has none. mode: one of `MODES`. rules: what the
-    prompt tells before the question, "" where the question says it all. form: what the prompt calls the answer, "" goes by kind;
-    it must not depend on the answer where one question's is a letter and another's a number.
+    prompt tells before the question, "" where the question says it all. form: what the prompt
+    calls the answer, "" goes by kind; it must not depend on the answer where one question's is a
+    letter and another's a number.
     """
 
     id: str
@@ -96,7 +100,8 @@ class State:
         return [{"role": "user", "content": content}]
 
     def reading(self, response: str) -> str:
-        """The response as the scorers read it: who was asked in mode "bare" says the answer without tags."""
+        """The response as the scorers read it: who was asked in mode "bare" says the answer
+        without tags."""
         untagged = self.mode == "bare" and "<answer>" not in response
         return f"<answer>{response}</answer>" if untagged else response
 
@@ -135,8 +140,8 @@ RULES = (
     + "\nDirections are those of the first picture; front is towards the viewer. "
     "Write the functions one after another, separated by commas, such as change_color(2, red), change_position(0, front_left)."
 )
-# Geometry's answers are letters and quantities. Which of the two the question wants is for the policy to see: the prompt would tell it by
-# the truth.
+# Geometry's answers are letters and quantities. Which of the two the question wants is for the
+# policy to see: the prompt could tell it by the truth alone.
 GEOMETRY = "a letter, a number or an expression"
 MAX_QUESTION = 100_000  # characters; more are no question
 NUMBER = r"[+-]?(\d{1,3}(,\d{3})+(\.\d*)?|\d+(\.\d*)?|\.\d+)"
@@ -166,8 +171,8 @@ class ReasonRFTSet:
     """A set of Reason-RFT-CoT: `ReasonRFTSet("counting-train", directory)[17]`.
 
     name: one of `FILES`. directory: where `prepare` has put it. mode: of the prompts, one of `MODES`. thoughts: leave out what has no
-    chain of thought. cache: where it is kept which images were found whole, so that they are looked into once. room: leave out what
-    does not fit in there, None: nothing.
+    chain of thought. cache: where it is kept which images were found whole, so that they are
+    looked into once. room: leave out what does not fit in there, None: nothing.
     left_out: [{"set", "record", "id", "reason"}], what was not usable. UserError if the file is missing or nothing is usable.
     """
 
@@ -208,7 +213,8 @@ class ReasonRFTSet:
             raise UserError(f"no record of {path} can be used: {why}")
 
     def _leave_out_by_images(self, found: list, directory: Path, cache: Path | None, room) -> None:
-        """Puts the reason in the place of a record with a broken image, or one that takes more room than there is."""
+        """Puts the reason in the place of a record with a broken image, or one that takes more
+        room than there is."""
         place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
         file = cache / f"{self.name}-{place}.json" if cache else None
         paths = [image for record in found if isinstance(record, Record) for image in record.images]
@@ -250,9 +256,11 @@ class ReasonRFTSet:
 
 
 def read_records(path: Path) -> list:
-    """The JSON file's list, in UTF-8 or UTF-16, with a byte order mark or without. UserError if it has none."""
+    """The JSON file's list, in UTF-8 or UTF-16, with a byte order mark or without. UserError if it
+    has none."""
     try:
-        # A whole number of thousands of digits is left as text: Python would refuse it, and with it the file.
+        # A whole number of thousands of digits is left as text: Python would refuse it, and with
+        # it the file.
         records = json.loads(path.read_bytes(), parse_int=lambda x: int(x) if len(x) < 99 else x)
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
@@ -264,7 +272,8 @@ def read_records(path: Path) -> list:
 
 
 def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -> Record:
-    """A record of the JSON file as a `Record`; raises `Unusable`. roots: folders that its paths may be relative to, the last one holds all."""
+    """A record of the JSON file as a `Record`; raises `Unusable`. roots: folders that its paths
+    may be relative to, the last one holds all."""
     if not isinstance(record, dict):
         raise Unusable("no record")
     question = record.get("problem")
@@ -292,8 +301,8 @@ def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -
 
 
 def as_text(value) -> str:
-    """A text, a number, or a list of them one after the other; "" for anything else. Half a surrogate pair, which JSON can hold and no
-    tokenizer takes, becomes U+FFFD."""
+    """A text, a number, or a list of them one after the other; "" for anything else. Half a
+    surrogate pair, which JSON can hold and no tokenizer takes, becomes U+FFFD."""
     if isinstance(value, list):
         parts = ["" if isinstance(part, list) else as_text(part) for part in value]
         return ", ".join(parts) if all(parts) else ""
@@ -305,7 +314,8 @@ def as_text(value) -> str:
 
 
 def answer_of(record: dict, task: str) -> str:
-    """The truth under either of its names, bare or in <answer> tags; raises `Unusable` if there is none."""
+    """The truth under either of its names, bare or in <answer> tags; raises `Unusable` if there is
+    none."""
     for name in ("answer", "solution"):
         answer = as_text(record.get(name))
         if re.search(TAG, answer):
@@ -316,12 +326,14 @@ def answer_of(record: dict, task: str) -> str:
 
 
 def spelled(text: str) -> str:
-    """Directions as `FUNCTIONS` and so the prompt spell them: TRANCE's own files have front-left."""
+    """Directions as `FUNCTIONS` and so the prompt spell them: TRANCE's own files have
+    front-left."""
     return re.sub(r"(?i)\b(front|behind)[- ](left|right)\b", r"\1_\2", text)
 
 
 def distinct(answer: str) -> str:
-    """A sequence of functions with each call once: both sides are judged as sets, so a repetition in the truth could only cost."""
+    """A sequence of functions with each call once: both sides are judged as sets, so a repetition
+    in the truth could only cost."""
     calls = re.findall(CALL, answer)
     kept = dict.fromkeys(tuple(map(str.lower, call)) for call in calls)
     if len(kept) == len(calls) or not all_calls(calls, answer):
@@ -370,7 +382,8 @@ def thought_of(cot) -> str:
 
 
 def short_id(given):
-    """A record's own id as a line of JSON can hold it: NaN cannot be written, and a list or a novel is no id."""
+    """A record's own id as a line of JSON can hold it: NaN cannot be written, and a list or a
+    novel is no id."""
     if given is None or isinstance(given, int) or (isinstance(given, str) and len(given) <= 200):
         return given
     return repr(given)[:200]
@@ -380,16 +393,19 @@ def short_id(given):
 
 
 def names_of(value) -> list[str]:
-    """The paths in a record: a text, {"path": text}, or a list of these; [] if anything else is among them."""
+    """The paths in a record: a text, {"path": text}, or a list of these; [] if anything else is
+    among them."""
     values = value if isinstance(value, list) else [value]
     names = [one.get("path") if isinstance(one, dict) else one for one in values]
     return names if all(isinstance(name, str) and name for name in names) else []
 
 
 def find_image(name: str, roots: list[Path]) -> Path:
-    """The file of that name, relative to one of the roots or absolute; raises `Unusable` if there is none in them.
+    """The file of that name, relative to one of the roots or absolute; raises `Unusable` if there
+    is none in them.
 
-    What a name or a link leads to outside of all roots is not opened. A root itself may be a link, which its owner has made.
+    What a name or a link leads to outside of all roots is not opened. A root itself may be a link,
+    which its owner has made.
     """
     shown = repr(name if len(name) <= 80 else f"{name[:80]}...")
     path = name.replace("\\", "/")  # Windows
@@ -419,8 +435,8 @@ def real_folder(folder: str) -> str:
 def check_images(
     paths: list[Path], name: str, file: Path | None
 ) -> tuple[dict[Path, str], dict[Path, list[int]]]:
-    """Which of these images cannot be used, and why; and width and height of the others. What was found once is kept in `file` and counts
-    until an image changes."""
+    """Which of these images cannot be used, and why; and width and height of the others. What was
+    found once is kept in `file` and counts until an image changes."""
     paths = list(dict.fromkeys(paths))
     stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
     with (
@@ -443,7 +459,8 @@ def check_images(
 
 
 def images_seen(file: Path) -> dict[str, list]:
-    """What is known of images by their paths: [stamp, problem, size]. Whatever else a file holds is as good as none."""
+    """What is known of images by their paths: [stamp, problem, size]. Whatever else a file holds
+    is as good as none."""
     try:
         seen = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
@@ -479,7 +496,8 @@ def locked(file: Path):
 
 
 def at_home(path: str) -> Path:
-    """The path, with ~ as the home directory. UserError where this user has none, as in some containers."""
+    """The path, with ~ as the home directory. UserError where this user has none, as in some
+    containers."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
@@ -610,7 +628,8 @@ def unpack(archive: Path, target: Path) -> None:
 
 
 def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
-    """A member's place in the folder, its parts between slashes or, from Windows, backslashes; UserError if it leads out of it."""
+    """A member's place in the folder, its parts between slashes or, from Windows, backslashes;
+    UserError if it leads out of it."""
     path = PurePosixPath(name.replace("\\", "/"))
     parts = list(path.parts)
     if "\0" in name or ":" in name or path.is_absolute() or ".." in parts or not parts:
@@ -643,8 +662,9 @@ class Part:
 def load_set(
     name: str, config, mode: str = "reason", thoughts: bool = False, room: Room | None = None
 ):
-    """The whole set of that name from where a run's settings say: `data`, `data_cache`; of the blocks world `states` and `seed`, and
-    all of it, since its questions are never long. UserError if there is no such set."""
+    """The whole set of that name from where a run's settings say: `data`, `data_cache`; of the
+    blocks world `states` and `seed`, and all of it, since its questions are never long. UserError
+    if there is no such set."""
     if name not in FILES:
         raise UserError(f"no set {name!r}; there are {', '.join(FILES)}")
     if config.data == "blocks":

@@ -1,4 +1,5 @@
-"""How long a prompt is, before any model is loaded: one that is longer than the model can read is left out, not met in the middle of a run."""
+"""How long a prompt is, before any model is loaded: one that is longer than the model can read is
+left out, not met in the middle of a run."""
 
 import re
 import unicodedata
@@ -9,10 +10,13 @@ TEMPLATE = 256  # tokens that a chat template adds at most; Qwen's adds about 30
 
 
 class Room:
-    """Where a prompt with its images and a response has to fit: what the model knows, or `max_model_len` if that is given and less.
+    """Where a prompt with its images and a response has to fit: what the model knows, or
+    `max_model_len` if that is given and less.
 
-    model: a directory or hub id. max_new_tokens: of a response. min_pixels, max_pixels: None are the processor's own.
-    longest: what the longest prompt so far that fits takes with its response, at most, in tokens; vLLM has to hold as much.
+    model: a directory or hub id. max_new_tokens: of a response. min_pixels, max_pixels: None are
+    the processor's own.
+    longest: what the longest prompt so far that fits takes with its response, at most, in tokens;
+    vLLM has to hold as much.
     """
 
     def __init__(
@@ -27,9 +31,11 @@ class Room:
         self.min_pixels, self.max_pixels, self.longest = min_pixels, max_pixels, 0
 
     def problem(self, state, sizes: list[tuple[int, int]]) -> str | None:
-        """Why this state's prompt cannot be asked, None if it can. sizes: width and height of its images, which are not opened.
+        """Why this state's prompt cannot be asked, None if it can. sizes: width and height of its
+        images, which are not opened.
 
-        The text is tokenised only where its number of bytes does not show already that it fits: no token is less than a byte.
+        The text is tokenised only where its number of bytes does not show already that it fits: no
+        token is less than a byte.
         """
         if self._limits is None:
             return None
@@ -65,7 +71,8 @@ class Room:
 
     @cached_property
     def _limits(self) -> tuple[int, int, int, int] | None:
-        """Tokens that fit, the side in pixels of what becomes a token, fewest and most pixels of an image; None if there is no such model."""
+        """Tokens that fit, the side in pixels of what becomes a token, fewest and most pixels of
+        an image; None if there is no such model."""
         try:
             if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", str(self.model)):
                 from plan import published

@@ -1,7 +1,9 @@
-"""Pictures from files of unknown origin: opened whole, upright and as RGB, or refused with a reason.
+"""Pictures from files of unknown origin: opened whole, upright and as RGB, or refused with a
+reason.
 
-Only the formats of `FORMATS` are read, by content and whatever the name says (Pillow would hand an .eps to Ghostscript). What is
-transparent becomes white, of an animation the first frame counts, and more than 8 bits of grey are scaled to 8 instead of cut off.
+Only the formats of `FORMATS` are read, by content and whatever the name says (Pillow would hand an
+.eps to Ghostscript). What is transparent becomes white, of an animation the first frame counts,
+and more than 8 bits of grey are scaled to 8 instead of cut off.
 """
 
 import warnings
@@ -44,7 +46,8 @@ class ImageFiles(Sequence):
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole picture, RGB, as it is meant to be seen. Raises almost anything for a file that is none."""
+    """The whole picture, RGB, as it is meant to be seen. Raises almost anything for a file that is
+    none."""
     try:
         file = Image.open(path, "r", FORMATS)
     except UnidentifiedImageError:
@@ -74,9 +77,11 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats as grey of 8 bits, where `convert` would cut off all above 255.
+    """Grey of 16 or 32 bits or of floats as grey of 8 bits, where `convert` would cut off all
+    above 255.
 
-    White is what the mode says (65535), or the first of 1, 255 and 65535 that no pixel is above; other values are stretched.
+    White is what the mode says (65535), or the first of 1, 255 and 65535 that no pixel is above;
+    other values are stretched.
     """
     values = np.asarray(picture).astype(np.float32)
     finite = values[np.isfinite(values)]

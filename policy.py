@@ -247,7 +247,8 @@ class Policy(nn.Module):
         return cls(model, processor, temperature=temperature, logit_chunk=logit_chunk).train()
 
     def freeze_vision(self) -> None:
-        """Leaves the vision tower and its projector (`visual.merger`) as they are. Before `World.place`."""
+        """Leaves the vision tower and its projector (`visual.merger`) as they are. Before
+        `World.place`."""
         self.model.model.visual.requires_grad_(False)
 
     def save(self, path: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:

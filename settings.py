@@ -269,8 +269,9 @@ def above_zero(config: Settings, *names: str) -> None:
 
 
 def sampler_of(config: Settings, policy: Policy, model: str, longest: int = 0) -> Sampler:
-    """The sampler that the settings ask for. model: what the policy's config and processor came from. longest: tokens of the longest
-    prompt and response, where they are known (`Room.longest`)."""
+    """The sampler that the settings ask for. model: what the policy's config and processor came
+    from. longest: tokens of the longest prompt and response, where they are known
+    (`Room.longest`)."""
     return make_sampler(
         config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
         gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len or longest,

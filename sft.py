@@ -63,8 +63,9 @@ class Config(Settings):
 
 
 def paper(task: str, size: str) -> dict:
-    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in [52]"): these are its scripts' settings, and where
-    they say nothing the defaults of LLaMA-Factory, which they call."""
+    """The paper's SFT baselines are Reason-RFT's (Section 4.1, "adhering to the settings in
+    [52]"): these are its scripts' settings, and where they say nothing the defaults of
+    LLaMA-Factory, which they call."""
     return dict(
         model=f"Qwen/Qwen2-VL-{size}-Instruct",
         data="reason-rft",

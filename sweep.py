@@ -55,8 +55,9 @@ class Row:
 
 
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
-    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first stage learns from; its second has the rest,
-    but of the paper's structure task all. With the paper's data zero-shot and ANS-SFT have prompts of their own, as in Reason-RFT."""
+    """The methods of Table 1 (Section 4.1, "Baselines"). stage1: questions that Reason-RFT's first
+    stage learns from; its second has the rest, but of the paper's structure task all. With the
+    paper's data zero-shot and ANS-SFT have prompts of their own, as in Reason-RFT."""
     real = config.data != "blocks"
     rest = () if real and config.task == "structure" else ("--skip", str(stage1))
     zero_shot, answer = (("--mode", "answer"), "bare") if real else ((), "answer")
