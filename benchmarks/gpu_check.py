@@ -44,8 +44,8 @@ from policy import Policy  # noqa: E402
 from sampling import Group, select  # noqa: E402
 
 GB = 10**9
-STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 STEPS, SAVED = 4, 2  # of the run that is resumed: all, and those of its first checkpoint
+STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 
 
 @dataclasses.dataclass
@@ -126,9 +126,8 @@ def engine_part(work: Workload, path: Path) -> dict:
         found["parity"].append(sampler.check_parity(groups)["parity"])
         select(groups, work.group_size, config.advantage, "policy_first", config.selection, None)
         memory = Memory(found["device"])
-        updated = ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
+        ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
         found["update, bytes"] = memory.peak()
-        found["gradient"] = updated["grad_norm"]
         clear_gradients(policy, optimizer)
         start = clock(found["device"])
         sampler.sync_weights()
@@ -137,6 +136,11 @@ def engine_part(work: Workload, path: Path) -> dict:
     sampler.sleep()
     sampler.close()  # as a run ends: asleep
     return found
+
+
+def in_a_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def engine_checks(found: dict) -> list[Check]:
@@ -230,8 +234,8 @@ def trl_checks(found: dict | None) -> list[Check]:
     for phase in ("train", "rollout"):
         ratio = found["ratios"]["trl"][phase]["median"]
         checks.append(Check(f"TRL's seconds, {phase}", f"{ratio:.2f} times ours"))
-    gigabytes = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
-    return [*checks, Check("TRL's peak of a training step", gigabytes)]
+    said = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
+    return [*checks, Check("TRL's peak of a training step", said)]
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -239,14 +243,8 @@ def trl_checks(found: dict | None) -> list[Check]:
 
 def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
     """Figures and checks of all parts. A part that fails is a check that fails, and the next one still runs."""
-    path = folder / "model"
+    path, figures, checks = folder / "model", {}, []
     workload.save_model(work, path)
-
-    def in_a_process(function, *arguments):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-
-    figures, checks = {}, []
     for name, measure, judge in (
         ("engine", lambda: in_a_process(engine_part, work, path), engine_checks),
         ("resume", lambda: resume_part(work, path, folder), resume_checks),
@@ -280,9 +278,7 @@ def main() -> None:
     parser.add_argument("--states", type=int, help="B, instead of the model's own")
     parser.add_argument("--group-size", type=int, help="G = N")
     parser.add_argument("--action-tokens", type=int, help="T")
-    parser.add_argument(
-        "--folder", help="where 80 GB of models and checkpoints may lie for a while"
-    )
+    parser.add_argument("--folder", help="where 60 GB may lie for a while")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
     args = parser.parse_args()
     sizes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
