@@ -40,10 +40,10 @@ import plan  # noqa: E402
 import runs  # noqa: E402
 import settings  # noqa: E402
 from distributed import World, clear_gradients  # noqa: E402
+from plan import GB  # noqa: E402
 from policy import Policy  # noqa: E402
 from sampling import Group, select  # noqa: E402
 
-GB = 10**9
 STEPS, SAVED = 4, 2  # of the run that is resumed: all, and those of its first checkpoint
 STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 
@@ -100,9 +100,9 @@ def engine_part(work: Workload, path: Path) -> dict:
     policy = policy.to(world.device)
     reference = Policy.load(path).to(world.device).requires_grad_(False)
     found = {"device": world.device.type, "before the engine": used(world)}
-    start = time.perf_counter()
+    start = clock(found["device"])
     sampler = settings.sampler_of(config, policy, str(path))
-    found |= {"start, s": time.perf_counter() - start, "with the engine": used(world)}
+    found |= {"start, s": clock(found["device"]) - start, "with the engine": used(world)}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
     states, rewards = workload.make_states(work, policy.processor), workload.make_rewards(work)
     found |= {"dtype": str(sampler.dtype).removeprefix("torch."), "parity": [], "sync, s": []}
@@ -159,7 +159,7 @@ def engine_checks(found: dict) -> list[Check]:
             f"{parity} nats a token",
             f"at most {found['tolerance']:g}",
             max(found["parity"]) <= found["tolerance"],
-        ),
+        ),  # fmt: skip
         Check("rollouts", f"{found['rollout, tokens/s']:,.0f} tokens/s"),
         Check("wake and sync", ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])),
         Check(
@@ -264,7 +264,7 @@ def report(work: Workload, machine: dict, checks: list[Check]) -> str:
     """Markdown."""
     verdicts = {True: "holds", False: "**fails**", None: ""}
     lines = [f"# GPU check: {work.model}", "", ", ".join(map(str, machine.values())), ""]
-    lines += ["| check | found | wanted | |", "|---|---|---|---|"]
+    lines += ["| check | found | wanted | |", "|---" * 4 + "|"]
     for check in checks:
         found = check.found.replace("|", "/")
         lines.append(f"| {check.name} | {found} | {check.wanted} | {verdicts[check.holds]} |")
@@ -281,8 +281,8 @@ def main() -> None:
     parser.add_argument("--folder", help="where 60 GB may lie for a while")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
     args = parser.parse_args()
-    sizes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
-    changes = {name: value for name, value in sizes.items() if value}
+    changes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
+    changes = {name: value for name, value in changes.items() if value}
     work = dataclasses.replace(WORKLOADS[args.model], **changes)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures, checks = parts(work, Path(folder))
