@@ -293,7 +293,14 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
                 generating=token * (batch.P + config.max_new_tokens),
             )
         ]
-        graphs = GRAPHS * text.num_hidden_layers  # they stay where they are while vLLM sleeps
+    return rows
+
+
+def with_graphs(config: Settings, model, batch: MicroBatch, processes: int) -> list[Row]:
+    """`memory`, which is that of tensors, and vLLM's CUDA graphs, which are the driver's and stay where they are while the engine sleeps."""
+    rows = memory(config, model, batch, processes, config.bf16)
+    if config.rollout != "transformers":
+        graphs = GRAPHS * model.text_config.num_hidden_layers
         rows += [Row("vLLM: CUDA graphs, about", graphs, graphs, graphs)]
     return rows
 
@@ -306,9 +313,8 @@ def totals(rows: list[Row]) -> list[float]:
 def short_of(config: Settings, gigabytes: float, processes: int) -> float:
     """How many bytes are missing at the worst moment; below 0: what is left."""
     model, longest_edge = described(config.start)
-    rows = memory(
-        config, model, micro_batch(config, model, longest_edge, processes), processes, config.bf16
-    )
+    batch = micro_batch(config, model, longest_edge, processes)
+    rows = with_graphs(config, model, batch, processes)
     return max(totals(rows)) - (1 - MARGIN) * gigabytes * GB
 
 
@@ -346,7 +352,7 @@ def report(config: Settings) -> str:
     gigabytes, processes = parse(config.plan)
     model, longest_edge = described(config.start)
     batch = micro_batch(config, model, longest_edge, processes)
-    rows = memory(config, model, batch, processes, config.bf16)
+    rows = with_graphs(config, model, batch, processes)
     lines = [
         f"{Path(config.start).name if Path(config.start).is_dir() else config.start}: {sizes(model).total / GB:.3f} billion parameters, "
         f"{processes} x {gigabytes:g} GB, {config.parallel if processes > 1 else 'one process'}",

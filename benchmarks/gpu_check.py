@@ -40,12 +40,12 @@ import plan  # noqa: E402
 import runs  # noqa: E402
 import settings  # noqa: E402
 from distributed import World, clear_gradients  # noqa: E402
+from plan import GB  # noqa: E402
 from policy import Policy  # noqa: E402
 from sampling import Group, select  # noqa: E402
 
-GB = 10**9
-STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 STEPS, SAVED = 4, 2  # of the run that is resumed: all, and those of its first checkpoint
+STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 
 
 @dataclasses.dataclass
@@ -100,9 +100,9 @@ def engine_part(work: Workload, path: Path) -> dict:
     policy = policy.to(world.device)
     reference = Policy.load(path).to(world.device).requires_grad_(False)
     found = {"device": world.device.type, "before the engine": used(world)}
-    start = time.perf_counter()
+    start = clock(found["device"])
     sampler = settings.sampler_of(config, policy, str(path))
-    found |= {"start, s": time.perf_counter() - start, "with the engine": used(world)}
+    found |= {"start, s": clock(found["device"]) - start, "with the engine": used(world)}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
     states, rewards = workload.make_states(work, policy.processor), workload.make_rewards(work)
     found |= {"dtype": str(sampler.dtype).removeprefix("torch."), "parity": [], "sync, s": []}
@@ -126,9 +126,8 @@ def engine_part(work: Workload, path: Path) -> dict:
         found["parity"].append(sampler.check_parity(groups)["parity"])
         select(groups, work.group_size, config.advantage, "policy_first", config.selection, None)
         memory = Memory(found["device"])
-        updated = ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
+        ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
         found["update, bytes"] = memory.peak()
-        found["gradient"] = updated["grad_norm"]
         clear_gradients(policy, optimizer)
         start = clock(found["device"])
         sampler.sync_weights()
@@ -137,6 +136,11 @@ def engine_part(work: Workload, path: Path) -> dict:
     sampler.sleep()
     sampler.close()  # as a run ends: asleep
     return found
+
+
+def in_a_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def engine_checks(found: dict) -> list[Check]:
@@ -155,7 +159,7 @@ def engine_checks(found: dict) -> list[Check]:
             f"{parity} nats a token",
             f"at most {found['tolerance']:g}",
             max(found["parity"]) <= found["tolerance"],
-        ),
+        ),  # fmt: skip
         Check("rollouts", f"{found['rollout, tokens/s']:,.0f} tokens/s"),
         Check("wake and sync", ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])),
         Check(
@@ -230,8 +234,8 @@ def trl_checks(found: dict | None) -> list[Check]:
     for phase in ("train", "rollout"):
         ratio = found["ratios"]["trl"][phase]["median"]
         checks.append(Check(f"TRL's seconds, {phase}", f"{ratio:.2f} times ours"))
-    gigabytes = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
-    return [*checks, Check("TRL's peak of a training step", gigabytes)]
+    said = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
+    return [*checks, Check("TRL's peak of a training step", said)]
 
 
 # ---------------------------------------------------------------------------------------------- the report
@@ -239,14 +243,8 @@ def trl_checks(found: dict | None) -> list[Check]:
 
 def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
     """Figures and checks of all parts. A part that fails is a check that fails, and the next one still runs."""
-    path = folder / "model"
+    path, figures, checks = folder / "model", {}, []
     workload.save_model(work, path)
-
-    def in_a_process(function, *arguments):
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(function, *arguments).result()
-
-    figures, checks = {}, []
     for name, measure, judge in (
         ("engine", lambda: in_a_process(engine_part, work, path), engine_checks),
         ("resume", lambda: resume_part(work, path, folder), resume_checks),
@@ -266,7 +264,7 @@ def report(work: Workload, machine: dict, checks: list[Check]) -> str:
     """Markdown."""
     verdicts = {True: "holds", False: "**fails**", None: ""}
     lines = [f"# GPU check: {work.model}", "", ", ".join(map(str, machine.values())), ""]
-    lines += ["| check | found | wanted | |", "|---|---|---|---|"]
+    lines += ["| check | found | wanted | |", "|---" * 4 + "|"]
     for check in checks:
         found = check.found.replace("|", "/")
         lines.append(f"| {check.name} | {found} | {check.wanted} | {verdicts[check.holds]} |")
@@ -280,13 +278,11 @@ def main() -> None:
     parser.add_argument("--states", type=int, help="B, instead of the model's own")
     parser.add_argument("--group-size", type=int, help="G = N")
     parser.add_argument("--action-tokens", type=int, help="T")
-    parser.add_argument(
-        "--folder", help="where 80 GB of models and checkpoints may lie for a while"
-    )
+    parser.add_argument("--folder", help="where 60 GB may lie for a while")
     parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
     args = parser.parse_args()
-    sizes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
-    changes = {name: value for name, value in sizes.items() if value}
+    changes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
+    changes = {name: value for name, value in changes.items() if value}
     work = dataclasses.replace(WORKLOADS[args.model], **changes)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures, checks = parts(work, Path(folder))
