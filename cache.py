@@ -80,14 +80,15 @@ class Answer:
 @dataclass(frozen=True)
 class Reply:
     """What one call of an API brought. model: the one that says it answered. input_tokens, output_tokens: None if untold.
-    lost: attempts that may be billed although nobody knows what they cost (kept nowhere)."""
+    beside: what else may be billed (kept nowhere): attempts whose cost nobody tells, this reply too if its tokens are untold; and
+    tokens in and out of replies that were no use."""
 
     answers: list[Answer]
     model: str
     input_tokens: int | None
     output_tokens: int | None
     seconds: float
-    lost: int = 0
+    beside: tuple[int, int, int] = (0, 0, 0)
 
 
 def request_id(content: dict) -> str:

@@ -15,9 +15,11 @@ import base64
 import itertools
 import logging
 import math
+import re
 import threading
 import time
 import warnings
+from dataclasses import replace
 from urllib.parse import urljoin, urlsplit
 
 import apis
@@ -37,17 +39,21 @@ from data import State
 
 LOG = logging.getLogger("experts")
 RETRIES = 2  # of the SDK, after a first attempt
+UNSENT = "NewConnection|NameResolution|ConnectTimeout|SSLError|ProxyError"  # no request went out
 PATIENCE = 16  # requests that may be refused for a parameter before one is given up
 CUT = ("length", "max_tokens")  # finish reasons of an answer that the limit ended
 
 
 class ApiError(Exception):
     """A request that brought nothing. final: asking again will not help (a wrong key, an unknown
-    model). billed: the server did answer, and will want to be paid."""
+    model). billed: the server did answer, and will want to be paid. reached: a server did answer at
+    all. beside: as in `Reply`."""
 
-    def __init__(self, message: str, final: bool = False, billed: bool = False):
+    def __init__(
+        self, message: str, final: bool = False, billed: bool = False, reached: bool = True
+    ):
         super().__init__(message)
-        self.final, self.billed = final, billed
+        self.final, self.billed, self.reached, self.beside = final, billed, reached, (0, 0, 0)
 
 
 class Refused(Exception):
@@ -70,10 +76,34 @@ class Api:
         self.without: frozenset[str] = frozenset()
         self.most: int | None = None  # answers to a request, where the server has refused more
         self.lock = threading.Lock()
+        self.here = threading.local()  # what this thread's request costs, and whether to try again
 
-    def ask(self, state: State, n: int) -> Reply:
+    def ask(self, state: State, n: int, retry: bool = True) -> Reply:
         """Up to n answers for one request. n blocked ones if the server refuses this prompt for what
-        it holds. ApiError if there is no answer at all."""
+        it holds. ApiError if there is no answer at all. retry: try again after a failure that passes."""
+        self.here.retry, self.here.lost, self.here.wasted = retry, 0, [0, 0]
+        try:
+            reply = self.request(state, n)
+        except ApiError as error:
+            error.beside = self.here.lost, *self.here.wasted
+            raise
+        return replace(reply, beside=(self.here.lost, *self.here.wasted))
+
+    def settle(self, used: tuple[int | None, int | None], useful: bool) -> None:
+        """An attempt's cost is known. An answer to a prompt without a token is taken for untold."""
+        if used[0] and used[1] is not None:
+            self.here.lost -= 1
+            if not useful:
+                self.here.wasted = [sum(pair) for pair in zip(self.here.wasted, used, strict=True)]
+
+    def failed(self, used: tuple[int | None, int | None]) -> None:
+        """An attempt ended with an error: not billed, unless it tells tokens all the same."""
+        self.here.lost -= 1
+        if None not in used:
+            self.here.wasted = [sum(pair) for pair in zip(self.here.wasted, used, strict=True)]
+
+    def request(self, state: State, n: int) -> Reply:
+        """`ask`, without what it costs beside the reply."""
         without, most, started = self.without, self.most, time.monotonic()
         for patience in range(PATIENCE, -1, -1):
             asked = min(n, most or n)
@@ -149,7 +179,7 @@ class Api:
         text = refusals.one_line(text, self.key)
         if status in (401, 403) and self.key == apis.NO_KEY:
             text += f" (no key was sent: export {apis.OTHERS_KEY})"
-        return ApiError(text, refusals.lasting(status, body))
+        return ApiError(text, refusals.lasting(status, body), reached=status is not None)
 
     def stay(self, here: str, there: str) -> None:
         """ApiError if a redirect leads to another server: another scheme, host or port."""
@@ -181,21 +211,35 @@ class OpenAI(Api):
 
         hooks = {"request": [self.begin], "response": [self.watch]}
         http = openai.DefaultHttpxClient(timeout=self.timeout, event_hooks=hooks, max_redirects=3)
-        self.client = openai.OpenAI(
-            api_key=self.key, base_url=self.url, max_retries=RETRIES, timeout=self.timeout,
-            http_client=http, default_headers={"Authorization": f"Bearer {self.key}"},
+        self.client, self.once = (
+            openai.OpenAI(
+                api_key=self.key, base_url=self.url, max_retries=retries, timeout=self.timeout,
+                http_client=http, default_headers={"Authorization": f"Bearer {self.key}"},
+            )
+            for retries in (RETRIES, 0)
         )  # fmt: skip
         if not (urlsplit(self.url).hostname or "").endswith("api.openai.com"):
-            self.client.organization = self.client.project = None  # of the vendor's customer
+            for client in (self.client, self.once):  # these are of the vendor's customer
+                client.organization = client.project = None
 
     def begin(self, request) -> None:
         request.extensions["until"] = time.monotonic() + self.timeout
+        request.extensions["trace"] = self.trace
+
+    def trace(self, event: str, info: dict) -> None:
+        """A request that has left this machine may be billed, whatever comes back. A proxy's CONNECT is none."""
+        if event.endswith("send_request_headers.started") and info["request"].method == b"POST":
+            self.here.lost += 1
 
     def watch(self, response) -> None:
         """Before the body is read."""
         if response.has_redirect_location:
             self.stay(str(response.url), response.headers["location"])
         response.stream = limited(response.stream, response.request.extensions["until"], self.late)
+        if response.status_code >= 300:
+            response.read()
+            body = refusals.parsed(response.text)
+            self.failed(usage_of(body.get("usage"))[0] if isinstance(body, dict) else (None, None))
         if response.status_code in (429, 503):
             response.read()
             told = refusals.pause(response.headers, refusals.parsed(response.text))
@@ -213,7 +257,8 @@ class OpenAI(Api):
             else {"type": "image_url", "image_url": {"url": "data:image/png;base64," + base64.b64encode(part).decode()}}
             for part in parts_of(state)
         ]  # fmt: skip
-        raw = self.client.chat.completions.with_raw_response.create(
+        client = self.client if self.here.retry else self.once
+        raw = client.chat.completions.with_raw_response.create(
             model=self.model, messages=[{"role": "user", "content": content}], **parameters
         )
         body = refusals.parsed(raw.http_response.text)
@@ -225,6 +270,7 @@ class OpenAI(Api):
         choices = body.get("choices") if isinstance(body.get("choices"), list) else []
         used, thought = usage_of(body.get("usage"))
         answers = [answer for choice in choices if (answer := openai_answer(choice, thought))]
+        self.settle(used, useful=bool(answers))
         if not answers:
             wrong = body.get("error") or next((c["error"] for c in choices if has_error(c)), None)
             if wrong:
@@ -294,6 +340,20 @@ class Gemini(Api):
         response.raw = LimitedBody(response.raw, until, self.late)
         self.last.response = response
 
+    def begin(self) -> None:
+        """An attempt that may be billed, whatever comes back."""
+        self.here.lost, self.last.response = self.here.lost + 1, None
+
+    def end(self, error: Exception) -> None:
+        """That attempt failed: in most cases nothing is billed."""
+        response, chain = self.last.response, str(error)
+        if response is not None and response.status_code != 200:
+            body = refusals.parsed(response.text)
+            told = body.get("usageMetadata") if isinstance(body, dict) else None
+            self.failed(gemini_usage(told))
+        elif response is None and re.search(UNSENT, f"{type(error).__name__} {chain}"):
+            self.here.lost -= 1
+
     def parameters(self, n, without):
         wanted = {
             "candidate_count": n,
@@ -303,16 +363,18 @@ class Gemini(Api):
         return {name: value for name, value in wanted.items() if name not in without}
 
     def call(self, state, parameters):
-        attempts, self.last.response = itertools.count(), None
+        attempts = itertools.count() if self.here.retry else itertools.repeat(RETRIES)
+        self.begin()
 
         def again(error: Exception) -> bool:  # the SDK bounds time, not attempts
+            self.end(error)
             status, body = self.reply(error)
             passing = status in (408, 429, 500, 502, 503, 504) or isinstance(error, self.passing)
             return passing and self.told(body) <= refusals.LONGEST and next(attempts) < RETRIES
 
         def pause(error: Exception) -> None:  # the SDK's own pause comes on top
             time.sleep(self.told(self.reply(error)[1]))
-            self.last.response = None
+            self.begin()
 
         try:
             self.generative.generate_content(
@@ -350,9 +412,11 @@ class Gemini(Api):
             feedback = body.get("promptFeedback")
             reason = feedback.get("blockReason") if isinstance(feedback, dict) else None
             if not reason:
+                self.settle(used, useful=False)
                 why = "the server's answer holds neither candidates nor a reason why"
                 raise ApiError(why, billed=True)
             answers = [Answer(None, f"prompt_{finish_of(reason)}")] * n
+        self.settle(used, useful=True)
         return answers, model, used
 
     def told(self, body: object) -> float:

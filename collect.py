@@ -11,15 +11,23 @@ stopping, by hand, by the budget or by kill -9, loses nothing that had arrived, 
 import argparse
 import dataclasses
 import json
+import math
+import os
+import signal
+import threading
+import time
+from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from pathlib import Path
+from contextlib import closing
 
 from tqdm import tqdm
 
 import apis
+import clients
 import ekipl
 import runs
-from cache import Cache, request_id
+from cache import Cache, Reply, request_id
+from clients import ApiError
 from data import training_states
 from experts import VENDORS, ApiExpert, expert_specs, parse_price
 from runs import Parser, UserError
@@ -27,6 +35,7 @@ from runs import Parser, UserError
 # Assumed by --dry-run where the cache has no calls of this expert to learn from.
 ANSWER_TOKENS = 200  # of a thought and its answer
 CALL_SECONDS = 3.0  # the upper end of the paper's "1-3 seconds per query"
+WAITS = 5  # pauses in a row, of experts.PAUSE seconds each, before a failing API is given up
 
 
 def states_to_ask(config: ekipl.Config) -> list:
@@ -88,7 +97,7 @@ def estimate(
 
 def dry_run(config: ekipl.Config) -> None:
     states = states_to_ask(config)
-    cache = Cache(config.cache, read_only=True) if Path(config.cache).exists() else None
+    cache = Cache(config.cache, read_only=True) if os.path.lexists(config.cache) else None
     for spec in api_specs(config, offline=True):
         e = estimate(spec, states, config.num_samples, config, cache)
         source = "as in the cache" if e["learnt"] else "assumed"
@@ -114,80 +123,213 @@ def dry_run(config: ekipl.Config) -> None:
 # ---------------------------------------------------------------------------------------------- buying
 
 
-def beyond(budget: float | None, spent: dict, running: dict, most: float) -> bool:
-    """Whether one request more could cost more than there is, should all that run be as dear as they can."""
-    return (
-        budget is not None
-        and spent["cost"] + sum(reserved for _, reserved in running.values()) + most > budget
-    )
+class OverBudget(UserError):
+    """One request more could cost more than there is."""
+
+
+class Purse:
+    """What may be spent, by all threads together. budget: USD, None without a limit.
+
+    Before a request the most that it can cost is put aside, and given back when its cost is known.
+    What a server does not tell counts as the most. That is an estimate of the prompt and the length
+    limit of the answers; where a request turns out dearer, the next ones are taken for as much dearer.
+    """
+
+    def __init__(self, budget: float | None):
+        self.budget = math.inf if budget is None else budget
+        self.spent = self.assumed = 0.0  # USD; assumed: the part of spent that no server told
+        self.aside: dict[object, float] = {}
+        self.dearer, self.known = 1.0, False  # known: how dear one was
+        self.change = threading.Condition()
+
+    def hold(self, key: object, most: float, attempts: int) -> bool:
+        """Puts aside `attempts` times `most`, or once if there is no more: then False. Waits for the cost of
+        running requests if that may help. OverBudget if it does not."""
+        with self.change:
+            while True:
+                one = most * self.dearer
+                left = self.budget - self.spent - sum(self.aside.values())
+                alone = not self.aside
+                if self.known or alone or self.budget == math.inf:
+                    fitting = [count for count in (attempts, 1) if count * one <= left]
+                    if fitting:
+                        self.aside[key] = fitting[0] * one
+                        return fitting[0] > 1
+                    if alone:
+                        raise OverBudget(f"the next request could cost ${one:.4f}")
+                self.change.wait()
+
+    def pay(self, key: object, told: float, most: float, untold: int) -> None:
+        """A request's cost: `told`, and `untold` attempts for at most `most` each."""
+        with self.change:
+            if most > 0:
+                self.dearer = max(self.dearer, told / most)
+            self.known = self.known or told > 0 or untold > 0
+            assumed = untold * most * self.dearer
+            self.spent, self.assumed = self.spent + told + assumed, self.assumed + assumed
+            self.aside.pop(key, None)
+            self.change.notify_all()
+
+
+class Buyer(ApiExpert):
+    """An API that is asked for no more than there is in the purse."""
+
+    def __init__(self, spec: str, cache: Cache, config: ekipl.Config, purse: Purse):
+        super().__init__(spec, cache, config)
+        self.purse = purse
+
+    def ask(self, state, n: int) -> Reply:
+        if self.price is None:
+            return super().ask(state, n)
+        key, prompt = object(), apis.prompt_tokens(self.vendor, state)
+        most = apis.dollars(self.price, prompt, n * self.max_tokens)
+        retry = self.purse.hold(key, most, attempts=1 + clients.RETRIES)
+        told, untold = 0.0, 1
+        try:
+            reply = self.api.ask(state, n, retry)
+            untold, *wasted = reply.beside
+            told = apis.dollars(self.price, *wasted)
+            told += apis.dollars(self.price, reply.input_tokens, reply.output_tokens) or 0.0
+            return reply
+        except ApiError as error:
+            untold, *wasted = error.beside
+            told = apis.dollars(self.price, *wasted)
+            raise
+        finally:
+            self.purse.pay(key, told, most, untold)
+
+
+class Collection:
+    """Buying the answers of experts to states, in order, as many requests at a time as allowed.
+
+    An API that fails again and again is left alone for a while, as in training, and the states that failed in that time are asked
+    again. A server that was never reached, or an API that stays down for WAITS pauses (one, if it never answered), ends it: UserError.
+    """
+
+    def __init__(self, experts: list[Buyer], states: list, config: ekipl.Config, bar: tqdm):
+        self.experts, self.config, self.bar = experts, config, bar
+        self.todo = deque((state, expert) for state in states for expert in experts)
+        self.running: dict[Future, tuple] = {}
+        self.row = {expert: [] for expert in experts}  # of failed states, since the last success
+        self.waits = dict.fromkeys(experts, 0)  # pauses, since the last success
+        self.reasons: dict[str, str] = {}
+        self.counts: dict[str, float] = {}
+        self.without, self.over = 0, None
+
+    def run(self) -> None:
+        while self.todo or self.running:
+            while not self.over and self.todo and len(self.running) < self.most():
+                self.begin(*self.todo.popleft())
+            if self.running:
+                self.end()
+            elif self.over:
+                break
+            self.wait_out()
+        for expert in self.experts:
+            self.give_up(expert)
+
+    def most(self) -> int:
+        return self.config.expert_requests * len(self.experts)
+
+    def begin(self, state, expert: Buyer) -> None:
+        if expert.complete(state, self.config.num_samples):
+            self.bar.update(1)
+        else:
+            self.running[expert.job(state, self.config.num_samples)] = state, expert
+
+    def end(self) -> None:
+        """Takes in what has come."""
+        for job in wait(self.running, return_when=FIRST_COMPLETED).done:
+            state, expert = self.running.pop(job)
+            expert.forget(state)
+            try:
+                problem = expert.problem(job)
+            except OverBudget as error:
+                self.over = error
+                continue
+            for name, value in expert.metrics().items():
+                self.counts[name] = self.counts.get(name, 0.0) + value
+            if problem:
+                self.row[expert].append(state)
+                self.reasons[expert.name] = problem
+                if expert.off and self.lasting(expert, job.exception()):
+                    self.stop(expert)
+            else:
+                if not expert.off:
+                    self.give_up(expert)
+                self.waits[expert] = 0
+                self.bar.update(1)
+            spent, requests = expert.purse.spent, self.counts.get("requests", 0)
+            self.bar.set_postfix_str(
+                f"${spent:.2f}" if expert.price else f"{requests:.0f} requests"
+            )
+
+    def lasting(self, expert: Buyer, error: Exception) -> bool:
+        """Whether waiting will not help: a key withdrawn, say, or a server that never was there."""
+        never = not expert.answered and not getattr(error, "reached", True)
+        return never or getattr(error, "final", False)
+
+    def give_up(self, expert: Buyer) -> None:
+        """The states that failed lately stay without answers: they did although the API was well."""
+        self.without += len(self.row[expert])
+        self.bar.update(len(self.row[expert]))
+        self.row[expert] = []
+
+    def wait_out(self) -> None:
+        """While an API is left alone nobody is asked; then the states that failed are."""
+        for expert in self.experts:
+            if expert.off and not self.over:
+                while self.running:
+                    self.end()
+                self.waits[expert] += 1
+                if self.waits[expert] > (WAITS if expert.answered else 1):
+                    self.stop(expert)
+                self.bar.set_postfix_str(f"waits for {expert.name}")
+                while expert.off:
+                    time.sleep(min(1.0, max(0.0, expert.off_until - time.monotonic())))
+                self.todo.extendleft((state, expert) for state in reversed(self.row[expert]))
+                self.row[expert] = []
+
+    def stop(self, expert: Buyer) -> None:
+        raise UserError(
+            f"{expert.identity} fails again and again: {self.reasons[expert.name]}; "
+            f"what arrived is in {self.config.cache}, the same command goes on"
+        )
 
 
 def collect(config: ekipl.Config, budget: float | None) -> None:
     """Fills the cache for the states of training. UserError if the API will not answer, or some states stay without."""
     specs = api_specs(config, offline=False)
-    states, cache = states_to_ask(config), Cache(config.cache)
-    experts = [ApiExpert(spec, cache, config) for spec in specs]
-    if budget is not None and (
-        unknown := [expert.name for expert in experts if expert.price is None]
-    ):
+    states = states_to_ask(config)
+    with closing(Cache(config.cache)) as cache:
+        buy(specs, states, cache, config, Purse(budget))
+
+
+def buy(specs: list[str], states: list, cache: Cache, config: ekipl.Config, purse: Purse) -> None:
+    experts = [Buyer(spec, cache, config, purse) for spec in specs]
+    unknown = [expert.name for expert in experts if expert.price is None]
+    if purse.budget < math.inf and unknown:
         raise UserError(
             f"--budget needs a price, and the table has none of {unknown[0]}: give it with --price in,out"
         )
-    spent, failed, stopped = {"cost": 0.0, "requests": 0.0}, {}, False
     with tqdm(total=len(states) * len(experts), desc="collect", dynamic_ncols=True) as bar:
-        running: dict[Future, tuple[ApiExpert, float]] = {}  # with the most that each can cost
-
-        def finish_one() -> None:
-            for job in wait(running, return_when=FIRST_COMPLETED).done:
-                expert, _ = running.pop(job)
-                problem = expert.problem(job)  # UserError where it is one
-                if problem:
-                    failed[expert.name] = problem
-                    failed["count"] = failed.get("count", 0) + 1
-                for name, value in expert.metrics().items():
-                    spent[name] = spent.get(name, 0.0) + value
-                bar.update(1)
-                bar.set_postfix_str(
-                    f"${spent['cost']:.2f}" if expert.price else f"{spent['requests']:.0f} requests"
-                )
-                if expert.off:
-                    raise UserError(
-                        f"{expert.identity} fails again and again: {problem}; what arrived is in {config.cache}, the same command goes on"
-                    )
-
-        for state, expert in ((state, expert) for state in states for expert in experts):
-            most = (
-                apis.dollars(
-                    expert.price,
-                    apis.prompt_tokens(expert.vendor, state),
-                    config.num_samples * config.expert_tokens,
-                )
-                or 0.0
-            )
-            while running and (
-                len(running) >= config.expert_requests * len(experts)
-                or beyond(budget, spent, running, most)
-            ):
-                finish_one()
-            if not expert.complete(state, config.num_samples):
-                if stopped := beyond(budget, spent, running, most):
-                    break
-                running[expert.job(state, config.num_samples)] = expert, most
-            else:
-                bar.update(1)
-        while running:
-            finish_one()
-    cost = f", ${spent['cost']:.4f}" if all(expert.price for expert in experts) else ""
+        bought = Collection(experts, states, config, bar)
+        bought.run()
+    answers, requests = (bought.counts.get(name, 0) for name in ("answers", "requests"))
+    cost = "" if unknown else f", ${purse.spent:.4f}"
+    if purse.assumed:
+        cost += f" (${purse.assumed:.4f} of it assumed, the most that what no server told the cost of can cost)"
     print(
-        f"bought {spent.get('answers', 0):.0f} answers with {spent['requests']:.0f} requests{cost}; they are in {config.cache}"
+        f"bought {answers:.0f} answers with {requests:.0f} requests{cost}; they are in {config.cache}"
     )
-    if stopped:
+    if bought.over:
         print(
-            f"stopped at the budget: the next request could cost ${most:.4f}; the same command with a larger budget goes on"
+            f"stopped at the budget: {bought.over}; the same command with a larger budget goes on"
         )
-    if count := failed.pop("count", 0):
+    if bought.without:
+        why = "; ".join(f"{name}: {reason}" for name, reason in bought.reasons.items())
         raise UserError(
-            f"{count} states stayed without answers ({'; '.join(f'{name}: {why}' for name, why in failed.items())}): the same command asks them again"
+            f"{bought.without} states stayed without answers ({why}): the same command asks them again"
         )
 
 
@@ -219,6 +361,26 @@ def stats(cache: Cache) -> None:
         print(
             f"  tokens {tokens[0]} in, {tokens[1]} out; {sum(c['seconds'] for c in own) / len(own):.2f} s a call; {paid}"
         )
+
+
+def look(command: str, cache: Cache) -> None:
+    """stats, export or verify. UserError if there is a fault."""
+    try:
+        if command == "stats":
+            stats(cache)
+        elif command == "export":
+            for entry in cache.entries():
+                print(json.dumps(entry, ensure_ascii=False))
+    except (ValueError, TypeError, KeyError, OverflowError):  # values that no program wrote
+        raise UserError(
+            f"{cache.path} is damaged: python experts.py verify {cache.path} tells where"
+        ) from None
+    if command == "verify":
+        if faults := cache.faults():
+            raise UserError(f"{cache.path}: {'; '.join(faults[:5])}")
+        unsigned = cache.undigested()
+        older = f"; in {unsigned} of them, bought before there were digests, changes go unnoticed"
+        print(f"{cache.path}: {len(cache.entries())} answers, no fault{older if unsigned else ''}")
 
 
 def run(argv: list[str]) -> None:
@@ -256,17 +418,15 @@ def run(argv: list[str]) -> None:
     elif rest:
         raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
     else:
-        cache = Cache(args.cache, read_only=True)
-        if args.command == "stats":
-            stats(cache)
-        elif args.command == "export":
-            for entry in cache.entries():
-                print(json.dumps(entry, ensure_ascii=False))
-        elif faults := cache.faults():
-            raise UserError(f"{args.cache}: {'; '.join(faults[:5])}")
-        else:
-            print(f"{args.cache}: {len(cache.entries())} answers, no fault")
+        with closing(Cache(args.cache, read_only=True)) as cache:
+            look(args.command, cache)
 
 
 def main() -> None:
-    runs.command("experts.py", run, "what had arrived is in the cache, the same command goes on")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cache is closed too
+    try:
+        runs.command(
+            "experts.py", run, "what had arrived is in the cache, the same command goes on"
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Protocol
 import apis
 import clients
 import refusals
-from cache import Answer, Cache, request_id
+from cache import Answer, Cache, Reply, request_id
 from clients import CUT, ApiError
 from data import State
 from runs import UserError
@@ -285,7 +285,7 @@ class ApiExpert:
         try:
             with self.cache.claimed(request, patience=10 * self.deadline):
                 while missing := n - len(self.cache.get(request, n)):
-                    reply = self.api.ask(state, missing)
+                    reply = self.ask(state, missing)
                     self.cache.put(content, reply)
                     self.meet(reply.model)
                     cost = apis.dollars(self.price, reply.input_tokens, reply.output_tokens)
@@ -306,6 +306,14 @@ class ApiExpert:
             self.failed(str(error))
             raise error from None
         self.answered, self.in_a_row = True, 0
+
+    def forget(self, state: State) -> None:
+        """A job that is done makes room for another try."""
+        self.jobs.pop(request_id(self.content(state)), None)
+
+    def ask(self, state: State, n: int) -> Reply:
+        """Up to n answers for one request. ApiError if there is none."""
+        return self.api.ask(state, n)
 
     def problem(self, job: Future | None) -> str | None:
         """Why a job brought nothing; None if it did. Gives it up if it is not done."""

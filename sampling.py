@@ -332,17 +332,28 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
 # ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
 
 
+def first_tokens(policy: Policy, text: str, count: int) -> list[int]:
+    """The tokens of a text without special ones: at least the first `count`, or all there are.
+
+    Of a long text only the beginning is tokenised, in which there are twice as many: where it is cut,
+    tokens may differ from the whole text's, but a tokenizer splits at words and spaces, not that far back.
+    """
+    banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
+    letters = 64 * count + 1024
+    while True:
+        ids = policy.tokenizer(text[:letters], add_special_tokens=False).input_ids
+        tokens = [token for token in ids if token not in banned]
+        if letters >= len(text) or len(tokens) >= 2 * count + 64:
+            return tokens
+        letters *= 4
+
+
 def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: int) -> Action:
     """An expert's text as the policy would have said it: its tokenizer, EOS at the end, cut at the length limit.
 
     Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
     """
-    banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    tokens = [
-        token
-        for token in policy.tokenizer(sample.text, add_special_tokens=False).input_ids
-        if token not in banned
-    ]
+    tokens = first_tokens(policy, sample.text, max_new_tokens)
     truncated = len(tokens) >= max_new_tokens or (
         sample.truncated and len(tokens) > 0
     )  # no room for EOS, or it never came

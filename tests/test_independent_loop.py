@@ -7,7 +7,6 @@ in plain Python numbers where no gradient is needed.
 
 import math
 import random
-from types import SimpleNamespace
 
 import pytest
 import torch
