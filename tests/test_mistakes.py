@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, held_elsewhere
+from conftest import ROOT, held_elsewhere, in_two_processes
 
 import blocks
 import collect
@@ -140,6 +140,20 @@ def test_an_evaluation_has_one_writer(place, monkeypatch, capsys):
     with held_elsewhere(place / "out"):
         line = told(evaluate, arguments, monkeypatch, capsys)
     assert "another process writes into out" in line and "--out" in line
+
+
+def in_the_first_process_alone() -> str:
+    world = evaluate.World.join("cpu")
+    try:
+        assert world.first(lambda: world.rank) == 0
+        world.first(lambda: runs.read_config(Path("no/such/run")))
+    except runs.UserError as error:
+        return str(error)
+
+
+def test_what_stops_the_first_process_stops_all_with_the_same_line():
+    said = in_two_processes(in_the_first_process_alone)
+    assert said == ["no run to resume at no/such/run"] * 2
 
 
 @pytest.mark.parametrize("program", ["data.py", "blocks.py", "curves.py"])
