@@ -379,12 +379,13 @@ def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None
 
 def samples_for(pass_k: str) -> int:
     """How many samples these k need. UserError for what is no list of k."""
-    if not re.fullmatch(r"([0-9]{1,9}(,[0-9]{1,9})*)?", pass_k):
-        raise UserError(f"--pass-k wants numbers such as 1,2,4,8, not {pass_k}")
-    ks = [int(k) for k in pass_k.split(",") if k]
-    if ks and not 1 <= min(ks) <= max(ks) <= MAX_K:
-        raise UserError(f"--pass-k wants numbers from 1 to {MAX_K}, not {pass_k}")
-    return max(ks, default=0)
+    if not pass_k:
+        return 0
+    listed = re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", pass_k)
+    ks = [int(k) for k in pass_k.split(",")] if listed else [0]
+    if not 1 <= min(ks) <= max(ks) <= MAX_K:
+        raise UserError(f"--pass-k wants numbers from 1 to {MAX_K}, such as 1,2,4,8, not {pass_k}")
+    return max(ks)
 
 
 def answer_command(argv: list[str]) -> None:

@@ -226,6 +226,8 @@ class Policy(nn.Module):
                 raise ValueError(
                     f"{len(bad)} weights are missing or of another shape, e.g. {min(bad)}"
                 )
+            if not all(weight.isfinite().all() for weight in model.parameters()):
+                raise ValueError("some of its weights are no finite numbers (NaN or infinity)")
         except (OSError, ValueError, SafetensorError) as error:
             where = (
                 ""

@@ -176,12 +176,14 @@ def hold(directory: Path, instead: str) -> None:
         return
     lock = FileLock(place / "lock")
     try:
-        with writing(directory / "lock"):
-            lock.acquire(timeout=0)
-    except UserError as error:
-        if isinstance(error.__cause__, Timeout):
-            raise UserError(f"another process writes into {directory}: {instead}") from None
-        raise
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another process writes into {directory}: {instead}") from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+            raise UserError(f"cannot write {place / 'lock'}: {error.strerror}") from None
+        say(f"{directory}: this file system has no locks; let no other process write there")
+        return
     HELD[place] = lock
 
 

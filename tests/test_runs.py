@@ -623,6 +623,22 @@ def test_a_directory_has_one_writer_and_is_free_when_it_dies(tmp_path):
         pass
 
 
+@pytest.mark.parametrize("number, goes_on", [(37, True), (13, False)])  # ENOLCK, EACCES
+def test_a_file_system_without_locks_is_told_and_used(
+    tmp_path, monkeypatch, capsys, number, goes_on
+):
+    def refuse(self, **_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", refuse)
+    if goes_on:
+        runs.hold(tmp_path, "wait")
+        assert "no locks" in capsys.readouterr().err
+    else:
+        with pytest.raises(UserError, match="refused"):
+            runs.hold(tmp_path, "wait")
+
+
 # ---------------------------------------------------------------------------------------------- how a program ends
 
 
