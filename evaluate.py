@@ -10,8 +10,11 @@
 Answering and scoring are apart: what was said is saved, one line a question, and scored from there. An evaluation that was
 stopped goes on where it was. What is said depends on the question alone, not on batches or processes (torchrun shares the questions out).
 
-Accuracy is what Table 1 reports: the mean accuracy reward, and for function sequences Reason-RFT's test score, which gives partial
-credit (rewards.py). "exact" is the share of answers that are wholly right. `legacy` scores as Reason-RFT's own code does.
+Accuracy is what Table 1 reports (rewards.py, `accuracy_score`): a count, a choice or a quantity is right or wrong, a sequence of functions has
+Reason-RFT's partial credit. "exact" is the share of answers that are wholly right, as Pass@k counts them; it differs from accuracy for
+sequences only. `--legacy` scores as Reason-RFT's own code does, `--protocol reason-rft` asks as it does.
+
+Beside a run, data, test sets, pixels, length limit and prompt are those of its config.json, unless a flag says otherwise.
 """
 
 import argparse
@@ -36,12 +39,26 @@ from distributed import World
 from experts import VENDORS, make_experts
 from lengths import Room
 from policy import Policy, Prompt
-from rewards import KINDS, accuracy_reward, format_reward, function_score
+from rewards import (
+    KINDS,
+    MATH_VERIFY,
+    accuracy_score,
+    format_reward,
+    need_math_verify,
+    wholly_right,
+)
 from runs import Parser, UserError
 from sampling import ROLLOUTS, Action, Sampler, make_sampler
 from scripted import ACCURACY
 
 EVAL_SEED = 0  # of Pass@k's samples
+ALL_SETS = [name for names in SETS.values() for name in names]
+DEFAULTS = dict(
+    data="blocks", data_cache=CACHE, sets=ALL_SETS, mode="reason", max_new_tokens=96,
+    temperature=0.0, top_p=1.0, top_k=0,
+)  # fmt: skip
+# Reason-RFT's evaluation of its own models: every question, and this.
+PROTOCOLS = {"reason-rft": dict(max_new_tokens=768, temperature=0.1, top_p=0.9, top_k=50)}
 MAX_K = 1024  # of Pass@k: as many samples of one question are drawn at a time
 MAX_STATES = 10**6  # of a set in an evaluation, which has them all in memory
 
@@ -63,12 +80,11 @@ class Prediction:
 
     def accuracy(self, legacy: bool = False) -> float:
         """Table 1's, in [0, 1]."""
-        if self.kind == "function":
-            return function_score(self.text, self.answer, legacy)
-        return accuracy_reward(self.text, self.answer, self.kind, legacy)
+        return accuracy_score(self.text, self.answer, self.kind, legacy)
 
     def right(self, text: str, legacy: bool = False) -> bool:
-        return accuracy_reward(text, self.answer, self.kind, legacy) == 1.0
+        """Whether this answer is wholly right."""
+        return wholly_right(text, self.answer, self.kind, legacy)
 
 
 def score_predictions(
@@ -150,18 +166,28 @@ def answer_greedily(sampler: Sampler, states, batch: int = 128) -> list[Action]:
 
 
 class ModelAnswers:
-    """A model's predictions. temperature: of the answer that counts, 0 is greedy; Pass@k samples from the policy itself, at 1."""
+    """A model's predictions. temperature, top_p, top_k: of the answer that counts, temperature 0 is greedy; Pass@k samples from the policy
+    itself, at 1, all of it."""
 
-    def __init__(self, sampler: Sampler, temperature: float, samples: int):
+    def __init__(
+        self,
+        sampler: Sampler,
+        temperature: float,
+        samples: int,
+        top_p: float = 1.0,
+        top_k: int = 0,
+    ):
         self.sampler, self.temperature, self.samples = sampler, temperature, samples
+        self.top_p, self.top_k = top_p, top_k
 
     def __call__(self, states: list[State]) -> list[Prediction]:
         policy = self.sampler.policy
         prompts = policy.encode(states)
         if self.temperature:
             policy.temperature = self.temperature
+            self.sampler.top_p, self.sampler.top_k = self.top_p, self.top_k
             actions = [action for (action,) in self.sample(prompts, 1, "answer")]
-            policy.temperature = 1.0
+            policy.temperature, self.sampler.top_p, self.sampler.top_k = 1.0, 1.0, 0
         else:
             actions = self.sampler.greedy(prompts)
         samples = (
@@ -328,7 +354,53 @@ def settings_of(args) -> dict:
         "model": args.model, "weights": digest.hexdigest()[:16], "max_new_tokens": args.max_new_tokens,
         "temperature": args.temperature, "samples": args.samples, "data": args.data, "mode": args.mode,
         "min_pixels": args.min_pixels, "max_pixels": args.max_pixels,
+        **({"top_p": args.top_p, "top_k": args.top_k} if (args.top_p, args.top_k) != (1.0, 0) else {}),
     }  # fmt: skip
+
+
+def run_of(model: str) -> Path | None:
+    """The directory of the run that this is the model of, if it is one's."""
+    path = Path(model).parent
+    return path if (path / "metrics.jsonl").exists() and (path / "config.json").exists() else None
+
+
+def settings_of_run(run: Path) -> dict:
+    """What a run's own config.json says of how its model is to be asked, by flag. UserError if it is not readable."""
+    config = runs.read_config(run)
+    kinds = {"data": str, "data_cache": str, "task": str, "max_new_tokens": int, "min_pixels": int, "max_pixels": int}  # fmt: skip
+    for name, kind in kinds.items():
+        if type(config.get(name)) is not kind:
+            raise UserError(f"{run}/config.json: {name} cannot be {config.get(name)!r}")
+    if config["task"] not in SETS:
+        raise UserError(f"{run}/config.json: there is no task {config['task']!r}")
+    method = config.get("method")  # of sft.py
+    return {
+        "data": config["data"], "data_cache": config["data_cache"], "sets": SETS[config["task"]],
+        "mode": method if method in MODES else "reason", "max_new_tokens": config["max_new_tokens"],
+        "min_pixels": config["min_pixels"] or None, "max_pixels": config["max_pixels"] or None,
+    }  # fmt: skip
+
+
+def settle(args) -> list[str]:
+    """Sets what no flag says: by --protocol, else as the run beside which the model lies, else by default. Returns lines that tell."""
+    run, told = run_of(args.model), []
+    sources = [(f"--protocol {args.protocol}", PROTOCOLS.get(args.protocol, {}))]
+    if run:
+        sources.append((f"{run}/config.json", settings_of_run(run)))
+    for source, found in [*sources, ("", DEFAULTS)]:
+        taken = {
+            name: value
+            for name, value in found.items()
+            if value is not None and getattr(args, name) is None
+        }
+        vars(args).update(taken)
+        flags = [
+            f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, (list, tuple)) else value}"
+            for name, value in taken.items()
+        ]
+        if source and flags:
+            told.append(f"as {source} says: {' '.join(flags)}")
+    return told
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -364,12 +436,12 @@ def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None
         if all(2**i <= len(p.samples) for ps in predictions.values() for p in ps)
     ]
     print(
-        "set                       n     accuracy  95 % interval  exact  format  tokens"
+        "set                       n     accuracy  95 % interval  exact  format  tokens  truncated"
         + "".join(f"  pass@{k}" for k in ks)
     )
     for name, ps in predictions.items():
         s = score_predictions(ps, ks, legacy)
-        line = f"{name:24s} {s['n']:5d} {100 * s['accuracy']:9.1f} {100 * s['low']:8.1f} to{100 * s['high']:5.1f} {100 * s['exact']:6.1f} {100 * s['format']:7.1f} {s['tokens']:7.1f}"
+        line = f"{name:24s} {s['n']:5d} {100 * s['accuracy']:9.1f} {100 * s['low']:8.1f} to{100 * s['high']:5.1f} {100 * s['exact']:6.1f} {100 * s['format']:7.1f} {s['tokens']:7.1f} {100 * s['truncated']:10.1f}"
         print(
             line + "".join(f"  {100 * s[f'pass@{k}']:{4 + len(str(k))}.1f}" for k in ks), flush=True
         )
@@ -388,6 +460,9 @@ def samples_for(pass_k: str) -> int:
     return max(ks)
 
 
+LEGACY = f"score as Reason-RFT's code does; needs {MATH_VERIFY}"
+
+
 def answer_command(argv: list[str]) -> None:
     parser = Parser(
         prog="evaluate.py",
@@ -400,17 +475,14 @@ def answer_command(argv: list[str]) -> None:
     parser.add_argument(
         "--sets",
         nargs="+",
-        default=[name for names in SETS.values() for name in names],
         metavar="SET",
+        help="test sets (default: those of the run's task, else all)",
     )
     parser.add_argument(
         "--data",
-        default="blocks",
-        help="blocks (default), reason-rft (downloads), or the directory of a copy of Reason-RFT-CoT",
+        help="as the run beside the model, else blocks; blocks, reason-rft (downloads), or the directory of a copy of Reason-RFT-CoT",
     )
-    parser.add_argument(
-        "--data-cache", default=CACHE, help=f"where reason-rft is downloaded to (default {CACHE})"
-    )
+    parser.add_argument("--data-cache", help=f"where reason-rft is downloaded to (default {CACHE})")
     parser.add_argument(
         "--states",
         type=int,
@@ -419,8 +491,7 @@ def answer_command(argv: list[str]) -> None:
     parser.add_argument(
         "--mode",
         choices=MODES,
-        default="reason",
-        help="what the prompt asks for: answer and bare are those of sft.py's methods (default reason)",
+        help="what the prompt asks for: answer and bare are those of sft.py's methods (default: the run's, else reason)",
     )
     parser.add_argument(
         "--min-pixels",
@@ -439,19 +510,31 @@ def answer_command(argv: list[str]) -> None:
         help="also Pass@k for these k, from as many samples as the largest, at temperature 1",
     )
     parser.add_argument(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        help="ask as Reason-RFT does: all questions, 768 tokens, temperature 0.1, top-p 0.9, top-k 50; with --legacy also its score",
+    )
+    parser.add_argument(
         "--temperature",
         type=float,
-        default=0.0,
-        help="of the answer that counts (default 0, greedy; Reason-RFT's own: 0.1)",
+        help="of the answer that counts (default 0, greedy)",
     )
-    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument(
+        "--top-p", type=float, help="draw that answer from the likeliest tokens of so much mass"
+    )
+    parser.add_argument(
+        "--top-k", type=int, help="draw that answer from so many tokens; 0: from all"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=int, help="length limit (default: the run's, else 96)"
+    )
     parser.add_argument(
         "--rollout",
         choices=ROLLOUTS,
         default="auto",
         help="what generates: auto is vLLM where it can run",
     )
-    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    parser.add_argument("--legacy", action="store_true", help=LEGACY)
     parser.add_argument(
         "--cache",
         default="experts.sqlite",
@@ -466,9 +549,13 @@ def answer_command(argv: list[str]) -> None:
     )
     args = parser.parse_args(argv)
     args.samples = samples_for(args.pass_k)
-    known = [name for names in SETS.values() for name in names]
-    if unknown := [name for name in args.sets if name not in known]:
-        raise UserError(f"there is no set '{unknown[0]}' to answer; there are {', '.join(known)}")
+    told = settle(args)
+    if args.legacy:
+        need_math_verify()
+    if unknown := [name for name in args.sets if name not in ALL_SETS]:
+        raise UserError(
+            f"there is no set '{unknown[0]}' to answer; there are {', '.join(ALL_SETS)}"
+        )
     if (
         min(
             value
@@ -478,9 +565,12 @@ def answer_command(argv: list[str]) -> None:
         < 1
         or (args.states or 1) > MAX_STATES
         or not 0 <= args.temperature < math.inf
+        or not 0 < args.top_p <= 1
+        or args.top_k < 0
     ):
         raise UserError(
-            f"--states must be 1 to {MAX_STATES}, --max-new-tokens and pixels at least 1, --temperature at least 0"
+            f"--states must be 1 to {MAX_STATES}, --max-new-tokens and pixels at least 1, --temperature and --top-k at least 0, "
+            f"--top-p above 0 and at most 1"
         )
     if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
         raise UserError(
@@ -530,9 +620,9 @@ def answer_command(argv: list[str]) -> None:
             bf16=True,
             max_model_len=room.longest,
         )
-        answers = ModelAnswers(sampler, args.temperature, args.samples)
+        answers = ModelAnswers(sampler, args.temperature, args.samples, args.top_p, args.top_k)
     if world.rank == 0:
-        for line in reports(list(sets.values()))[0]:
+        for line in [*told, *reports(list(sets.values()))[0]]:
             print(line, file=sys.stderr)
     wanted = {}
     for name, questions in sets.items():
@@ -557,8 +647,10 @@ def score_command(argv: list[str]) -> None:
     parser.add_argument(
         "directory", type=Path, help="of predictions, such as runs/NAME/predictions"
     )
-    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    parser.add_argument("--legacy", action="store_true", help=LEGACY)
     args = parser.parse_args(argv)
+    if args.legacy:
+        need_math_verify()
     print_scores(read_predictions(args.directory), args.legacy)
 
 
@@ -574,8 +666,10 @@ def table_command(argv: list[str]) -> None:
         help="runs, or directories of predictions; names that differ in -seedN only are one method, and equal names (of other tasks) one row",
     )
     parser.add_argument("--out", type=Path, required=True, help="where to write, without an ending")
-    parser.add_argument("--legacy", action="store_true", help="score as Reason-RFT's code does")
+    parser.add_argument("--legacy", action="store_true", help=LEGACY)
     args = parser.parse_args(argv)
+    if args.legacy:
+        need_math_verify()
     results = {}
     for run in args.runs:
         directory = run / "predictions" if (run / "predictions").is_dir() else run

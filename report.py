@@ -57,7 +57,8 @@ def table(results: dict[str, dict[str, float]], out: Path) -> str:
     ]
     lines += [
         "",
-        "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean of the task's columns.",
+        "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean of the task's columns "
+        "(the paper's follow three formulas: compare single columns).",
     ]
     text = "\n".join(lines) + "\n"
     with writing(out):

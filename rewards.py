@@ -22,6 +22,7 @@ finite, or needs more than linear time (what is not linear sees a bounded length
 which only the legacy test score asks, within a time limit: see `_verified`.
 """
 
+import functools
 import logging
 import math
 import re
@@ -284,6 +285,7 @@ def need_math_verify() -> None:
         ) from None
 
 
+@functools.lru_cache(maxsize=10_000)  # accuracy and "exact" ask the same
 def _verified(predicted: str, answer: str) -> bool:
     """math-verify's verdict, called as Reason-RFT does. Lenient: it finds an answer in a longer text, and "2" in 2\\sqrt{3}.
 

@@ -135,7 +135,7 @@ class VLLMSampler(Sampler):
 
     def _parameters_of(self, **settings) -> SamplingParams:
         return SamplingParams(
-            max_tokens=self.max_new_tokens, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0, detokenize=False,
+            max_tokens=self.max_new_tokens, top_p=self.top_p, top_k=self.top_k, min_p=0.0, repetition_penalty=1.0, detokenize=False,
             ignore_eos=True, stop_token_ids=[self.policy.eos_id], **settings,
         )  # fmt: skip
 

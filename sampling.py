@@ -108,6 +108,7 @@ class Sampler:
     """
 
     seeds_each_state = False
+    top_p, top_k = 1.0, 0  # of `sample`; evaluation alone may draw from less than is scored
 
     def __init__(self, policy: Policy, max_new_tokens: int, bf16: bool):
         self.policy, self.max_new_tokens, self.bf16 = policy, max_new_tokens, bf16
@@ -194,7 +195,7 @@ class TransformersSampler(Sampler):
         settings = GenerationConfig(
             max_length=None, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
             suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
-            **(dict(do_sample=True, temperature=policy.temperature, top_k=0, top_p=1.0) if seed is not None else dict(do_sample=False)),
+            **(dict(do_sample=True, temperature=policy.temperature, top_k=self.top_k, top_p=self.top_p) if seed is not None else dict(do_sample=False)),
         )  # fmt: skip
         groups = []
         with generating(policy, seed), autocast(policy.suppressed_ids.device, self.bf16):

@@ -10,11 +10,13 @@ import pytest
 from rewards import (
     KINDS,
     accuracy_reward,
+    accuracy_score,
     extract_answer,
     format_reward,
     function_score,
     judge_answer,
     reward,
+    wholly_right,
 )
 
 TRUTH = "change_color(0, blue) change_shape(1, cube)"
@@ -126,7 +128,7 @@ JUDGED = [
     ("13", "3", "discrete", 0), ("3", "13", "discrete", 0), ("3 4 5", "3", "discrete", 0),
     ("1,2,3", "3", "discrete", 0), ("1,2", "12", "discrete", 0), ("3 or 4", "3", "discrete", 0),
     ("3 cubes", "3", "discrete", 0), ("4 - 1", "3", "discrete", 0), ("1 3", "13", "discrete", 0),
-    ("three", "3", "discrete", 0), ("３", "3", "discrete", 0), ("٣", "3", "discrete", 0), ("3̸", "3", "discrete", 0),
+    ("three", "3", "discrete", 0), ("٣", "3", "discrete", 0), ("3̸", "3", "discrete", 0),
     ("nan", "3", "discrete", 0), ("inf", "3", "discrete", 0), ("1e999", "3", "discrete", 0),
     ("nan", "nan", "discrete", 0), ("-inf", "-inf", "discrete", 0), ("Infinity", "infinity", "discrete", 0),
     ("2e999", "1e999", "discrete", 0), ("3" + "0" * 2000, "3", "discrete", 0), ("0" * 2000 + "3", "3", "discrete", 0),
@@ -139,7 +141,7 @@ JUDGED = [
     ("A B C D", "B", "discrete", 0), ("A, B, C, D", "A", "discrete", 0), ("ABCD", "A", "discrete", 0),
     ("A) 1 B) 2", "A", "discrete", 0), ("A.B", "A", "discrete", 0), ("A or B", "A", "discrete", 0),
     ("A cube", "A", "discrete", 0), ("B12", "B", "discrete", 0), ("(B", "B", "discrete", 0), ("", "B", "discrete", 0),
-    ("А", "A", "discrete", 0), ("Ａ", "A", "discrete", 0),  # Cyrillic and full-width letters
+    ("А", "A", "discrete", 0),  # a Cyrillic letter
     # discrete, other texts: but for case and spaces
     ("Red  Cube", "red cube", "discrete", 1), ("red", "red cube", "discrete", 0), ("(1, 2)", "( 1,2 )", "discrete", 1),
     # math: values. Bugs: a truth of 0 (see below), "nan", "2" read from "2\sqrt{3}" and "5" from "5\pi"
@@ -159,11 +161,11 @@ JUDGED = [
     ("-2^2", "-4", "math", 1), ("2-3-4", "-5", "math", 1), ("8/2/2", "2", "math", 1), ("2^3^2", "512", "math", 1),
     (r"\(12\)", "12", "math", 1), ("12 or 13", "12", "math", 0), ("12 13", "12", "math", 0),
     ("12, 13", "12", "math", 0), (r"\frac{1}{2} 3/4", "0.5", "math", 0), ("50%%", "0.5", "math", 0),
-    ("x = 12", "12", "math", 0), ("about 12", "12", "math", 0), ("121", "12", "math", 0),
+    ("about 12", "12", "math", 0), ("121", "12", "math", 0),
     ("nan", "12", "math", 0), ("inf", "12", "math", 0), ("nan", "nan", "math", 0), ("nan", "0", "math", 0),
     ("1e999", "12", "math", 0), ("1/0", "12", "math", 0), ("1/1e999", "0", "math", 0), ("0^(-1)", "0", "math", 0),
     (r"\sqrt{-4}", "2", "math", 0), ("(-8)^(1/3)", "-2", "math", 0), ("1e300*1e300*0", "0", "math", 0),
-    ("1e308", "1e-308", "math", 0), ("-1e308", "1e308", "math", 0), ("", "12", "math", 0), ("１２", "12", "math", 0),
+    ("1e308", "1e-308", "math", 0), ("-1e308", "1e308", "math", 0), ("", "12", "math", 0),
     # math, a truth without a value: a choice or a text
     ("B", "B", "math", 1), ("(b)", "B", "math", 1), ("C", "B", "math", 0), ("2", "B", "math", 0),
     ("X + 1", "x+1", "math", 1), ("x+2", "x+1", "math", 0), ("x", "x+1", "math", 0), ("", "", "math", 0),
@@ -189,6 +191,127 @@ JUDGED = [
 def test_accuracy_worked_by_hand(predicted, answer, kind, expected):
     assert judge_answer(predicted, answer, kind) == pytest.approx(expected, abs=1e-12)
     assert accuracy_reward(said(predicted), answer, kind) == pytest.approx(expected, abs=1e-12)
+
+
+# Other ways of writing an answer ("d": discrete, "m": math): they are right, also where a quantity must be equal ...
+WRITTEN = [
+    ("３", "3", "d"), ("3。", "3", "d"), ("３．０", "3", "d"), ("3．", "3", "d"), ("（B）", "B", "d"),
+    ("Ｂ", "B", "d"), ("B：12", "B", "d"), ("B、12", "B", "d"), ("【B】", "B", "d"), ("「B」", "B", "d"),
+    ("B。", "B", "d"), ("[B]", "B", "d"), ("3", "３", "d"), ("B", "（B）", "d"), ("B", "Ｂ", "d"),
+    ("B. 12 m", "B", "d"), ("B. 12m", "B", "d"), ("(B) 12 m²", "B", "d"),
+    ("B. 3 m by 4 m", "B", "d"), ("**3**", "3", "d"), ("__3__", "3", "d"), ("*3*", "3", "d"),
+    ("`3`", "3", "d"), ("**B**", "B", "d"), ("**B.** 12", "B", "d"), ("**B**. 12", "B", "d"),
+    ("**12 cm**", "12", "m"), ("**12** cm", "12", "m"), ("30˚", "30", "m"), ("30º", "30", "m"),
+    ("30∘", "30°", "m"), ("30⁰", "30", "m"), ("30^o", "30", "m"), ("30°.", "30", "m"),
+    ("30 \\degrees", "30", "m"), ("30度", "30", "m"), ("30^{\\circ}", "３０°", "m"),
+    ("30 deg", "30 degrees", "m"), ("12 centimetres", "12", "m"), ("12 centimetres", "12 cm", "m"),
+    ("12 centimetre", "12 centimeters", "m"), ("12 kms", "12 kilometres", "m"),
+    ("12 yd", "12", "m"), ("12 yards", "12 yd", "m"), ("12 yds.", "12 yard", "m"),
+    ("12 dm", "12 decimetres", "m"), ("12 inches", "12 in.", "m"), ("12 ft", "12 feet", "m"),
+    ("12 sq. cm", "12", "m"), ("12 sq cm", "12 cm²", "m"), ("12 sq.cm", "12", "m"),
+    ("12 cm2", "12", "m"), ("12cm2", "12 cm^2", "m"), ("12 cm²", "12 cm2", "m"),
+    ("12 cubic centimetres", "12 cm³", "m"), ("12 cu. ft", "12 ft3", "m"),
+    ("12 cm squared", "12", "m"), ("12 square units", "12", "m"), ("12 sq. units", "12", "m"),
+    ("12 units²", "12", "m"), ("12 ㎠", "12 cm^2", "m"), ("12㎝", "12", "m"), ("½", "0.5", "m"),
+    ("3½", "3.5", "m"), ("3 ½", "3.5", "m"), ("⅔", "2/3", "m"), ("¾", "0.75", "m"),
+    ("1⁄2", "0.5", "m"), ("5²", "25", "m"), ("5³", "125", "m"), ("2¹⁰", "1024", "m"),
+    ("10⁻²", "0.01", "m"), ("(1+2)²", "9", "m"), ("\\cfrac{1}{2}", "0.5", "m"),
+    ("\\dfrac{1}{2}", "0.5", "m"), ("\\tfrac12", "0.5", "m"), ("3\\cfrac{1}{2}", "3.5", "m"),
+    ("\\sqrt[3]{8}", "2", "m"), ("∛8", "2", "m"), ("³√8", "2", "m"), ("\\sqrt[4]{16}", "2", "m"),
+    ("\\sqrt[3]{-8}", "-2", "m"), ("2\\sqrt[3]{27}", "6", "m"), ("√[3]{8}", "2", "m"),
+    ("cbrt(8)", "2", "m"), ("∜16", "2", "m"), ("≈ 3.14", "3.14", "m"), ("≈3.14", "3.14", "m"),
+    ("\\approx 3.14", "3.14", "m"), ("~3.14", "3.14", "m"), ("x ≈ 3.14", "3.14", "m"),
+    ("≒3.14", "3.14", "m"), ("x=4", "4", "m"), ("x = 4", "4", "d"), ("x＝4", "4", "m"),
+    ("AB = 12 cm", "12", "m"), ("\\angle ABC = 30^\\circ", "30", "m"), ("m∠ABC = 30°", "30", "m"),
+    ("=5", "5", "m"), ("=5", "5", "d"), ("= 5", "5", "m"), ("x = 4", "x=4", "m"),
+    ("4", "x = 4", "m"), ("x_1 = 4", "4", "m"), ("5,", "5", "m"), ("5，", "5", "d"),
+    ("5,", "5", "d"), ("5;", "5", "m"), ("1,000,", "1000", "d"), ("1/2", "1:2", "m"),
+    ("1:2", "1/2", "m"), ("1 : 2", "1:2", "m"), ("1∶2", "1：2", "m"), ("0.5", "1:2", "m"),
+    ("2:4", "1:2", "m"), ("\\frac{1}{2}", "1:2", "m"), ("–5", "-5", "m"), ("—5", "-5", "m"),
+    ("‑5", "-5", "d"), ("−5", "-5", "d"), ("－5", "-5", "d"), ("9", "9米", "m"), ("9米", "9", "m"),
+    ("9 m", "9米", "m"), ("9米", "9 米", "m"), ("9厘米", "9 cm", "m"), ("9平方厘米", "9", "m"),
+    ("9平方米", "9 m²", "m"), ("30度", "30°", "m"), ("9千米", "9 km", "m"), ("9", "9立方厘米", "m"),
+    ("50％", "0.5", "m"), ("50 percent", "0.5", "m"), ("𝟑", "3", "d"), ("2·3", "6", "m"),
+    ("2⋅3", "6", "m"), ("\\textbf{B}", "B", "d"), ("12\\,\\textrm{cm}", "12", "m"),
+    ("\u200b3", "3", "d"), ("\ufeffB", "B", "d"),
+    ("½π", "\\frac{\\pi}{2}", "m"), ("5²√2", "25√2", "m"), ("5𝜋", "5π", "m"),
+]  # fmt: skip
+# ... and what is near them, which is wrong.
+NEAR = [
+    ("A or B", "A", "d"), ("A or B", "B", "d"), ("B) 12 C) 13", "B", "d"), ("B）12 C）13", "B", "d"),
+    ("3 or 4", "3", "d"), ("3 or 4", "3", "m"), ("B. A", "B", "d"), ("B. A", "A", "d"),
+    ("B、A", "B", "d"), ("B: A", "B", "d"), ("A、B", "A", "d"), ("A，B", "A", "d"),
+    ("12 m", "12 cm", "m"), ("12米", "12 cm", "m"), ("12厘米", "12 m", "m"), ("12 m²", "12 cm²", "m"),
+    ("12 yd", "12 ft", "m"), ("12 dm", "12 cm", "m"), ("12 km", "12 m", "m"), ("12千米", "12米", "m"),
+    ("12毫米", "12米", "m"), ("30 rad", "30°", "m"), ("30 cm", "30°", "m"), ("３４", "3", "d"),
+    ("３４", "4", "d"), ("3、4", "3", "d"), ("3、4", "3.4", "m"), ("3，4", "3", "d"), ("6", "6√2", "m"),
+    ("6√2", "6", "m"), ("6", "6\\sqrt[3]{2}", "m"), ("2", "\\sqrt[3]{2}", "m"),
+    ("2", "2\\sqrt[3]{3}", "m"), ("8", "\\sqrt[3]{8}", "m"), ("3", "\\sqrt[3]{8}", "m"),
+    ("5²", "5", "m"), ("5²", "52", "m"), ("5²", "2", "m"), ("5²", "52", "d"), ("3½", "31", "m"),
+    ("3½", "0.5", "m"), ("3½", "15.5", "m"), ("½", "1", "m"), ("½", "2", "m"), ("½", "12", "m"),
+    ("5¹⁰", "5", "m"), ("5³", "53", "m"), ("**3** or **4**", "3", "d"), ("**3** **4**", "3", "d"),
+    ("**3**4", "3", "d"), ("2**3", "23", "m"), ("2**3", "6", "m"), ("2**3**2", "2", "m"),
+    ("*3", "3", "d"), ("3*", "3", "d"), ("_3", "3", "d"), ("x=4", "x=5", "m"), ("x=4", "5", "m"),
+    ("y=4", "x=4", "m"), ("x=4, y=5", "4", "m"), ("x=4 or 5", "4", "m"), ("x=4x", "4", "m"),
+    ("2x=4", "4", "m"), ("x+1=4", "4", "m"), ("x=y=4", "4", "m"), ("4=x", "4", "m"),
+    ("==4", "4", "m"), ("x≠4", "4", "m"), ("x<4", "4", "m"), ("x>4", "4", "m"), ("x≤4", "4", "m"),
+    ("≥4", "4", "m"), ("=", "4", "m"), ("x=", "4", "m"), ("3=4", "4", "m"), ("2:1", "1:2", "m"),
+    ("1:2:3", "1:2", "m"), ("1:2:3", "0.1667", "m"), ("1:2", "12", "m"), ("1:2", "1", "m"),
+    ("1:2", "2", "m"), ("1:0", "1", "m"), ("3:4", "3", "m"), ("5,6", "5", "m"), ("5, 6", "5", "d"),
+    ("5,,6", "5", "m"), ("–5", "5", "m"), ("5–", "5", "m"), ("5—6", "5", "m"), ("--5", "-5", "m"),
+    ("about 12", "12", "m"), ("≈ 3 or 4", "3", "m"), ("≈ 12 ≈ 13", "12", "m"),
+    ("between 3 and 4", "3", "m"), ("30°C", "30", "m"), ("30°30'", '30', 'm'), ("9米8", "9", "m"),
+    ("9米 8米", "9", "m"), ("9光年", "9", "m"), ("12 sq. sq. cm", "12", "m"),
+    ("12 cm or 13 cm", "12", "m"), ("12 cm 3", "12", "m"), ("12 cm4", "12", "m"),
+    ("3 cubes", "3", "d"), ("3个", "3", "d"), ("B. 12 m C", "B", "d"),
+    ("B. 12 m or C. 13 m", "B", "d"), ("B or C. 12 m", "B", "d"), ("B12 m", "B", "d"),
+    ("m", "B", "d"), ("B. M", "B", "d"), ("٣", "3", "d"), ("三", "3", "d"), ("3̸", "3", "d"),
+    ("А", "A", "d"), ("nan", "nan", "m"), ("ｎａｎ", "ｎａｎ", "m"), ("ｉｎｆ", "ｉｎｆ", "d"),
+    ("1e999", "12", "m"),
+]  # fmt: skip
+KIND = {"d": "discrete", "m": "math"}
+
+
+@pytest.mark.parametrize("predicted, answer, kind", WRITTEN)
+def test_a_right_answer_is_right_however_it_is_written(predicted, answer, kind):
+    assert judge_answer(predicted, answer, KIND[kind]) == 1
+    assert accuracy_reward(said(predicted), answer, KIND[kind]) == 1
+    assert accuracy_score(said(predicted), answer, KIND[kind]) == 1
+
+
+@pytest.mark.parametrize("predicted, answer, kind", NEAR)
+def test_what_is_near_a_right_answer_is_wrong(predicted, answer, kind):
+    assert judge_answer(predicted, answer, KIND[kind]) == 0
+    assert accuracy_score(said(predicted), answer, KIND[kind]) == 0
+
+
+def test_a_truth_is_right_for_itself():
+    for predicted, answer, kind in WRITTEN:
+        for text in (predicted, answer):
+            assert judge_answer(text, text, KIND[kind]) == 1, text
+            assert wholly_right(said(text), text, KIND[kind]), text
+
+
+@pytest.mark.parametrize("predicted, answer, kind, expected", [
+    ("60", "60", "math", 1), ("57", "60", "math", 0), ("62", "60", "math", 0), ("66", "60", "math", 0),
+    ("60.0 cm", "60", "math", 1), ("120/2", "60", "math", 1), ("60.01", "60", "math", 0), ("60 m", "60 cm", "math", 0),
+    ("3.4641016", r"2\sqrt{3}", "math", 1), ("3.46", r"2\sqrt{3}", "math", 0), ("0.0", "0", "math", 1), ("1e-7", "0", "math", 1),
+    ("0.01", "0", "math", 0), ("1e308", "-1e308", "math", 0), ("B", "B", "discrete", 1), ("3.0", "3", "discrete", 1),
+    ("4", "3", "discrete", 0), ("x+1", "X + 1", "math", 1), ("nan", "nan", "math", 0),
+    ("f(0,b)", "f(0,a)", "function", 0.5), ("f(0,a)", "f(0,a)", "function", 1),  # the partial credit of TRANCE
+])  # fmt: skip
+def test_the_accuracy_of_evaluation_is_right_or_wrong_but_for_sequences(
+    predicted, answer, kind, expected
+):
+    assert accuracy_score(said(predicted), answer, kind) == expected
+    assert wholly_right(said(predicted), answer, kind) == (expected == 1)
+    assert accuracy_score(predicted, answer, kind) == 0  # no tags, no answer
+
+
+def test_exact_wants_every_call_once():
+    assert accuracy_score(said("f(0,a) f(0,a)"), "f(0,a)", "function") == 1
+    assert not wholly_right(said("f(0,a) f(0,a)"), "f(0,a)", "function")
+    assert not wholly_right(said("f(0,a) f(1,a)"), "f(0,a)", "function")
 
 
 @pytest.mark.parametrize("truth", [100.0, -100.0, 3e-9, 7e200])
@@ -249,14 +372,16 @@ LEGACY = [
     ("<answer>3</answer><answer>4</answer>", "3", "discrete", 1), (said("3") + " or 4", "3", "discrete", 1),
     ("<answer>4<answer>3</answer>", "4<answer>3", "discrete", 1), (said(""), "", "discrete", 1),
     ("<think>a<answer>3</answer></think><answer>4</answer>", "3", "discrete", 1),
-    ("<think>a</think><answer>\n3\n</answer>", "3", "discrete", 0),  # the dot stops at a newline
+    ("<think>\na\n</think>\n<answer>\n3\n</answer>", "3", "discrete", 1),  # the target of sft.py
+    ("<answer>\n3\n4\n</answer>", "3", "discrete", 0), ("3\n", "3", "discrete", 1), (said("\nB"), "B", "discrete", 1),
     (said("1.02"), "1", "math", 0), (said("0"), "0", "math", 1), (said("nan"), "nan", "math", 1),
     (said(TRUTH), TRUTH, "function", 1), (said(TRUTH + TRUTH), TRUTH, "function", 1 / 2),
     (said(TRUTH.replace("blue", "'blue'")), TRUTH, "function", 1),
     (said("change_color ( 0 , blue )"), "change_color(0, blue)", "function", 0),
     (said("change_color(0, blue )"), "change_color(0, blue)", "function", 0),
     (said("Change_color(0,blue)"), "change_color(0,blue)", "function", 0), (said(""), TRUTH, "function", 0),
-    (f"<think>{TRUTH}</think><answer>\nnone\n</answer>", TRUTH, "function", 1),  # calls in the thought
+    (f"<think>{TRUTH}</think><answer>\nnone\n</answer>", TRUTH, "function", 0), (TRUTH, TRUTH, "function", 1),
+    ("<think>a</think>\n<answer>\n" + TRUTH.replace(" c", "\nc") + "\n</answer>", TRUTH, "function", 1),
 ]  # fmt: skip
 
 
@@ -284,6 +409,11 @@ def test_partial_credit_is_the_best_pairing_where_the_greedy_one_is_not():
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)", legacy=True) == pytest.approx(
         (1 / 2 + 1 / 4) / 2
     )
+
+
+def test_the_legacy_score_of_a_sequence_reads_an_answer_on_one_line_only():
+    text = f"<think>{TRUTH}</think><answer>\nnone\n</answer>"  # ... and else the thought as well
+    assert function_score(text, TRUTH, legacy=True) == 1 and function_score(text, TRUTH) == 0
 
 
 @pytest.mark.parametrize("predicted, answer, expected", [
@@ -381,6 +511,14 @@ HOSTILE = {
     "not a number": said("nan"),
     "case that grows": said("İ" * 100_000),
     "combining": said("3" + "\u0338" * 100_000),
+    "signs that grow": said("⅔㎨" * 500),
+    "roots of roots": said(r"\sqrt[" * 160 + "3" + "]{8}" * 20),
+    "raised": said("³" * 999),
+    "raised apart": said("³√" * 499),
+    "bold within bold": said("**a" * 333),
+    "names": said("x=" * 499),
+    "ratios": said("1:" * 499 + "1"),
+    "units": said("square " * 140 + "cm"),
 }
 TRUTHS = ["3", "0", "B", r"2\sqrt{3}", TRUTH, "", "\ud800", "nan", said("3")]
 
@@ -404,6 +542,7 @@ def numbers(text: str, answer: str) -> list[float]:
             )  # not NaN
             found.append(number)
         found += [reward(text, answer, kind, legacy) for kind in KINDS if len(text) < 50_000]
+    found += [accuracy_score(text, answer, kind) for kind in KINDS]
     return found
 
 
@@ -430,7 +569,8 @@ def test_random_fragments_never_raise_and_stay_in_range():
     pieces = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "3", "12", ",", ".", "-", "+", "*", "/", "^",
               "%", "(", ")", "{", "}", "[", "]", "\\frac", "\\frac{1}{2}", "\\sqrt", "√", "\\pi", "π", "\\boxed{",
               "\\text{", "$", "\\", "^\\circ", "°", "cm", "²", "e5", "e999", "nan", "inf", "B", "b)", "f(0,a)", "f(0,",
-              "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(", "\\,", "{,}"]  # fmt: skip
+              "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(", "\\,", "{,}", "½", "⁰", "³", "√", "√[", "∛", "x=",
+              "≈", "：", "（", "。", "–", "米", "平方", "㎠", "\\sqrt[3]", "\\cfrac", "m ", "`", ":", "𝟑"]  # fmt: skip
     seen = set()
     for _ in range(3000):
         inner = "".join(rng.choices(pieces, k=rng.randint(0, 12)))
