@@ -17,14 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForImageTextToText,
-    AutoProcessor,
-    PreTrainedConfig,
-    Qwen2VLConfig,
-)
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, Qwen2VLConfig
 
+import pretrained
 from runs import UserError
 from settings import Settings
 
@@ -85,13 +80,12 @@ def described(path: str) -> tuple[PreTrainedConfig, int]:
     if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", path):
         return published(known[1]), 12845056  # preprocessor_config.json
     try:
-        return AutoConfig.from_pretrained(path), AutoProcessor.from_pretrained(
-            path
-        ).image_processor.size["longest_edge"]
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read the config of {path!r}: {str(error).splitlines()[0]}"
-        ) from None
+        directory = pretrained.directory_of(path, weights=False)
+        config = pretrained.read_config(directory)
+        processor = pretrained.read_processor(directory, config)
+    except ValueError as error:
+        raise UserError(f"cannot read the config of {path!r}: {error}") from None
+    return config, processor.image_processor.size["longest_edge"]
 
 
 def sizes(config: PreTrainedConfig) -> Sizes:

@@ -24,25 +24,21 @@ Here the states of a micro-batch and their actions are one row without padding, 
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
+import pretrained
 from attention import SHARED_PREFIX, SharedPrefix
 from data import State
 
-SUPPORTED = (
-    "qwen2_vl",
-    "qwen2_5_vl",
-)  # model families whose positions and image features work as used below
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a response (rewards.py)
 
 
 @dataclass
@@ -195,48 +191,23 @@ class Policy(nn.Module):
         and it writes wrong tokens. Raises ValueError, in one line, if this is no model that we can train.
         """
         try:
-            config = AutoConfig.from_pretrained(path)
-            if config.model_type not in SUPPORTED:
-                raise ValueError(
-                    f"its model type is {config.model_type!r}, we train {' and '.join(SUPPORTED)}"
-                )
-            text = config.text_config
-            text.attention_dropout = (
-                0.0  # the ratio of Eq 2 compares two passes: they must not differ by chance
-            )
-            if any(layer != "full_attention" for layer in text.layer_types):
-                raise ValueError(
-                    "it has sliding-window attention, which attention.py does not know"
-                )
-            processor = AutoProcessor.from_pretrained(path)
-            model, info = AutoModelForImageTextToText.from_pretrained(
-                path,
-                config=config,
-                dtype=dtype,
-                attn_implementation={
-                    "": SHARED_PREFIX,
-                    "text_config": SHARED_PREFIX,
-                    "vision_config": "sdpa",
-                },
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-            # Hugging Face would leave these random, with a warning.
-            if bad := [*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])]:
-                raise ValueError(
-                    f"{len(bad)} weights are missing or of another shape, e.g. {min(bad)}"
-                )
+            directory = pretrained.directory_of(path)
+            config = pretrained.read_config(directory)
+            processor = pretrained.read_processor(directory, config)
+            attention = {
+                "": SHARED_PREFIX,
+                "text_config": SHARED_PREFIX,
+                "vision_config": "sdpa",
+            }
+            model = pretrained.read_model(directory, config, dtype, attention)
             if not all(weight.isfinite().all() for weight in model.parameters()):
                 raise ValueError("some of its weights are no finite numbers (NaN or infinity)")
-        except (OSError, ValueError, SafetensorError) as error:
-            where = (
-                ""
-                if Path(path).is_dir()
-                else " (no directory here, so taken as a model of the hub)"
-            )
-            reason = textwrap.shorten(str(error), width=240)  # theirs can fill a screen
+            policy = cls(model, processor, temperature=temperature, logit_chunk=logit_chunk)
+            policy.try_out()
+        except Exception as error:  # strangers' files: whatever comes of them
             raise ValueError(
-                f"cannot load a vision-language model from {str(path)!r}{where}: {reason}"
+                f"cannot load a vision-language model from {str(path)!r}: "
+                + pretrained.one_line(error, 300)
             ) from error
         size = dict(processor.image_processor.size)
         size["shortest_edge"] = (
@@ -246,7 +217,44 @@ class Policy(nn.Module):
         processor.image_processor.size = size
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        return cls(model, processor, temperature=temperature, logit_chunk=logit_chunk).train()
+        return policy.train()
+
+    def try_out(self) -> None:
+        """One small state, encoded and scored. ValueError for what a run would only meet later.
+
+        That is a template that leaves something out, a tokenizer that cannot write the tags of a response, weights that
+        are no numbers.
+        """
+        banned = set(self.suppressed_ids.tolist())
+        response = []
+        for tag in TAGS:
+            ids = self.tokenizer(tag, add_special_tokens=False).input_ids
+            read = self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            if read != tag or banned & set(ids):
+                raise ValueError(
+                    f"no response could hold {tag}, which its tokenizer takes for a special or an "
+                    "unknown token: no answer would be read. Make it an ordinary token"
+                )
+            response += ids
+        if self.eos_id in response or self.eos_id in banned:
+            raise ValueError(f"its eos_token {self.tokenizer.eos_token!r} cannot end a response")
+
+        pictures = (Image.new("RGB", (56, 56)), Image.new("RGB", (56, 56)))
+        state = State("try", pictures, "how many ?", "1", "discrete")
+        with pretrained.library("its chat template"):
+            text = self.prompt_text(state)
+        if text.count(self.processor.image_token) != 2 or "how many ?" not in text:
+            raise ValueError("its chat template leaves out the question or its images")
+        with pretrained.library("scoring a small state"), torch.no_grad():
+            (prompt,) = self.encode([state])
+            logp = self(pack([prompt], [[[*response, self.eos_id]]]))
+        image_id = self.model.config.image_token_id
+        patches = int(prompt.image_grid_thw.prod(-1).sum())
+        features = patches // self.processor.image_processor.merge_size**2
+        if prompt.input_ids.tolist().count(image_id) != features:
+            raise ValueError(f"its tokenizer's image token is not the model's, {image_id}")
+        if not logp.isfinite().all():
+            raise ValueError("its log-probabilities are no numbers: damaged weights?")
 
     def freeze_vision(self) -> None:
         """Leaves the vision tower and its projector (`visual.merger`) as they are. Before

@@ -36,6 +36,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Runner
 
 from distributed import keeps_gradients, own, whole
 from policy import Policy, Prompt, pack
+from pretrained import directory_of
 from runs import UserError
 from sampling import POLICY, Action, Group, Sampler, autocast
 
@@ -87,7 +88,7 @@ class VLLMSampler(Sampler):
         set_num_threads = torch.set_num_threads
         try:
             self.llm = LLM(
-                model, dtype=self.dtype, max_model_len=self.max_model_len, seed=0, logprobs_mode="processed_logprobs", use_tqdm_on_load=False,
+                str(directory_of(model)), trust_remote_code=False, dtype=self.dtype, max_model_len=self.max_model_len, seed=0, logprobs_mode="processed_logprobs", use_tqdm_on_load=False,
                 mm_processor_kwargs={"size": dict(policy.processor.image_processor.size)}, limit_mm_per_prompt={"image": images, "video": 0},
                 mm_processor_cache_gb=0,  # it would keep the pixels of every training state in host memory
                 logits_processors=[suppressing(policy.suppressed_ids.tolist())],
@@ -296,13 +297,14 @@ class VLLMSampler(Sampler):
         return {"parity": mean}
 
     def pixel_limits(self) -> dict[str, int]:
-        """The processor's limits as the engine uses them: {"shortest_edge": fewest pixels, "longest_edge": most}."""
+        """The limits by which the engine resizes an image: {"shortest_edge": fewest pixels, "longest_edge": most}.
+
+        Those of its call, as vLLM's `_get_vision_info` takes them: they go before what its processor was built with,
+        which a preprocessor_config.json with min_pixels and max_pixels decides.
+        """
         info = self.llm.llm_engine.renderer.get_mm_processor().info
-        return dict(
-            info.get_image_processor(
-                **self.llm.model_config.multimodal_config.mm_processor_kwargs
-            ).size
-        )
+        call = info._merge_and_resolve_mm_processor_kwargs({}).get("images_kwargs", {})
+        return info._get_vision_size(call, default_size=info.get_image_processor().size)
 
 
 def check_prompt(prompt: Prompt, found: list[int], image_token_id: int) -> None:
