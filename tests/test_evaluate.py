@@ -20,6 +20,7 @@ from blocks import BlocksSet
 from distributed import World
 from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
 from policy import Policy
+from rewards import MATH_VERIFY, accuracy_reward
 from sampling import Action, Sample, TransformersSampler
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +64,7 @@ def test_score_of_a_worked_example():
             "<think> so </think> <answer> 110 </answer>",
             8,
             False,
-        ),  # 10 % off: three quarters
+        ),  # 10 % off: wrong, whatever its reward
         # One call right, of the other all but the value: Reason-RFT's test score is 0.75, its reward 0.5.
         (two_calls, "function", f"<think> so </think> <answer> {nearly} </answer>", 12, False),
         (two_calls, "function", "<think> so", 16, True),
@@ -74,7 +75,7 @@ def test_score_of_a_worked_example():
     ]
     found = score(states, actions)
     assert {name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")} == pytest.approx({
-        "accuracy": (1 + 0 + 0.75 + 0.75 + 0) / 5,
+        "accuracy": (1 + 0 + 0 + 0.75 + 0) / 5,
         "exact": 1 / 5,  # only the first
         "format": 3 / 5,
         "tokens": 50 / 5,
@@ -149,14 +150,24 @@ def test_samples_count_for_pass_at_k_and_the_answer_for_accuracy():
     )
 
 
-def test_legacy_scores_differ_where_reason_rfts_do():
+@pytest.mark.parametrize("answer, accuracy", [("60", 1), ("57", 0), ("62", 0), ("66", 0)])
+def test_a_quantity_is_right_or_wrong_where_its_reward_is_between(answer, accuracy):
+    text = f"<answer>{answer}</answer>"
+    said = Prediction("a", "60", "math", text, 5, False, [text, "none"])
+    found = score_predictions([said], [1, 2])
+    assert (found["accuracy"], found["exact"], found["pass@1"], found["pass@2"]) == (
+        accuracy, accuracy, accuracy / 2, accuracy,
+    )  # fmt: skip
+    assert accuracy_reward(text, "60", "math") > 0.5
+
+
+def test_legacy_asks_no_math_verify_of_sequences_nor_of_equal_text():
     said = [
-        Prediction("a", "3", "discrete", "<think> so </think> <answer> 3.0 </answer>", 5, False)
+        Prediction("a", "3", "discrete", "<think>\nso\n</think>\n<answer>\n3\n</answer>", 5, False),
+        Prediction("b", "f(0, a)", "function", "<answer>f(0, b)</answer>", 5, False),
     ]
-    assert (
-        score_predictions(said)["accuracy"] == 1
-        and score_predictions(said, legacy=True)["accuracy"] == 0
-    )
+    found = score_predictions(said, legacy=True)
+    assert (found["accuracy"], found["exact"]) == (0.75, 0.5)
 
 
 def test_partial_credit_is_for_function_sequences_only():
@@ -218,8 +229,11 @@ def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(
         "accuracy" in head and head.split()[-2:] == ["pass@1", "pass@2"] and str(tmp_path) in last
     )
     assert [line.split()[0] for line in lines] == ["counting-id", "transformation-left"]
+    truncated = head.replace("95 % interval", "low to high").split().index("truncated")
     for line in lines:
         assert line.split()[1:3] == ["6", "0.0"]  # a random model knows nothing
+        said = lines_of(tmp_path / f"{line.split()[0]}.jsonl")
+        assert line.split()[truncated] == f"{100 * sum(r['truncated'] for r in said) / 6:.1f}"
     said = lines_of(tmp_path / "counting-id.jsonl")
     assert [record["id"] for record in said] == [f"counting-id-0-{i}" for i in range(6)]
     assert all(len(record["samples"]) == 3 and 1 <= record["tokens"] <= 3 for record in said)
@@ -258,11 +272,108 @@ def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path
 
 def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeypatch, capsys):
     monkeypatch.setattr(evaluate.Policy, "load", None)
-    run(monkeypatch, "score", predictions, "--legacy")
+    run(monkeypatch, "score", predictions)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
         "counting-id",
         "transformation-left",
     ]
+
+
+@pytest.mark.parametrize("command", [["score", "{predictions}"], ["{random}"], ["table", "{predictions}", "--out", "t"]])  # fmt: skip
+def test_legacy_without_math_verify_is_told_before_anything_is_asked(
+    predictions, random_model_dir, monkeypatch, capsys, command
+):
+    monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
+    monkeypatch.setattr(evaluate.Policy, "load", None)
+    places = dict(predictions=predictions, random=random_model_dir)
+    with pytest.raises(SystemExit) as stopped:
+        run(monkeypatch, *(word.format(**places) for word in command), "--legacy")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"pip install '{MATH_VERIFY}'" in line
+
+
+def test_math_verify_is_pinned_in_one_version():
+    for file in ("requirements.txt", "README.md", ".ci/run"):
+        assert MATH_VERIFY in (ROOT / file).read_text(), file
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+def a_run(place, model, **config):
+    """A run's directory with nothing but what evaluate.py looks for: `model` in it, and its settings."""
+    place.mkdir()
+    (place / "model").symlink_to(model)
+    (place / "metrics.jsonl").write_text("")
+    settings = dict(
+        data="blocks", data_cache="c", task="transformation", max_new_tokens=2, min_pixels=0,
+        max_pixels=900, method="answer",
+    )  # fmt: skip
+    (place / "config.json").write_text(json.dumps(settings | config))
+    return place / "model"
+
+
+def test_a_runs_model_is_asked_as_the_run_says(random_model_dir, tmp_path, monkeypatch, capsys):
+    model = a_run(tmp_path / "run", random_model_dir)
+    run(monkeypatch, model, "--states", 2, "--rollout", "transformers")
+    said = capsys.readouterr()
+    assert [line.split()[0] for line in said.out.splitlines()[1:-1]] == [
+        "transformation-id", "transformation-left", "transformation-right",
+    ]  # fmt: skip
+    used = json.loads((tmp_path / "run" / "predictions" / "settings.json").read_text())
+    asked = {name: used[name] for name in ("data", "mode", "max_new_tokens", "min_pixels", "max_pixels")}  # fmt: skip
+    assert asked == dict(
+        data="blocks", mode="answer", max_new_tokens=2, min_pixels=None, max_pixels=900
+    )
+    (told,) = [line for line in said.err.splitlines() if "config.json" in line]
+    for flag in ("--data blocks", "--sets transformation-id", "--mode answer", "--max-new-tokens 2", "--max-pixels 900"):  # fmt: skip
+        assert flag in told
+
+
+def test_a_flag_or_a_protocol_counts_more_than_the_run(random_model_dir, tmp_path):
+    def settled(*flags, **config):
+        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        args = SimpleNamespace(
+            model=str(a_run(place, random_model_dir, **config)), protocol=None, min_pixels=None, max_pixels=None,
+            **dict.fromkeys(evaluate.DEFAULTS), states=None,
+        )  # fmt: skip
+        vars(args).update(*flags)
+        return args, evaluate.settle(args)
+
+    args, told = settled(dict(sets=["counting-id"], max_new_tokens=7))
+    assert (args.sets, args.max_new_tokens, args.max_pixels) == (["counting-id"], 7, 900)
+    assert "--sets" not in told[0] and "--max-new-tokens" not in told[0]
+    args, told = settled(dict(protocol="reason-rft"))
+    asked = (args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.states)
+    assert asked == (768, 0.1, 0.9, 50, None) and "reason-rft" in told[0] and len(told) == 2
+    args, _ = settled(dict(protocol="reason-rft", temperature=0.0, max_new_tokens=9))
+    assert (args.max_new_tokens, args.temperature, args.top_p) == (9, 0.0, 0.9)
+    assert settled(method="cot")[0].mode == "reason" and settled(method="bare")[0].mode == "bare"
+    for bad in (dict(data=3), dict(task="cooking"), dict(max_new_tokens="7"), dict(max_pixels=None)):  # fmt: skip
+        with pytest.raises(runs.UserError, match=next(iter(bad))):
+            settled(**bad)
+
+
+def test_a_model_without_a_run_is_asked_by_default(random_model_dir):
+    args = SimpleNamespace(
+        model=str(random_model_dir), protocol=None, **dict.fromkeys(evaluate.DEFAULTS)
+    )
+    assert evaluate.settle(args) == []
+    assert {name: getattr(args, name) for name in evaluate.DEFAULTS} == evaluate.DEFAULTS
+
+
+def test_the_answer_that_counts_may_be_drawn_from_the_likeliest_tokens(random_model_dir):
+    policy = Policy.load(random_model_dir)
+    sampler = TransformersSampler(policy, 3)
+    states = [BlocksSet("counting-id", 4)[i] for i in range(4)]
+    greedy = [p.text for p in evaluate.ModelAnswers(sampler, 0.0, 2)(states)]
+    plain = evaluate.ModelAnswers(sampler, 1.0, 2)(states)
+    assert [p.text for p in plain] != greedy
+    for settings in (dict(top_k=1), dict(top_p=1e-9)):
+        said = evaluate.ModelAnswers(sampler, 1.0, 2, **settings)(states)
+        assert [p.text for p in said] == greedy
+        assert [p.samples for p in said] == [p.samples for p in plain]  # Pass@k's, from all tokens
+    assert (sampler.top_p, sampler.top_k, policy.temperature) == (1.0, 0, 1.0)  # as training wants
 
 
 def test_an_expert_is_evaluated_like_a_model(tmp_path, monkeypatch, capsys):
@@ -402,6 +513,9 @@ def test_reason_rft_is_evaluated_by_the_same_command(
     (["{random}", "--pass-k", "1,zero"], "--pass-k"),
     (["{random}", "--pass-k", "0"], "--pass-k"),
     (["{random}", "--states", "0"], "--states"),
+    (["{random}", "--top-p", "0"], "--top-p"),
+    (["{random}", "--top-k", "-1"], "--top-k"),
+    (["{random}", "--protocol", "theirs"], "--protocol"),
     (["{random}", "--data", "{empty}", "--sets", "counting-id"], "has no test_jsons"),
     (["nobody", "--sets", "counting-id"], "nobody"),
     (["careful", "--sets", "counting-id", "--data", "{empty}"], "knows the blocks world only"),
