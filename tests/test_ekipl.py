@@ -26,6 +26,7 @@ from data import State
 from ekipl import Config, World
 from metrics import step_metrics
 from policy import Policy
+from runs import UserError
 from sampling import Action, Group, select
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -160,6 +161,39 @@ def test_micro_batches_do_not_change_the_gradient_of_groups_of_different_sizes(r
     assert_same_gradient(
         gradient_of(random_model_dir, CPU, update_config(micro_batch=2), ragged=True), whole
     )
+
+
+@pytest.mark.parametrize("estimator", ["uncorrected", "is", "snis"])
+def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_need_it(
+    random_model_dir, estimator
+):
+    policy = Policy.load(random_model_dir)
+    groups, optimizer = fixed_groups(policy, 4), torch.optim.SGD(policy.parameters(), lr=0.0)
+    groups[1].expert_logps = None
+    config = update_config(batch_size=4, micro_batch=1, estimator=estimator, beta=0.0)
+
+    def update() -> dict:
+        return ekipl.update(config, policy, None, optimizer, groups, CPU, lr=0.0)
+
+    if estimator == "uncorrected":
+        assert [row["weights"] is None for row in update()["rows"]] == [False, True, False, False]
+    else:
+        with pytest.raises(UserError, match=f"{estimator} needs every expert's density"):
+            update()
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_a_gradient_that_is_not_finite_says_so_and_changes_no_weight(
+    random_model_dir, monkeypatch, norm
+):
+    policy = Policy.load(random_model_dir)
+    before = {name: value.clone() for name, value in policy.state_dict().items()}
+    optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+    monkeypatch.setattr(ekipl, "clip_gradients", lambda policy, limit: norm)
+    config = update_config(batch_size=2, beta=0.0)
+    with pytest.raises(RuntimeError, match="not finite.*lower --lr"):
+        ekipl.update(config, policy, None, optimizer, fixed_groups(policy, 2), CPU, lr=1.0)
+    assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
 
 def test_estimators_differ(whole_batch_gradients):
