@@ -406,7 +406,10 @@ class Cache:
     def faults(self) -> list[str]:
         """What is wrong with the file, nothing if nothing is."""
         with self.lock, self.problems():
-            found = [text for (text,) in self.db.execute("PRAGMA integrity_check") if text != "ok"]
+            checked = [
+                " ".join(text.split()) for (text,) in self.db.execute("PRAGMA integrity_check")
+            ]
+            found = [text for text in checked if text != "ok"]
             found += [
                 f"table {row[0]}, row {row[1]}: points at a missing row of {row[2]}"
                 for row in self.db.execute("PRAGMA foreign_key_check")

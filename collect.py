@@ -36,6 +36,7 @@ from runs import Parser, UserError
 ANSWER_TOKENS = 200  # of a thought and its answer
 CALL_SECONDS = 3.0  # the upper end of the paper's "1-3 seconds per query"
 WAITS = 5  # pauses in a row, of experts.PAUSE seconds each, before a failing API is given up
+FIRST_WAITS = 2  # the same for one that has not answered yet
 
 
 def states_to_ask(config: ekipl.Config) -> list:
@@ -203,7 +204,7 @@ class Collection:
     """Buying the answers of experts to states, in order, as many requests at a time as allowed.
 
     An API that fails again and again is left alone for a while, as in training, and the states that failed in that time are asked
-    again. A server that was never reached, or an API that stays down for WAITS pauses (one, if it never answered), ends it: UserError.
+    again. A server that was never reached, or an API that stays down for WAITS pauses (FIRST_WAITS, if it never answered), ends it: UserError.
     """
 
     def __init__(self, experts: list[Buyer], states: list, config: ekipl.Config, bar: tqdm):
@@ -282,7 +283,7 @@ class Collection:
                 while self.running:
                     self.end()
                 self.waits[expert] += 1
-                if self.waits[expert] > (WAITS if expert.answered else 1):
+                if self.waits[expert] > (WAITS if expert.answered else FIRST_WAITS):
                     self.stop(expert)
                 self.bar.set_postfix_str(f"waits for {expert.name}")
                 while expert.off:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import in_two_processes
 from fake_api import KEY, Server, chat, content, error
 
 import collect
@@ -124,7 +125,6 @@ def test_what_the_server_bills_is_never_more_than_the_budget(
     serve, tell, tmp_path, monkeypatch, vendor, kind
 ):
     monkeypatch.setattr(experts, "PAUSE", 0.01)
-    monkeypatch.setattr("clients.RETRIES", 2)
     bills, lock = [], threading.Lock()
 
     def behave(body):
@@ -136,12 +136,10 @@ def test_what_the_server_bills_is_never_more_than_the_budget(
     name = getattr(serve(behave), vendor)
     more = ["--expert-deadline", 0.3] if kind == "never answers" else []
     budget = 2.5
-    code, out, err = tell(*flags(tmp_path, name, 12, "--budget", budget, *more))
-    assert 0 < sum(bills) <= budget + 1e-9, (len(bills), out, err)
-    assert "Traceback" not in err and code in (0, 2)
-    assert max(bills) > 0.5 or sum(bills) > 0.5 * budget or "again and again" in err, err
-    if "answer" not in kind and code == 0:
-        assert "stopped at the budget" in out
+    code, out, err = tell(*flags(tmp_path, name, 30, "--budget", budget, *more))
+    assert budget / 4 < sum(bills) <= budget + 1e-9, (len(bills), out, err)
+    assert "stopped at the budget" in out or "again and again" in err
+    assert code in (0, 2) and "Traceback" not in err
 
 
 def test_errors_that_nobody_bills_take_nothing_from_the_budget(serve, tell, tmp_path):
@@ -168,7 +166,7 @@ def test_a_bad_minute_is_waited_out_and_its_states_are_asked_again(
     serve, tell, tmp_path, monkeypatch, good_before
 ):
     monkeypatch.setattr(experts, "PAUSE", 0.5)
-    calls, bad = iter(range(1000)), range(good_before, good_before + 10)
+    calls, bad = iter(range(1000)), range(good_before, good_before + 7)
     server = serve(lambda body: error(503, "busy", **AT_ONCE) if next(calls) in bad else "good")
     code, out, err = tell(*flags(tmp_path, server.openai, 12, "--expert-requests", 2))
     assert code == 0 and "bought 48 answers with 12 requests" in out, err
@@ -223,7 +221,7 @@ def test_all_answers_are_in_the_one_file_after_collect_and_after_an_error(serve,
     assert bought(tmp_path / "c.sqlite") == 12 and not list(tmp_path.glob("c.sqlite-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number):
     calls = iter(range(1000))
     server = serve(lambda body: "good" if next(calls) < 5 else "hang")
@@ -240,11 +238,15 @@ def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number)
         assert "stopped; what had arrived is in the cache" in err and "Traceback" not in err
 
 
+def collect_as(arguments: list) -> None:
+    """In one of two processes: `python experts.py collect ...`."""
+    sys.argv = ["experts.py", *map(str, arguments)]
+    collect.main()
+
+
 def test_two_collects_at_once_buy_each_answer_once(serve, tmp_path):
     server = serve(lambda body: 0.1)
-    both = [program(*flags(tmp_path, server.openai, 12)) for _ in range(2)]
-    said = [process.communicate(timeout=200) for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    in_two_processes(collect_as, flags(tmp_path, server.openai, 12))
     assert len(server.bodies) == 12 and bought(tmp_path / "c.sqlite") == 48
     cache = Cache(tmp_path / "c.sqlite", read_only=True)
     assert cache.faults() == [] and cache.undigested() == 0
