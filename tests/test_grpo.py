@@ -180,6 +180,30 @@ def test_mixture_is_the_weighted_sum_of_densities():
     torch.testing.assert_close(q, torch.tensor([0.28, 0.30], dtype=torch.float64))
 
 
+def test_mixture_is_as_exact_as_its_densities():
+    logps = random_logp(4, seed=3).repeat(3, 1).T  # (4, 3), the same under all three
+    torch.testing.assert_close(
+        grpo.mixture_logp(logps, [1 / 3] * 3), logps[:, 0], rtol=0, atol=1e-14
+    )
+
+
+def test_exponents_stop_at_their_bounds():
+    far = torch.tensor([-1e5, 1e5], dtype=torch.float64)
+    bounds = [math.exp(-20), math.exp(20)]
+    assert grpo.policy_ratio(far, torch.zeros(2)).tolist() == pytest.approx(bounds)
+    # d is log pi_ref - log pi_theta, in [-1e4, 20].
+    kl = grpo.kl_to_reference(-far, torch.zeros(2))
+    assert kl.tolist() == pytest.approx([1e4 - 1, math.exp(20) - 21])
+    assert grpo.importance_weights(far, torch.zeros(2)).tolist() == [0, pytest.approx(math.exp(60))]
+
+
+def test_defaults_of_the_loss_are_those_of_the_paper():
+    batch = random_batch(15)
+    told = grpo.ekipl_loss(**batch, clip_eps=0.2, beta=0.04, estimator="uncorrected")
+    assert grpo.ekipl_loss(**batch)[0] == told[0]
+    assert torch.equal(grpo.ekipl_loss(**batch)[1]["clip_fraction"], told[1]["clip_fraction"])
+
+
 def test_mixture_does_not_underflow():
     log_q = grpo.mixture_logp(torch.tensor([[-2000.0, -3000.0]]), torch.tensor([0.5, 0.5]))
     torch.testing.assert_close(log_q, torch.tensor([-2000.0 + math.log(0.5)]))
