@@ -112,13 +112,10 @@ def score_predictions(
 
 
 def score(states, actions: list[Action]) -> dict[str, float]:
-    """`score_predictions` of one action for each state."""
+    """`score_predictions` of one action for each state, as the scorers read it (`State.reading`)."""
     pairs = zip(states, actions, strict=True)
     return score_predictions(
-        [
-            Prediction("", s.answer, s.kind, s.reading(a.text), len(a.tokens), a.truncated)
-            for s, a in pairs
-        ]
+        [Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs]
     )
 
 
