@@ -126,9 +126,7 @@ class Api:
                         without |= {refused}
                     continue
             self.learn(without, most)
-            if (
-                "temperature" in without
-            ):  # the density of another distribution, and nobody knows which
+            if "temperature" in without:  # of a distribution that nobody knows
                 answers = [Answer(answer.text, answer.finish) for answer in answers]
             return Reply(answers[:n], model or self.model, *used, time.monotonic() - started)
         raise AssertionError("the last refusal is told")

@@ -70,7 +70,7 @@ def test_a_refused_parameter_is_known_in_many_wordings(status, body, name):
     # the value of a length limit is the user's to change
     (400, wrapped("max_tokens is too large: 100000. This model supports at most 16384 completion tokens.", param="max_tokens", code="invalid_value")),
     (400, wrapped("'max_tokens' or 'max_completion_tokens' is too large: 512. This model's maximum context length is 1024 tokens")),
-    (422, {"detail": [{"loc": ["body", "messages"], "msg": "Field required", "input": {"n": 4, "logprobs": True, "temperature": 1}}]}),  # an echo
+    (422, {"detail": [{"loc": ["body", "messages"], "msg": "Field required", "input": '{"n": 4, "logprobs": true, "temperature": 1}'}]}),  # an echo
 ])  # fmt: skip
 def test_other_complaints_drop_no_parameter(status, body):
     assert refused_parameter(status, body, SENT) is None
@@ -177,6 +177,14 @@ def test_no_part_of_a_key_is_in_a_message(monkeypatch, echo):
     told = one_line(echo)
     for part in (KEY, "Zq81", "Rb40", "27Lt", "secret99", "abcdefghij"):
         assert part not in told, told
+
+
+@pytest.mark.parametrize(
+    "echo", ["gsk_...L9xQ", "gsk_********L9xQ", "gsk_aB3…", "xxxxxxxxL9xQ", "B3dE5fG7h"]
+)
+def test_no_part_of_a_key_of_another_form_is_in_a_message(echo):
+    told = one_line(f"the key {echo} is wrong", "gsk_aB3dE5fG7hL9xQ")
+    assert told == "the key [key] is wrong"
 
 
 def test_messages_that_hold_no_key_stay_as_they_are(monkeypatch):
