@@ -198,6 +198,9 @@ class Cache:
                 f"{self.path} has schema {version}, this program knows {SCHEMA}: choose another --cache"
             )
         if not self.read_only:
+            if not writable(self.file):  # SQLite would tell at the first answer
+                why = f"it is read-only{ADVICE[sqlite3.SQLITE_READONLY]}"
+                raise UserError(f"cannot use the cache of answers {self.path}: {why}")
             with self.transaction():
                 if self._version() == 0:  # nobody else was quicker
                     for statement in TABLES.strip().split(";\n"):
