@@ -48,7 +48,8 @@ class World:
             )
         if cuda:
             torch.cuda.set_device(local)
-            # cuDNN's attention is tried first on an H100, and plans anew for each shape; ours change with every micro-batch.
+            # cuDNN's attention is tried first on an H100, and plans anew for each shape; ours
+            # change with every micro-batch.
             torch.backends.cuda.enable_cudnn_sdp(False)
         if size > 1:  # no process waits for ever for one that died
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
@@ -167,7 +168,8 @@ def keeps_gradients(policy: torch.nn.Module) -> bool:
 def clear_gradients(learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Gives their memory back, or with DDP sets them to 0 where they are.
 
-    Had DDP none, a backward pass that does not average yet would make new ones outside of its buckets: 4 bytes a parameter more.
+    Had DDP none, a backward pass that does not average yet would make new ones outside of its
+    buckets: 4 bytes a parameter more.
     """
     optimizer.zero_grad(set_to_none=not isinstance(learner, DistributedDataParallel))
 
@@ -227,9 +229,11 @@ def collected(state, rank: int):
 
 
 def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """The state dict of an optimizer as `restore` reads it, with this process's share of what belongs to a parameter that is shared out.
+    """The state dict of an optimizer as `restore` reads it, with this process's share of what
+    belongs to a parameter that is shared out.
 
-    What stays in the machine's memory is copied: a view would keep the mapped file on the disk when a newer checkpoint has replaced it.
+    What stays in the machine's memory is copied: a view would keep the mapped file on the disk when
+    a newer checkpoint has replaced it.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for i, values in state["state"].items():

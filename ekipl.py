@@ -254,7 +254,8 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
             f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
             f"--model {resume}/model starts a new run from its weights"
         )
-    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process of a machine reads all of it into memory.
+    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process
+    # of a machine reads all of it into memory.
     try:
         trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
@@ -535,7 +536,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
-    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so before they are there.
+    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so
+    # before they are there.
     sampler = settings.sampler_of(config, policy, model, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0

@@ -166,9 +166,10 @@ def activations(
 ) -> tuple[float, float]:
     """Bytes kept of a whole forward pass, and the most that comes and goes beside them in the backward pass.
 
-    That is at one of four moments: the logits of a chunk; the head's gradient, when a further chunk's is added to it; the gradients of a
-    layer's MLP, with checkpointing together with the layer computed again; the gradient of the embeddings, when what was kept is gone.
-    The gradient of a tied vocabulary waits from the head until there.
+    That is at one of four moments: the logits of a chunk; the head's gradient, when a further
+    chunk's is added to it; the gradients of a layer's MLP, with checkpointing together with the
+    layer computed again; the gradient of the embeddings, when what was kept is gone. The gradient
+    of a tied vocabulary waits from the head until there.
     """
     layers, blocks = config.text_config.num_hidden_layers, config.vision_config.depth
     layer, layer_input = kept_by_layer(config, batch, half, sharded)
@@ -291,7 +292,9 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
 
 
 def with_graphs(config: Settings, model, batch: MicroBatch, processes: int) -> list[Row]:
-    """`memory`, which is that of tensors, and vLLM's CUDA graphs, which are the driver's and stay where they are while the engine sleeps."""
+    """`memory`, which is that of tensors, and vLLM's CUDA graphs, which are the driver's and
+    stay where they are while the engine sleeps.
+    """
     rows = memory(config, model, batch, processes, config.bf16)
     if config.rollout != "transformers":
         graphs = GRAPHS * model.text_config.num_hidden_layers
@@ -408,9 +411,11 @@ def other_memory(config: Settings, total: int, processes: int) -> list[str]:
 
 
 def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -> None:
-    """UserError if the disk has no room for what the run will save. config: with the number of states that there are.
+    """UserError if the disk has no room for what the run will save. config: with the number of
+    states that there are.
 
-    A checkpoint holds the weights and the moments of what is trained. The newest is whole before the one before it goes.
+    A checkpoint holds the weights and the moments of what is trained. The newest is whole before
+    the one before it goes.
     """
     needed = sum(
         parameter.numel() * (WEIGHTS + MOMENTS * parameter.requires_grad)

@@ -5,8 +5,9 @@
 The engine samples from the very distribution that policy.py scores: the same prompt tokens and pixels, softmax(logits / temperature)
 over the tokens that a response may hold, top_p 1. It is a second model beside the policy, and everything in which the two could drift apart
 is held together here: weights by `sync_weights` after every update, with everything that was computed from the old ones dropped; prompts
-by a comparison of token ids at every call; the numbers by `check_parity`, which scores some of the sampled actions with the policy: it stops
-the run where the two disagree at the start, and warns where they come to disagree later.
+by a comparison of token ids at every call; the numbers by `check_parity`, which scores some of the
+sampled actions with the policy: it stops the run where the two disagree at the start, and warns
+where they come to disagree later.
 
 On a GPU the engine sleeps (level 1: weights in host memory, no KV cache) while the policy learns. On a CPU the same code runs
 with vLLM's CPU build. This module is imported only where vLLM is wanted; `sampling.make_sampler` decides.
@@ -243,9 +244,11 @@ class VLLMSampler(Sampler):
         self.llm.llm_engine.reset_encoder_cache()
 
     def close(self) -> None:
-        """Ends the engine, once. (With the process it ends anyway, but torchrun's process group would be gone before.)
+        """Ends the engine, once. (With the process it ends anyway, but torchrun's process group
+        would be gone before.)
 
-        It is woken first: of memory that sleeps, each block would be given back twice, and CUDA would print an error for it.
+        It is woken first: of memory that sleeps, each block would be given back twice, and CUDA
+        would print an error for it.
         """
         atexit.unregister(self.close)
         with suppress(RuntimeError):  # no room to wake, after another error: that one is to be read
@@ -257,9 +260,11 @@ class VLLMSampler(Sampler):
     def check_parity(self, groups: list[Group]) -> dict[str, float]:
         """Scores the policy's own actions of some groups, and compares with the log-probabilities that vLLM sampled them with.
 
-        Returns the mean |difference| of a token's log-probability, "parity", in nats. Beyond PARITY_TOLERANCE the first check
-        raises UserError, with the figures and the likely causes; a later one prints that line and goes on, since nothing but the
-        choice of actions depends on vLLM's numbers. UserError also if the pixel limits differ. Call it before the policy is updated.
+        Returns the mean |difference| of a token's log-probability, "parity", in nats. Beyond
+        PARITY_TOLERANCE the first check raises UserError, with the figures and the likely causes; a
+        later one prints that line and goes on, since nothing but the choice of actions depends on
+        vLLM's numbers. UserError also if the pixel limits differ. Call it before the policy is
+        updated.
         """
         policy = self.policy
         limits, own = self.pixel_limits(), dict(policy.processor.image_processor.size)
@@ -326,9 +331,11 @@ def check_prompt(prompt: Prompt, found: list[int], image_token_id: int) -> None:
 
 
 def suppressing(ids: list[int]) -> type:
-    """Gives these tokens probability 0 in every request, as the policy does. (vLLM's own per-request lists cost Python time a token.)
+    """Gives these tokens probability 0 in every request, as the policy does. (vLLM's own
+    per-request lists cost Python time a token.)
 
-    A class for either of vLLM's model runners, each of which takes its own kind alone: V2, which a GPU gets where Triton works, and V1.
+    A class for either of vLLM's model runners, each of which takes its own kind alone: V2, which a
+    GPU gets where Triton works, and V1.
     """
 
     class Suppress(RunnerV1Processor, RunnerV2Processor):
@@ -365,8 +372,9 @@ def derived_max_model_len(policy: Policy, images: int, max_new_tokens: int) -> i
 def derived_gpu_memory_utilization(policy: Policy) -> float:
     """The share of the GPU that is left when the trainer has all that it keeps between updates, and a margin of 5 %.
 
-    Policy and reference are there already, and nothing else may be: the rest is counted as to come, of a sharded policy this process's
-    share. That is AdamW's two moments (8 bytes a parameter, float32), and the gradients (4) where DDP keeps them.
+    Policy and reference are there already, and nothing else may be: the rest is counted as to come,
+    of a sharded policy this process's share. That is AdamW's two moments (8 bytes a parameter,
+    float32), and the gradients (4) where DDP keeps them.
     """
     device = policy.suppressed_ids.device
     if device.type != "cuda":

@@ -9,7 +9,8 @@
 
 Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset, the flags left over (sft.py gets those that it
 knows) and, above these, the row's own; predictions lie beside its model. Stopped at any moment, the same command goes on: finished commands are
-skipped, a run with a checkpoint is resumed. Of a finished run the model stays and trainer.pt goes. The table and the figures are made from whatever is finished.
+skipped, a run with a checkpoint is resumed. Of a finished run the model stays and trainer.pt goes.
+The table and the figures are made from whatever is finished.
 """
 
 import dataclasses
@@ -303,7 +304,9 @@ def carry_out(task: Task, before: Future | None, processes: int) -> None:
 
 
 def drop_optimizer(task: Task) -> None:
-    """Of a run that has finished the model is wanted, and no longer AdamW's moments: two thirds of its checkpoint."""
+    """Of a run that has finished the model is wanted, and no longer AdamW's moments: two thirds
+    of its checkpoint.
+    """
     (task.path / "model" / "trainer.pt").unlink(missing_ok=True)
 
 

@@ -1,14 +1,14 @@
-"""What only a GPU can show, in one command and ten minutes: does the vLLM engine live beside the policy, and does the memory plan hold?
+"""What only a GPU can show, in one command and ten minutes: does the vLLM engine live beside the
+policy, and does the memory plan hold?
 
-    python benchmarks/gpu_check.py --out gpu-check            # one GPU of 80 GB, with Qwen2-VL-2B's config and random weights
-    python benchmarks/gpu_check.py --model tiny --out check   # the same on a CPU, in a minute, with vLLM's CPU build
+    python benchmarks/gpu_check.py --out gpu-check            # a GPU of 80 GB, Qwen2-VL-2B's config
+    python benchmarks/gpu_check.py --model tiny --out check   # a CPU, with vLLM's CPU build
 
 Three parts, each in processes of its own:
 
-    engine    both models and the engine in one process: start, rollouts, parity, sleep, update, wake and sync, parity again;
-              the peak of the update against the plan
+    engine    both models and the engine in one process: parity, sleep, update, wake, sync, peaks
     resume    ekipl.py with the engine, stopped after a checkpoint, and resumed
-    trl       a training step of ours and of TRL's GRPOTrainer (against_trl.py), where TRL is installed
+    trl       a training step of TRL's GRPOTrainer (against_trl.py), where TRL is installed
 
 OUT.md is the report, OUT.json has all figures. Exit code 1 if a check fails.
 """
@@ -16,7 +16,6 @@ OUT.md is the report, OUT.json has all figures. Exit code 1 if a check fails.
 import argparse
 import dataclasses
 import json
-import shlex
 import signal
 import subprocess
 import sys
@@ -63,12 +62,17 @@ class Check:
 
 def flags_of(work: Workload, path: Path) -> list[str]:
     """The training run that the parts make of a workload."""
-    said = (
-        f"--experts none --rollout vllm --batch-size {work.states} --micro-batch {work.micro_batch} --num-samples {work.group_size} "
-        f"--group-size {work.group_size} --max-new-tokens {work.action_tokens} --beta {work.beta} --lr {work.lr}"
-    )
+    said = {
+        "model": path, "experts": "none", "rollout": "vllm", "beta": work.beta, "lr": work.lr,
+        "batch-size": work.states, "micro-batch": work.micro_batch, "group-size": work.group_size,
+        "num-samples": work.group_size, "max-new-tokens": work.action_tokens,
+    }  # fmt: skip
     checkpointing = ["--gradient-checkpointing"] if work.gradient_checkpointing else []
-    return ["--model", str(path), *said.split(), *checkpointing]
+    return [*words(said), *checkpointing]
+
+
+def words(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in ("--" + name, str(value))]
 
 
 def used(world: World) -> int:
@@ -184,9 +188,10 @@ def engine_checks(found: dict) -> list[Check]:
 def resume_part(work: Workload, path: Path, folder: Path) -> dict:
     """Starts ekipl.py, interrupts it when its first checkpoint is there, and resumes it."""
     program = [sys.executable, str(HERE.parent / "ekipl.py")]
-    flags = f"--states {STEPS * work.states} --save-every {SAVED} --eval-every 0 --parity-every 1 --name run --runs {shlex.quote(str(folder))}"
+    flags = {"states": STEPS * work.states, "save-every": SAVED, "eval-every": 0}
+    flags |= {"parity-every": 1, "name": "run", "runs": folder}
     with open(folder / "log.txt", "w") as log:
-        command = [*program, *flags_of(work, path), *shlex.split(flags)]
+        command = [*program, *flags_of(work, path), *words(flags)]
         first = subprocess.Popen(command, stdout=log, stderr=log)
         while first.poll() is None and not (folder / "run" / "model").exists():
             time.sleep(0.02)
@@ -221,9 +226,11 @@ def trl_part(work: Workload, folder: Path) -> dict | None:
     if find_spec("trl") is None:
         return None
     out = folder / "trl.json"
-    sizes = f"--model {work.model} --states {work.states} --micro-batch {work.micro_batch} --group-size {work.group_size} --action-tokens {work.action_tokens}"
-    command = [sys.executable, str(HERE / "against_trl.py"), *sizes.split()]
-    subprocess.run([*command, "--sides", "ours,trl", "--runs", "1", "--out", str(out)], check=True)
+    flags = {"model": work.model, "states": work.states, "micro-batch": work.micro_batch}
+    flags |= {"group-size": work.group_size, "action-tokens": work.action_tokens}
+    flags |= {"sides": "ours,trl", "runs": 1, "out": out}
+    command = [sys.executable, str(HERE / "against_trl.py"), *words(flags)]
+    subprocess.run(command, check=True)
     return json.loads(out.read_text())
 
 
@@ -242,7 +249,7 @@ def trl_checks(found: dict | None) -> list[Check]:
 
 
 def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
-    """Figures and checks of all parts. A part that fails is a check that fails, and the next one still runs."""
+    """Figures and checks of all parts. One that fails is a check that fails; the next still runs."""
     path, figures, checks = folder / "model", {}, []
     workload.save_model(work, path)
     for name, measure, judge in (

@@ -110,7 +110,9 @@ def test_two_processes_take_the_step_of_one_with_the_whole_batch(
 
 
 def gradients_outside_the_buckets(model_dir) -> list[int]:
-    """Of DDP, in each of three updates with three micro-batches: how many gradients were added up elsewhere."""
+    """Of DDP, in each of three updates with three micro-batches: how many gradients were added
+    up elsewhere.
+    """
     world = World.join("cpu")
     policy = world.place(Policy.load(model_dir), "ddp")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)

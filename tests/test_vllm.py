@@ -290,7 +290,9 @@ def test_the_tolerance_of_bfloat16_leaves_healthy_engines_alone():
 
 
 def untied_gaps(path: Path) -> list[float]:
-    """Of a model whose head is not its embedding: the largest difference before an update, after it, and after the sync."""
+    """Of a model whose head is not its embedding: the largest difference before an update, after
+    it, and after the sync.
+    """
     tokenizer = random_tokenizer()
     config = random_model(tokenizer).config
     config.tie_word_embeddings = config.text_config.tie_word_embeddings = False

@@ -1,6 +1,8 @@
-"""The class that keeps tokens out of vLLM's answers, as each of its two model runners loads and calls it.
+"""The class that keeps tokens out of vLLM's answers, as each of its two model runners loads and
+calls it.
 
-V2 serves GPUs alone, but its loader and its order of calls can be had without one: with either build of vLLM.
+V2 serves GPUs alone, but its loader and its order of calls can be had without one: with either
+build of vLLM.
 """
 
 from types import SimpleNamespace
