@@ -154,25 +154,16 @@ def engine_checks(found: dict) -> list[Check]:
     peak, planned = found["update, bytes"], found["planned, bytes"]
     remark = "" if gpu else " (a CPU's is the whole process's: not judged)"
     fits = peak <= 1.05 * planned if gpu else None
+    agrees = max(found["parity"]) <= found["tolerance"]
     checks = [
-        Check(
-            "the engine starts beside policy and reference", f"{found['start, s']:.0f} s", "", True
-        ),
-        Check(
-            f"parity, {found['dtype']}, at the start and after an update",
-            f"{parity} nats a token",
-            f"at most {found['tolerance']:g}",
-            max(found["parity"]) <= found["tolerance"],
-        ),  # fmt: skip
+        Check("the engine starts beside policy and reference", f"{found['start, s']:.0f} s", "", True),
+        Check(f"parity, {found['dtype']}, at the start and after an update",
+              f"{parity} nats a token", f"at most {found['tolerance']:g}", agrees),
         Check("rollouts", f"{found['rollout, tokens/s']:,.0f} tokens/s"),
         Check("wake and sync", ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])),
-        Check(
-            "the update's peak beside weights, reference and moments",
-            f"{peak / GB:.2f} GB",
-            f"planned {planned / GB:.2f}{remark}",
-            fits,
-        ),
-    ]
+        Check("the update's peak beside weights, reference and moments",
+              f"{peak / GB:.2f} GB", f"planned {planned / GB:.2f}{remark}", fits),
+    ]  # fmt: skip
     if gpu:
         engine = found["with the engine"] - found["before the engine"]
         freed = found["awake"] - found["asleep"]
