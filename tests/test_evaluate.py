@@ -208,6 +208,8 @@ COMMAND = (
     "1,3",
     "--max-new-tokens",
     3,
+    "--rollout",
+    "transformers",
 )
 
 

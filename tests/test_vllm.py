@@ -149,6 +149,16 @@ def test_the_most_probable_tokens_are_those_of_transformers(sampler):
     assert len({tuple(action.tokens) for action in expected}) > 1
 
 
+def test_evaluation_may_draw_from_the_likeliest_tokens_alone(sampler, monkeypatch):
+    prompts = sampler.policy.encode(STATES)
+    likeliest = [action.tokens for action in sampler.greedy(prompts)]
+    for name, value in (("top_k", 1), ("top_p", 1e-6)):
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler, name, value)
+            assert [a.tokens for (a,) in sampler.sample(prompts, 1, 0)] == likeliest
+    assert [a.tokens for (a,) in sampler.sample(prompts, 1, 0)] != likeliest
+
+
 def test_the_order_of_two_images_matters_as_it_does_to_the_policy(sampler):
     two = STATES[1]
     swapped = State("swapped", two.images[::-1], two.question, two.answer, two.kind)
