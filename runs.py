@@ -300,7 +300,7 @@ def mend(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:
             with open(aside, "ab") as file:
                 file.write(b"".join(line + b"\n" for line in damaged))
                 os.fsync(file.fileno())
-            say(f"{path}: {len(damaged)} damaged lines were moved to {aside.name}")
+            say(f"{path}: damaged lines were moved to {aside.name} ({len(damaged)})")
         write_aside(path, b"".join(line + b"\n" for line in kept).decode())
     return records
 
