@@ -340,7 +340,7 @@ def first_tokens(policy: Policy, text: str, count: int) -> list[int]:
     tokens may differ from the whole text's, but a tokenizer splits at words and spaces, not that far back.
     """
     banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    letters = 64 * count + 1024
+    letters = 16 * count + 1024
     while True:
         ids = policy.tokenizer(text[:letters], add_special_tokens=False).input_ids
         tokens = [token for token in ids if token not in banned]

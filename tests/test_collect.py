@@ -1,7 +1,9 @@
-"""Collecting: never dearer than the budget, patient with an API's bad minute, and all that was bought in one file."""
+"""Collecting: never dearer than the budget, patient with an API's bad minute, and all that was bought in one file; and answers of
+any length."""
 
 import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -10,14 +12,27 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import in_two_processes
 from fake_api import KEY, Server, chat, content, error
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
 
 import collect
 import experts
 from cache import Cache
+from sampling import first_tokens
 
 ROOT = Path(__file__).resolve().parent.parent
 AT_ONCE = {"x-should-retry": "false"}
@@ -287,3 +302,76 @@ def test_a_damaged_cache_is_told_in_one_line(serve, tell, tmp_path):
             assert code in (0, 2) and len(err.splitlines()) == (code == 2), (number, command, err)
             for line in out.splitlines() if command == "export" else ():
                 json.loads(line)
+
+
+# ---------------------------------------------------------------------------------------------- long answers
+
+
+def byte_level_bpe():
+    """A tokenizer that splits as Qwen2's does, with merges learnt from a few lines."""
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(words, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    lines = [
+        "the red cube is left of the blue sphere",
+        "aaaa aa aaaaaaaa",
+        "é 数 数数 😀 -----  \n\n",
+    ]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(lines * 20, trainer)
+    tokenizer.add_special_tokens([AddedToken("<|im_end|>", special=True)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
+
+
+WORDS = "the red cube, left of 12 blue spheres.\n<think> a </think> é e\u0301 数数 😀 \t  - --- 'll ".split(
+    " "
+)
+LONG = {
+    "words": lambda draw: " ".join(draw.choices(WORDS, k=3000)),
+    "one word": lambda draw: "".join(draw.choices("abcdeé", k=9000)),
+    "one letter": lambda draw: "a" * 9001,
+    "spaces": lambda draw: " " * 9001,
+    "lines": lambda draw: "\n" * 4000 + " " * 4000 + "x",
+    "digits": lambda draw: "".join(draw.choices("0123456789", k=9000)),
+    "signs": lambda draw: "-" * 9001,
+    "faces": lambda draw: "😀" * 5000,
+    "accents": lambda draw: "e\u0301" * 5000,
+    "a stack of accents": lambda draw: "e" + "\u0301\u0327" * 4500,
+    "special tokens": lambda draw: "<|im_end|>" * 900 + "the red cube " * 400,
+    "short": lambda draw: "the red cube",
+    "nothing": lambda draw: "",
+}
+
+
+@pytest.mark.parametrize("kind", LONG)
+def test_a_long_answer_is_cut_before_it_is_tokenised_and_keeps_its_tokens(kind):
+    tokenizer, draw, read = byte_level_bpe(), random.Random(0), []
+
+    def reads(text, **settings):
+        read.append(len(text))
+        return tokenizer(text, **settings)
+
+    policy = SimpleNamespace(
+        tokenizer=reads, eos_id=tokenizer.eos_token_id, suppressed_ids=torch.tensor([], dtype=int)
+    )
+    text = LONG[kind](draw)
+    whole = tokenizer(text, add_special_tokens=False).input_ids
+    whole = [token for token in whole if token != tokenizer.eos_token_id]
+    for count in (1, 2, 7, 31):
+        tokens = first_tokens(policy, text, count)
+        assert tokens[:count] == whole[:count]
+        assert (len(tokens) >= count) == (len(whole) >= count)
+    read.clear()
+    first_tokens(policy, text * 200, 7)
+    assert sum(read) < max(3 * len(text), 6000)

@@ -313,6 +313,14 @@ def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsy
         make_sampler("vllm", policy, "model", 5)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_sampler_computes_as_the_policy_is_scored(policy, installed, bf16):
+    installed({})
+    sampler = make_sampler("auto", policy, "model", 5, bf16=bf16)
+    assert (sampler.bf16, sampler.max_new_tokens, sampler.policy) == (bf16, 5, policy)
+    assert not sampling.autocast(torch.device("cpu"), bf16)._enabled  # on GPUs only
+
+
 # ---------------------------------------------------------------------------------------------- Eq 5: experts' actions
 
 
