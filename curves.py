@@ -13,6 +13,8 @@ ESS                effective sample size of the importance weights, as a share o
                    far what is kept is from what the policy would have done
 """
 
+import errno
+import os
 import re
 from pathlib import Path
 
@@ -61,6 +63,8 @@ def save(figure, out: Path, dpi: int = 90) -> None:
     """As a picture of the kind that the name's ending says. UserError if it cannot be written."""
     try:
         with runs.writing(out):
+            if out.is_dir():  # matplotlib would write a file beside it
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
             figure.savefig(out, dpi=dpi)
     except ValueError as error:  # an ending that matplotlib does not know
         raise UserError(f"cannot draw {out}: {error}") from None

@@ -24,7 +24,7 @@ import os
 import pickle
 import random
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -474,11 +474,7 @@ def evaluate(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str,
     result = {}
     for name, states in sets.items():
         share = world.mine(states)
-        said = [
-            replace(action, text=state.reading(action.text))
-            for state, action in zip(share, answer_greedily(sampler, share), strict=True)
-        ]
-        actions = world.gather(said)
+        actions = world.gather(answer_greedily(sampler, share))
         result[f"eval/{name}"] = score(states, actions)["accuracy"]
     return result
 

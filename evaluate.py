@@ -115,7 +115,10 @@ def score(states, actions: list[Action]) -> dict[str, float]:
     """`score_predictions` of one action for each state, as the scorers read it (`State.reading`)."""
     pairs = zip(states, actions, strict=True)
     return score_predictions(
-        [Prediction("", s.answer, s.kind, a.text, len(a.tokens), a.truncated) for s, a in pairs]
+        [
+            Prediction("", s.answer, s.kind, s.reading(a.text), len(a.tokens), a.truncated)
+            for s, a in pairs
+        ]
     )
 
 
@@ -549,7 +552,7 @@ def answer_command(argv: list[str]) -> None:
     told = settle(args)
     if args.legacy:
         need_math_verify()
-    if unknown := [name for name in args.sets if name not in ALL_SETS]:
+    if unknown := [n for n in args.sets if n not in ALL_SETS and not n.endswith("-train")]:
         raise UserError(
             f"there is no set '{unknown[0]}' to answer; there are {', '.join(ALL_SETS)}"
         )

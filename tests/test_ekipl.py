@@ -191,7 +191,7 @@ def test_a_gradient_that_is_not_finite_says_so_and_changes_no_weight(
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
     monkeypatch.setattr(ekipl, "clip_gradients", lambda policy, limit: norm)
     config = update_config(batch_size=2, beta=0.0)
-    with pytest.raises(RuntimeError, match="not finite.*lower --lr"):
+    with pytest.raises(runs.UserError, match="not finite.*lower --lr"):
         ekipl.update(config, policy, None, optimizer, fixed_groups(policy, 2), CPU, lr=1.0)
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 

@@ -479,7 +479,7 @@ def test_sft_runs_on_real_data_and_rl_goes_on_from_it(
 def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
     real = dict(
         SHORT, preset="structure-2b", data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=2, experts="none", num_samples=2,
-        group_size=2, save_every=2, eval_every=0,
+        group_size=2, save_every=2, eval_every=0, rollout="transformers",
     )  # fmt: skip
     whole = ekipl.train(ekipl.parse(flags(**real))[0], None, CPU)
     log = ekipl.log
