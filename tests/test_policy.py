@@ -1,22 +1,36 @@
 """policy.py: the packed forward equals the ordinary one, and scores the distribution that rollouts sample from."""
 
 import copy
+import json
 import os
+import shutil
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import SPECIAL
+from conftest import (
+    ROOT,
+    SPECIAL,
+    WORDS,
+    random_model,
+    random_processor,
+    random_tokenizer,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import logging as transformers_logging
 
+import pretrained
 from attention import attend
 from data import State
-from policy import Policy, pack
+from policy import TAGS, Policy, pack
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -498,59 +512,247 @@ def test_a_batch_moves_to_a_device_whole(policy):
     assert pack(policy.encode([NO_IMAGE]), [[[5]]]).to("meta").pixel_values is None
 
 
-def broken_model(kind: str, source, path):
-    """A directory that is no model we can train."""
-    policy = Policy.load(source)
-    policy.save(path)
-    weights = path / "model.safetensors"
-    if kind == "another model type":
-        (path / "config.json").write_text('{"model_type": "llama"}')
-    elif kind == "config not JSON":
-        (path / "config.json").write_text("{")
-    elif kind == "no weights":
-        weights.unlink()
-    elif kind == "a pointer in place of the weights":
-        weights.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    elif kind in ("a weight is missing", "a weight has another shape"):
-        tensors = load_file(weights)
-        name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
-        tensors[name] = tensors[name][:5].clone()
-        if kind == "a weight is missing":
-            del tensors[name]
-        save_file(tensors, weights, metadata={"format": "pt"})
-    elif kind == "no processor":
-        for name in os.listdir(path):
-            if name not in ("config.json", "model.safetensors"):
-                (path / name).unlink()
-    elif kind == "sliding window":
-        policy.model.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-        policy.model.config.text_config.use_sliding_window = True
-        policy.model.config.save_pretrained(path)
-    elif kind == "no directory":
-        return path / "nowhere"
-    return path
+def edit(file, **values) -> None:
+    """Sets values of a JSON file; "part.name" of an object in it."""
+    stored = json.loads(file.read_text())
+    for name, value in values.items():
+        *parts, last = name.split("__")
+        target = stored
+        for part in parts:
+            target = target[part]
+        target[last] = value
+    file.write_text(json.dumps(stored))
 
 
-@pytest.mark.parametrize(
-    "kind, says",
-    [
-        ("another model type", "'llama'"),
-        ("config not JSON", "JSON"),
-        ("no weights", "model.safetensors"),
-        ("a pointer in place of the weights", "header"),
-        ("a weight is missing", "1 weights are missing.*layers.1.mlp.up_proj"),
-        ("a weight has another shape", "of another shape.*layers.1.mlp.up_proj"),
-        ("no processor", "processor"),
-        ("sliding window", "sliding"),
-        ("no directory", "no directory here"),
-    ],
-)
-def test_what_cannot_be_loaded_is_refused_in_one_line(random_model_dir, tmp_path, kind, says):
-    path = broken_model(kind, random_model_dir, tmp_path)
+class Pickled:
+    """Runs code where it is read."""
+
+    def __reduce__(self):
+        return (open, ("pickle-ran", "w"))
+
+
+def with_tensors(path, change) -> None:
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+
+
+LAYER = "model.layers.1.mlp.up_proj.weight"
+CODE = {"AutoConfig": "evil.Evil", "AutoProcessor": "evil.Evil", "AutoImageProcessor": "evil.Evil"}
+REFUSED = {  # what is done to a good directory, and what the one line says
+    "another model type": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
+    "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not readable JSON"),
+    "config a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json holds a list"),
+    "config null": (lambda d: (d / "config.json").write_text("null"), "config.json holds a NoneType"),
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
+    "an adapter": (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "adapter"),
+    "a type of another type": (lambda d: edit(d / "config.json", model_type=["qwen2_vl"]), "model type"),
+    "quantised": (
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "awq"}), "quantised",
+    ),
+    "text config of another type": (lambda d: edit(d / "config.json", text_config=[]), "text_config"),
+    "no text config": (lambda d: edit(d / "config.json", text_config=None), "describes .* parameters"),
+    "heads": (lambda d: edit(d / "config.json", text_config__num_attention_heads=3), "3 heads"),
+    "key heads": (lambda d: edit(d / "config.json", text_config__num_key_value_heads=3), "3 key heads"),
+    "no key heads": (lambda d: edit(d / "config.json", text_config__num_key_value_heads=0), "0 key heads"),
+    "vision heads": (lambda d: edit(d / "config.json", vision_config__num_heads=5), "scoring a small state"),
+    "rotary sections": (
+        lambda d: edit(d / "config.json", text_config__rope_parameters__mrope_section=[4, 6, 5]),
+        "scoring a small state",
+    ),
+    "vocabulary": (lambda d: edit(d / "config.json", text_config__vocab_size=10**12), "describes .* parameters"),
+    "vocabulary beyond numbers": (
+        lambda d: edit(d / "config.json", text_config__vocab_size=10**30), "config.json does not work",
+    ),
+    "vocabulary too small": (lambda d: edit(d / "config.json", text_config__vocab_size=20), "20 embeddings"),
+    "width": (lambda d: edit(d / "config.json", text_config__intermediate_size=10**12), "describes"),
+    "layers": (lambda d: edit(d / "config.json", text_config__num_hidden_layers=10**9), "more than 1000"),
+    "image token": (lambda d: edit(d / "config.json", image_token_id=3), "image token"),
+    "sliding window": (
+        lambda d: edit(
+            d / "config.json", text_config__use_sliding_window=True, text_config__sliding_window=8,
+            text_config__layer_types=["full_attention", "sliding_attention"],
+        ), "sliding",
+    ),
+    "code of its own": (
+        lambda d: edit(d / "config.json", model_type="evil", auto_map=CODE), "never run code",
+    ),
+    "code of its processor": (
+        lambda d: edit(
+            d / "processor_config.json", image_processor__image_processor_type="Evil",
+            image_processor__auto_map=CODE,
+        ), "which is never run",
+    ),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
+    "a pointer in place of the weights": (
+        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        "header",
+    ),
+    "weights cut short": (
+        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+        "header",
+    ),
+    "pickled weights": (
+        lambda d: (torch.save(Pickled(), d / "pytorch_model.bin"), (d / "model.safetensors").unlink()),
+        "pickles",
+    ),
+    "an index that leads away": (
+        lambda d: (
+            (d / "model.safetensors").rename(d.parent / "away.safetensors"),
+            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../away.safetensors"}}'),
+        ), "no file '../away.safetensors'",
+    ),
+    "a weight is missing": (
+        lambda d: with_tensors(d, lambda t: t.pop(LAYER)), "1 weights are missing.*layers.1.mlp.up_proj",
+    ),
+    "a weight has another shape": (
+        lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER][:5].clone()})),
+        "of another shape.*layers.1.mlp.up_proj",
+    ),
+    "a layer more": (
+        lambda d: with_tensors(d, lambda t: t.update({LAYER.replace("1", "2"): t[LAYER].clone()})),
+        "1 weights have no place.*layers.2.mlp.up_proj",
+    ),
+    "NaN": (lambda d: with_tensors(d, lambda t: t[LAYER].fill_(torch.nan)), "no numbers"),
+    "integers": (
+        lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})), "of I8",
+    ),
+    "no processor": (lambda d: (d / "processor_config.json").unlink(), "no preprocessor_config.json"),
+    "other patches": (lambda d: edit(d / "processor_config.json", image_processor__patch_size=14), "patch_size 14"),
+    "pixel limits": (
+        lambda d: edit(d / "processor_config.json", image_processor__size={"shortest_edge": 9, "longest_edge": 1}),
+        "limits of pixels",
+    ),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
+    "an empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "its processor does not work"),
+    "no end of a response": (lambda d: edit(d / "tokenizer_config.json", eos_token=None), "no eos_token"),
+    "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "its chat template"),
+    "a broken template": (lambda d: (d / "chat_template.jinja").write_text("{% for %}"), "its chat template"),
+    "a template that looks around": (
+        lambda d: (d / "chat_template.jinja").write_text("{{ ''.__class__ }}"), "its chat template",
+    ),
+    "a template without images": (
+        lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}"), "leaves out",
+    ),
+    "generation settings a list": (lambda d: (d / "generation_config.json").write_text("[]"), "holds a list"),
+    "generation settings that nothing can do": (
+        lambda d: edit(d / "generation_config.json", num_return_sequences=4), "num_return_sequences",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_cannot_be_loaded_is_refused_in_one_line(
+    random_model_dir, tmp_path, monkeypatch, capfd, kind
+):
+    """Nothing of it runs, nothing is asked, and nothing large is allocated."""
+    change, says = REFUSED[kind]
+    path = shutil.copytree(random_model_dir, tmp_path / "model")
+    (path / "evil.py").write_text("open('code-ran', 'w')\nclass Evil: pass\n")
+    change(path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
+    transformers_logging.disable_progress_bar()  # as every program does
     with pytest.raises(ValueError, match=says) as caught:
         Policy.load(path)
     message = str(caught.value)
-    assert str(path) in message and "\n" not in message and len(message) < 400
+    assert str(path) in message and "\n" not in message and len(message) < 600
+    assert not list(tmp_path.glob("*-ran"))
+    assert capfd.readouterr() == ("", "")  # no report of the library's beside it
+
+
+def test_code_beside_a_model_that_needs_none_is_told_and_left_behind(
+    random_model_dir, tmp_path, caplog
+):
+    path = shutil.copytree(random_model_dir, tmp_path / "model")
+    edit(path / "config.json", auto_map=CODE, _attn_implementation="somebody/kernel")
+    edit(path / "tokenizer_config.json", auto_map={"AutoTokenizer": ["evil.Evil", None]})
+    for _ in range(2):  # policy and reference
+        policy = Policy.load(path)
+    (told,) = caplog.messages
+    assert "never run" in told and str(path) in told
+    policy.save(tmp_path / "saved")
+    assert not [f for f in (tmp_path / "saved").glob("*.json") if "auto_map" in f.read_text()]
+
+
+GENERATION = {
+    "greedy with sampling": dict(do_sample=False, temperature=0.01, top_p=0.001, top_k=1),
+    "nothing said of sampling": dict(temperature=0.5, min_p=0.1, typical_p=0.5, eta_cutoff=0.1),
+    "beams": dict(length_penalty=2.0, early_stopping=True),
+    "outputs": dict(output_scores=True),
+    "padding": dict(pad_token_id=-1),
+}
+
+
+@pytest.mark.parametrize("kind", GENERATION)
+def test_generation_settings_without_effect_do_not_stop_a_checkpoint(
+    random_model_dir, tmp_path, kind
+):
+    path = shutil.copytree(random_model_dir, tmp_path / "model")
+    edit(path / "generation_config.json", repetition_penalty=1.05, **GENERATION[kind])
+    policy = Policy.load(path)
+    policy.save(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert said["repetition_penalty"] == 1.05  # what has an effect stays
+    Policy.load(tmp_path / "saved")
+
+
+def test_settings_of_sampling_that_have_an_effect_stay(random_model_dir, tmp_path):
+    path = shutil.copytree(random_model_dir, tmp_path / "model")
+    edit(path / "generation_config.json", do_sample=True, temperature=0.01, top_k=1)
+    Policy.load(path).save(tmp_path / "saved")
+    said = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert (said["do_sample"], said["temperature"], said["top_k"]) == (True, 0.01, 1)
+
+
+@pytest.mark.parametrize("tag", TAGS)
+def test_a_tag_that_no_response_could_hold_is_refused(random_model_dir, tmp_path, tag):
+    """A special token is suppressed, and decoding drops it; one that is only added is not."""
+    tokenizer = random_tokenizer([word for word in WORDS if word != tag])
+    for special in (True, False):
+        tokenizer.add_tokens([AddedToken(tag, special=special)], special_tokens=special)
+        path = tmp_path / str(special)
+        random_model(tokenizer).save_pretrained(path)
+        random_processor(tokenizer).save_pretrained(path)
+        if special:
+            with pytest.raises(ValueError, match=f"no response could hold {tag}"):
+                Policy.load(path)
+            tokenizer = random_tokenizer([word for word in WORDS if word != tag])
+        else:
+            Policy.load(path)
+
+
+def test_a_tag_that_the_tokenizer_does_not_know_is_refused(random_model_dir, tmp_path):
+    tokenizer = random_tokenizer([word for word in WORDS if word != "</answer>"])
+    random_model(tokenizer).save_pretrained(tmp_path)
+    random_processor(tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no response could hold </answer>"):
+        Policy.load(tmp_path)
+
+
+def test_without_the_hub_one_line_tells_what_to_download_and_who_takes_it(tmp_path, capfd):
+    """In a process of its own: the library reads HF_HUB_OFFLINE when it is imported."""
+    model = "Somebody/Qwen2-VL-2B-Instruct"
+    for program, more in (
+        ("ekipl.py", ["--model", model, "--experts", "none"]),
+        ("sft.py", ["--model", model, "--plan", "80"]),
+        ("evaluate.py", [model, "--sets", "counting-id", "--states", "2"]),
+    ):
+        done = subprocess.run(
+            [sys.executable, ROOT / program, *more], cwd=tmp_path, capture_output=True, text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, timeout=280,
+        )  # fmt: skip
+        assert done.returncode == 2, done.stderr
+        (line,) = done.stderr.strip().splitlines()
+        assert f"{program}: error:" in line and f"hf download {model} --local-dir DIR" in line
+        assert "--model DIR" in line and "[...]" not in line
+
+
+@pytest.mark.parametrize("name", ["no such/place/at all", "nowhere/", "/nowhere", "../nowhere", "a b"])
+def test_a_place_that_is_none_is_told_without_asking_the_hub(name, monkeypatch):
+    monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(ValueError, match="no directory here"):
+        Policy.load(name)
 
 
 def test_a_generated_token_attends_with_the_keys_of_its_own_heads():
