@@ -31,13 +31,10 @@ import threading
 from expressions import compared
 
 KINDS = ("discrete", "math", "function")
-FULL_BELOW, NONE_ABOVE = (
-    0.05,
-    0.20,
-)  # relative errors of "math" between which the reward falls from 1 to 0
-TOLERANCE = (
-    1e-6  # relative error of equal values (a decimal is rounded); absolute where the truth is 0
-)
+# Relative errors of "math" between which the reward falls from 1 to 0.
+FULL_BELOW, NONE_ABOVE = 0.05, 0.20
+# Of equal values, relative (a decimal is rounded); absolute where the truth is 0.
+TOLERANCE = 1e-6
 MAX_PARTIAL = 64  # calls of a side that partial credit pairs (TRANCE has at most 4)
 MATH_VERIFY = "math-verify[antlr4_13_2]==0.9.0"  # what the legacy test score needs
 
