@@ -748,7 +748,9 @@ def test_without_the_hub_one_line_tells_what_to_download_and_who_takes_it(tmp_pa
         assert "--model DIR" in line and "[...]" not in line
 
 
-@pytest.mark.parametrize("name", ["no such/place/at all", "nowhere/", "/nowhere", "../nowhere", "a b"])
+@pytest.mark.parametrize(
+    "name", ["no such/place/at all", "nowhere/", "/nowhere", "../nowhere", "a b"]
+)
 def test_a_place_that_is_none_is_told_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ValueError, match="no directory here"):
