@@ -244,6 +244,8 @@ class Cache:
             self.db.execute("PRAGMA busy_timeout = 1000")
             if not self.read_only:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        except sqlite3.ProgrammingError:
+            pass  # somebody closed the connection
         except sqlite3.OperationalError as error:  # a full disk, say
             LOG.warning("answers are left in %s-wal, keep it: %s", self.path, error)
         finally:
