@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
 import pretrained
-from attention import attend
+from attention import SharedPrefix, attend
 from data import State
 from policy import TAGS, Policy, pack
 
@@ -755,6 +755,32 @@ def test_a_place_that_is_none_is_told_without_asking_the_hub(name, monkeypatch):
     monkeypatch.setattr(pretrained, "snapshot_download", lambda *_, **__: pytest.fail("asked"))
     with pytest.raises(ValueError, match="no directory here"):
         Policy.load(name)
+
+
+def test_the_shared_prefix_takes_any_scale_and_changes_its_type_with_its_inputs():
+    """A prompt of 3 tokens, actions of 2 and 1: softmax(scale q k) over what each token may see, written out."""
+    layout = SharedPrefix(
+        prompt_at=torch.tensor([[0, 1, 2]]),
+        action_at=torch.tensor([[3, 4], [5, 0]]),
+        prompt_of=torch.tensor([0, 0]),
+        prompt_length=torch.tensor([3]),
+        output_at=torch.tensor([0, 1, 2, 3, 4, 5]),
+    )
+    sees = [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4], [0, 1, 2, 5]]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 6, 8, generator=generator, dtype=torch.float64) for heads in (4, 2, 2)
+    )
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-12), (torch.float32, 1e-5)):
+        out = layout.attend(query.to(dtype), key.to(dtype), value.to(dtype), 0.9)
+        assert out.dtype == dtype and out.shape == (1, 6, 4, 8)
+        for n, seen in enumerate(sees):
+            for head in range(4):  # two heads share one key head
+                k, v = key[0, head // 2, seen], value[0, head // 2, seen]
+                expected = (0.9 * k @ query[0, head, n]).softmax(0) @ v
+                torch.testing.assert_close(
+                    out[0, n, head].double(), expected, rtol=0, atol=tolerance
+                )
 
 
 def test_a_generated_token_attends_with_the_keys_of_its_own_heads():
