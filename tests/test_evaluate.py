@@ -17,6 +17,7 @@ from conftest import in_two_processes
 import evaluate
 import runs
 from blocks import BlocksSet
+from data import State
 from distributed import World
 from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
 from policy import Policy
@@ -69,7 +70,7 @@ def test_score_of_a_worked_example():
         (two_calls, "function", f"<think> so </think> <answer> {nearly} </answer>", 12, False),
         (two_calls, "function", "<think> so", 16, True),
     ]
-    states = [SimpleNamespace(answer=answer, kind=kind) for answer, kind, *_ in asked]
+    states = [State("", (), "", answer, kind) for answer, kind, *_ in asked]
     actions = [
         Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked
     ]
@@ -85,7 +86,7 @@ def test_score_of_a_worked_example():
 
 def test_score_wants_one_action_for_each_state():
     with pytest.raises(ValueError):
-        score([SimpleNamespace(answer="3", kind="math")] * 2, [Action([1], "3", "policy")])
+        score([State("", (), "", "3", "math")] * 2, [Action([1], "3", "policy")])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 50])
