@@ -544,11 +544,19 @@ def answer_command(argv: list[str]) -> None:
         "--offline", action="store_true", help="an API's answers come from the cache alone"
     )
     parser.add_argument(
+        "--expert-tokens",
+        type=int,
+        default=512,
+        help="length limit of an API's answer, in its own tokens, thoughts included (default 512)",
+    )
+    parser.add_argument(
         "--out",
         help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)",
     )
     args = parser.parse_args(argv)
     args.samples = samples_for(args.pass_k)
+    if not 1 <= args.expert_tokens <= 10**6:
+        raise UserError(f"--expert-tokens must be 1 to {10**6}, not {args.expert_tokens}")
     told = settle(args)
     if args.legacy:
         need_math_verify()
@@ -593,7 +601,10 @@ def answer_command(argv: list[str]) -> None:
         asked = None if is_expert(args.model) else room
         sets = {name: questions_of(name, args, asked) for name in args.sets}
         experts = (
-            make_experts(args.model, Config(cache=args.cache, offline=args.offline))
+            make_experts(
+                args.model,
+                Config(cache=args.cache, offline=args.offline, expert_tokens=args.expert_tokens),
+            )
             if is_expert(args.model)
             else []
         )

@@ -186,6 +186,8 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
             else []
         )
     asked += ["--offline"] if config.offline else []
+    if config.expert_tokens != type(config).expert_tokens:
+        asked += ["--expert-tokens", str(config.expert_tokens)]
     for row in rows:
         for seed in args.seeds if row.program else args.seeds[:1]:
             name = f"{row.name}-seed{seed}" if row.program else row.name

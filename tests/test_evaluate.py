@@ -13,6 +13,7 @@ import miniature
 import pytest
 import torch
 from conftest import in_two_processes
+from fake_api import KEY, Server
 
 import evaluate
 import runs
@@ -541,3 +542,13 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
         if not line.startswith(("[transformers]", "Loading weights"))
     ]
     assert stopped.value.code == 2 and line.startswith("evaluate.py: error: ") and message in line
+
+
+def test_an_apis_answers_have_the_length_that_a_flag_gives(tmp_path, monkeypatch):
+    """A model that thinks needs more than the default, in an evaluation as in training."""
+    monkeypatch.setenv("EXPERT_API_KEY", KEY)
+    server = Server(["good"])
+    flags = ["--sets", "counting-id", "--states", 2, "--cache", tmp_path / "c.sqlite"]
+    run(monkeypatch, server.openai, *flags, "--out", tmp_path / "o", "--expert-tokens", 4096)
+    server.close()
+    assert {request["max_completion_tokens"] for request in server.bodies} == {4096}
