@@ -222,8 +222,8 @@ class Policy(nn.Module):
     def try_out(self) -> None:
         """One small state, encoded and scored. ValueError for what a run would only meet later.
 
-        That is a template that leaves something out, a tokenizer that cannot write the tags of a response, weights that
-        are no numbers.
+        That is a template that leaves something out, a tokenizer that cannot write the tags of a
+        response, weights that are no numbers.
         """
         banned = set(self.suppressed_ids.tolist())
         response = []

