@@ -613,7 +613,7 @@ REFUSED = {  # what is done to a good directory, and what the one line says
         lambda d: with_tensors(d, lambda t: t.update({LAYER.replace("1", "2"): t[LAYER].clone()})),
         "1 weights have no place.*layers.2.mlp.up_proj",
     ),
-    "NaN": (lambda d: with_tensors(d, lambda t: t[LAYER].fill_(torch.nan)), "no numbers"),
+    "NaN": (lambda d: with_tensors(d, lambda t: t[LAYER].fill_(torch.nan)), "no finite numbers"),
     "integers": (
         lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})), "of I8",
     ),
