@@ -1,7 +1,6 @@
 """How long a prompt is, before any model is loaded: one that is longer than the model can read is
 left out, not met in the middle of a run."""
 
-import re
 import unicodedata
 from functools import cached_property
 from pathlib import Path
@@ -74,18 +73,9 @@ class Room:
         """Tokens that fit, the side in pixels of what becomes a token, fewest and most pixels of
         an image; None if there is no such model."""
         try:
-            if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", str(self.model)):
-                from plan import published
+            from pretrained import described  # transformers: seconds, which data.py does without
 
-                config, size = (
-                    published(known[1]),
-                    {"shortest_edge": 3136, "longest_edge": 12845056},
-                )
-            else:
-                from transformers import AutoConfig
-
-                config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
-                size = self._processor.image_processor.size
+            config, size = described(self.model)
             limit, vision = config.text_config.max_position_embeddings, config.vision_config
             factor = vision.patch_size * vision.spatial_merge_size
             fewest, most = (
@@ -98,6 +88,7 @@ class Room:
 
     @cached_property
     def _processor(self):
-        from transformers import AutoProcessor
+        import pretrained
 
-        return AutoProcessor.from_pretrained(self.model, trust_remote_code=False)
+        directory = pretrained.directory_of(self.model, weights=False)
+        return pretrained.read_processor(directory, pretrained.read_config(directory))

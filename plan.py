@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForImageTextToText, PreTrainedConfig, Qwen2VLConfig
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 import pretrained
 from runs import UserError
@@ -54,38 +54,13 @@ class Row:
     step: float = 0.0
 
 
-def published(size: str) -> Qwen2VLConfig:
-    """Qwen2-VL-2B or 7B, by the config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct."""
-    hidden, intermediate, heads, key_heads, words = {
-        "2B": (1536, 8960, 12, 2, 151936),
-        "7B": (3584, 18944, 28, 4, 152064),
-    }[size]
-    text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=key_heads,
-                vocab_size=words, max_position_embeddings=32768)  # fmt: skip
-    vision = dict(
-        depth=32,
-        embed_dim=1280,
-        hidden_size=hidden,
-        num_heads=16,
-        mlp_ratio=4,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
-    )
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "2B")
-
-
 def described(path: str) -> tuple[PreTrainedConfig, int]:
-    """A model's config, and to how many pixels its processor shrinks an image. Of the paper's models both are known without the hub."""
-    if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", path):
-        return published(known[1]), 12845056  # preprocessor_config.json
+    """A model's config, and to how many pixels its processor shrinks an image."""
     try:
-        directory = pretrained.directory_of(path, weights=False)
-        config = pretrained.read_config(directory)
-        processor = pretrained.read_processor(directory, config)
+        config, edges = pretrained.described(path)
     except ValueError as error:
         raise UserError(f"cannot read the config of {path!r}: {error}") from None
-    return config, processor.image_processor.size["longest_edge"]
+    return config, edges["longest_edge"]
 
 
 def sizes(config: PreTrainedConfig) -> Sizes:

@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
+    Qwen2VLConfig,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -312,3 +313,41 @@ def writable(generation: GenerationConfig) -> None:
     with library("writing its generation_config.json"):
         generation.validate(strict=True)
         generation.to_json_string()
+
+
+# ---------------------------------------------------------------------------------------- without weights
+
+
+def published(size: str) -> Qwen2VLConfig:
+    """Qwen2-VL-2B or 7B, by the config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct."""
+    hidden, intermediate, heads, key_heads, words = {
+        "2B": (1536, 8960, 12, 2, 151936),
+        "7B": (3584, 18944, 28, 4, 152064),
+    }[size]
+    text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=key_heads,
+                vocab_size=words, max_position_embeddings=32768)  # fmt: skip
+    vision = dict(
+        depth=32,
+        embed_dim=1280,
+        hidden_size=hidden,
+        num_heads=16,
+        mlp_ratio=4,
+        patch_size=14,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+    )
+    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "2B")
+
+
+def described(model: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
+    """A model's config, and the fewest and most pixels of an image ("shortest_edge" and
+    "longest_edge", as its processor names them). The paper's models are known without the hub.
+
+    ValueError as `read_config` and `read_processor` raise it.
+    """
+    if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", str(model)):
+        # By their preprocessor_config.json.
+        return published(known[1]), {"shortest_edge": 3136, "longest_edge": 12845056}
+    directory = directory_of(model, weights=False)
+    config = read_config(directory)
+    return config, dict(read_processor(directory, config).image_processor.size)

@@ -27,6 +27,8 @@ from transformers import (  # noqa: E402
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from fake_api import Server  # noqa: E402
+
 import blocks  # noqa: E402
 from policy import Policy  # noqa: E402
 
@@ -171,6 +173,37 @@ def blocks_policy():
     """A random policy that knows the words of the blocks world."""
     tokenizer = random_tokenizer(blocks.vocabulary())
     return Policy(random_model(tokenizer), random_processor(tokenizer))
+
+
+@pytest.fixture
+def serve():
+    """Starts servers of fake_api.py that end with the test."""
+    servers = []
+
+    def start(*script, **settings) -> Server:
+        servers.append(Server(script, **settings))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.close()
+
+
+@pytest.fixture
+def tell(capsys, monkeypatch):
+    """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
+    import collect
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
+        try:
+            collect.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
 def agrees(counts: dict, probabilities: dict) -> bool:

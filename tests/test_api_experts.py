@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import in_two_processes
-from fake_api import KEY, Server, chat, content, error
+from fake_api import KEY, chat, content, error
 from PIL import Image
 
 import apis
@@ -42,20 +42,6 @@ def planted_key(monkeypatch):
         monkeypatch.setenv(variable, VENDORS_KEY)
     monkeypatch.setenv("EXPERT_API_KEY", KEY)  # the one that servers on loopback get
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-
-
-@pytest.fixture
-def serve():
-    """Starts servers that end with the test."""
-    servers = []
-
-    def start(*script, **settings) -> Server:
-        servers.append(Server(script, **settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture
@@ -729,22 +715,6 @@ def command(*arguments, **settings) -> subprocess.Popen:
         env=environment,
         **settings,
     )
-
-
-@pytest.fixture
-def tell(capsys, monkeypatch):
-    """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
-        try:
-            collect.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from fake_api import KEY, Server, chat, content, error
+from fake_api import KEY, chat, content, error
 
 import apis
 import clients
@@ -33,19 +33,6 @@ def keys(monkeypatch):
     for variable in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"):
         monkeypatch.setenv(variable, VENDORS_KEY)
     monkeypatch.setenv("EXPERT_API_KEY", KEY)
-
-
-@pytest.fixture
-def serve():
-    servers = []
-
-    def start(*script, **settings) -> Server:
-        servers.append(Server(script, **settings))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
 
 
 @pytest.fixture

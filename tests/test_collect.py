@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import in_two_processes
-from fake_api import KEY, Server, chat, content, error
+from fake_api import KEY, chat, content, error
 from tokenizers import (
     AddedToken,
     Regex,
@@ -43,36 +43,6 @@ PRICE = 0.001  # USD a token, see `flags`
 def planted_key(monkeypatch):
     for variable in ("OPENAI_API_KEY", "GEMINI_API_KEY", "EXPERT_API_KEY"):
         monkeypatch.setenv(variable, KEY)
-
-
-@pytest.fixture
-def serve():
-    """Starts servers that end with the test."""
-    servers = []
-
-    def start(*script) -> Server:
-        servers.append(Server(script))
-        return servers[-1]
-
-    yield start
-    for server in servers:
-        server.close()
-
-
-@pytest.fixture
-def tell(capsys, monkeypatch):
-    """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
-        try:
-            collect.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return run
 
 
 def flags(tmp_path, name: str, states: int, *more) -> list:

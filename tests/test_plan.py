@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import ekipl
 import plan
+import pretrained
 import sft
 from attention import SHARED_PREFIX
 from data import State
@@ -342,7 +343,7 @@ def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
         ("2B", 2_208_985_600),
         ("7B", 8_291_375_616),
     ):  # bytes of the files on the hub, in bfloat16, by 2
-        assert plan.sizes(plan.published(size)).total == parameters
+        assert plan.sizes(pretrained.published(size)).total == parameters
 
 
 @pytest.mark.parametrize("flags, says", [

@@ -223,15 +223,8 @@ def test_the_link_survives_moving_the_run(tmp_path):
     assert_whole(tmp_path / "there" / "model", 1)
 
 
-@pytest.mark.parametrize("where", [
-    (StubPolicy, "save"), (torch, "save"), (os, "fsync"), (os, "rename"), (Path, "symlink_to"), (os, "replace"),
-    (shutil, "rmtree"),
-], ids=lambda where: where[1])  # fmt: skip
-@pytest.mark.parametrize("call", [0, 1, 2])
-def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatch, where, call):
-    policy = StubPolicy()
-    saved(tmp_path, policy, 1)
-    policy.step()
+def save_until(path: Path, policy: StubPolicy, monkeypatch, where: tuple, call: int) -> None:
+    """Saves step 2, and is killed in that call (from 0) of a function (its module and name)."""
     module, name = where
     works, calls = getattr(module, name), []
 
@@ -244,11 +237,23 @@ def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(module, name, dies)
         try:
-            save(tmp_path, policy, 2)
+            save(path, policy, 2)
         except KeyboardInterrupt:
             pass
         else:
             assert len(calls) <= call  # it has fewer of these calls, and none was to fail
+
+
+@pytest.mark.parametrize("where", [
+    (StubPolicy, "save"), (torch, "save"), (os, "fsync"), (os, "rename"), (Path, "symlink_to"), (os, "replace"),
+    (shutil, "rmtree"),
+], ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatch, where, call):
+    policy = StubPolicy()
+    saved(tmp_path, policy, 1)
+    policy.step()
+    save_until(tmp_path, policy, monkeypatch, where, call)
     last = runs.last_checkpoint(tmp_path)
     assert_whole(last, 1 if last.name == "checkpoint-000001" else 2)
     linked = (tmp_path / "model").resolve()
@@ -321,21 +326,7 @@ def test_a_run_killed_while_saving_without_links_goes_on(tmp_path, monkeypatch, 
     policy = StubPolicy()
     saved(tmp_path, policy, 1)
     policy.step()
-    module, name = where
-    works, calls = getattr(module, name), []
-
-    def dies(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) > call:
-            raise KeyboardInterrupt
-        return works(*arguments, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module, name, dies)
-        try:
-            save(tmp_path, policy, 2)
-        except KeyboardInterrupt:
-            pass
+    save_until(tmp_path, policy, monkeypatch, where, call)
     last = runs.last_checkpoint(tmp_path)
     assert_whole(last, int(last.name[-1]))
     runs.publish(tmp_path)  # what resuming does first
