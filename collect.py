@@ -204,7 +204,7 @@ class Collection:
     """Buying the answers of experts to states, in order, as many requests at a time as allowed.
 
     An API that fails again and again is left alone for a while, as in training, and the states that failed in that time are asked
-    again. A server that was never reached, or an API that stays down for WAITS pauses (FIRST_WAITS, if it never answered), ends it: UserError.
+    again. A state that fails while the API is well gets one more try, at the end. A server that was never reached, or an API that stays down for WAITS pauses (FIRST_WAITS, if it never answered), ends it: UserError.
     """
 
     def __init__(self, experts: list[Buyer], states: list, config: ekipl.Config, bar: tqdm):
@@ -212,6 +212,7 @@ class Collection:
         self.todo = deque((state, expert) for state in states for expert in experts)
         self.running: dict[Future, tuple] = {}
         self.row = {expert: [] for expert in experts}  # of failed states, since the last success
+        self.retried: set[tuple[int, str]] = set()  # failed although the API was well
         self.waits = dict.fromkeys(experts, 0)  # pauses, since the last success
         self.reasons: dict[str, str] = {}
         self.counts: dict[str, float] = {}
@@ -226,8 +227,11 @@ class Collection:
             elif self.over:
                 break
             self.wait_out()
+            if not self.todo and not self.running:
+                for expert in self.experts:
+                    self.ask_later(expert)
         for expert in self.experts:
-            self.give_up(expert)
+            self.ask_later(expert)  # counts them: there is no money left
 
     def most(self) -> int:
         return self.config.expert_requests * len(self.experts)
@@ -257,7 +261,7 @@ class Collection:
                     self.stop(expert)
             else:
                 if not expert.off:
-                    self.give_up(expert)
+                    self.ask_later(expert)
                 self.waits[expert] = 0
                 self.bar.update(1)
             spent, requests = expert.purse.spent, self.counts.get("requests", 0)
@@ -270,10 +274,15 @@ class Collection:
         never = not expert.answered and not getattr(error, "reached", True)
         return never or getattr(error, "final", False)
 
-    def give_up(self, expert: Buyer) -> None:
-        """The states that failed lately stay without answers: they did although the API was well."""
-        self.without += len(self.row[expert])
-        self.bar.update(len(self.row[expert]))
+    def ask_later(self, expert: Buyer) -> None:
+        """The states that failed lately, although the API is well, get one more try, at the end."""
+        for state in self.row[expert]:
+            if (key := (id(state), expert.name)) in self.retried or self.over:
+                self.without += 1
+                self.bar.update(1)
+            else:
+                self.retried.add(key)
+                self.todo.append((state, expert))
         self.row[expert] = []
 
     def wait_out(self) -> None:
