@@ -21,51 +21,50 @@ Departures from the paper, and readings of what it leaves open, are in README.md
 import dataclasses
 import math
 import os
-import pickle
 import random
-import sys
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import curves
 import grpo
-import plan
-import runs
-import settings
-from data import reports, test_sets, training_states
-from distributed import (
+from blocks.scripted import ACCURACY
+from data.sets import test_sets, training_states
+from evaluate import score
+from experts.apis import parse_price
+from experts.roster import api_counts, api_metrics, expert_specs, make_experts, run_ahead, try_out
+from policy import PackedBatch, Policy, pack
+from rollouts import choice
+from rollouts.answering import answer_greedily
+from sampling import (
+    Group,
+    Sampler,
+    add_expert_logps,
+    log_weights,
+    select,
+    summary,
+    total_groups,
+    transcripts,
+)
+from training import checkpointing, console, curves, plan, settings, storage
+from training.checkpointing import restore, save
+from training.console import UserError
+from training.distributed import (
     World,
     accumulating,
+    autocast,
     clear_gradients,
     clip_gradients,
-    collected,
-    own,
-    shared_out,
-    weights_of,
+    deterministic,
 )
-from evaluate import answer_greedily, score
-from experts import (
-    api_counts,
-    api_metrics,
-    expert_specs,
-    make_experts,
-    parse_price,
-    run_ahead,
-    try_out,
-)
-from metrics import Stopwatch, step_metrics, summary, transcripts
-from policy import PackedBatch, Policy, pack
-from runs import UserError
-from sampling import Group, Sampler, add_expert_logps, autocast, select, total_groups
-from scripted import ACCURACY
-from settings import Settings, option
+from training.metrics import step_metrics
+from training.presets import PRESETS
+from training.rundir import log, open_run, take
+from training.settings import Settings, learning_rate, option
+from training.stopwatch import Stopwatch
 
-BUSY = "wait until that run has ended, or stop it first"
 AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
@@ -143,41 +142,6 @@ class Config(Settings):
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
 
 
-def paper(task: str, size: str) -> dict:
-    """The paper's settings for a task of Reason-RFT-CoT and a policy of "2B" or "7B" parameters, each with its source."""
-    return dict(
-        model=f"Qwen/Qwen2-VL-{size}-Instruct",  # Section 4.1
-        data="reason-rft",
-        task=task,
-        epochs={"counting": 1, "structure": 5, "transformation": 1}[task],  # Section 4.1
-        # Section 4.1: GPT-4o and Gemini-1.5-Pro. The latter is gone; this is what Google names in its place
-        experts="openai:gpt-4o,gemini:gemini-3.8-flash",
-        expert_tokens=4096,  # gemini-3.8-flash thinks first, and its thoughts count
-        num_samples=8,  # N and G: Section 4.1 (Reason-RFT samples 4 for some tasks of the 7B model)
-        group_size=8,
-        lr=1e-6,  # Reason-RFT's and TRL's default; Section 4.1 gives the schedule, cosine, and AdamW
-        warmup=0.0,  # the paper is silent; Reason-RFT's scripts have none
-        weight_decay=0.0,  # the paper is silent; Reason-RFT's scripts have none
-        max_grad_norm=1.0,  # the paper is silent; the default of transformers, which Reason-RFT keeps
-        beta=0.04,  # Section 4.1, "default KL penalty": TRL's default at that time
-        clip_eps=0.2,  # the paper is silent; TRL's default
-        updates_per_batch=1,  # the paper is silent; Open-R1 and Reason-RFT make one
-        temperature=1.0,  # the paper is silent; Reason-RFT's is between 0.9 and 1
-        max_new_tokens=512,  # the paper is silent; Reason-RFT's max_completion_length
-        min_pixels=3136,  # the paper is silent; Reason-RFT's. A picture has 612 tokens at most, so that no prompt comes near the 4096
-        max_pixels=480000,  # tokens at which Reason-RFT cuts
-        batch_size=16,  # the paper is silent; Reason-RFT has 2 states a step for each GPU (7 of 8 train there)
-        micro_batch=1,
-        gradient_checkpointing=True,  # of memory only; Reason-RFT's scripts have it both ways
-        eval_every=200,
-        eval_states=200,
-        save_every=100,  # Reason-RFT's save_steps
-    )
-
-
-PRESETS = settings.presets(paper)
-
-
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
     """The settings that the command line asks for, and the run to resume if it does."""
     return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
@@ -221,107 +185,6 @@ def check(config: Config, world: int, resuming: bool) -> None:
         )
 
 
-# ---------------------------------------------------------------------------------------------- the run's directory
-
-
-def open_run(config: Config, resume: Path | None, world: World, sets: list) -> Path:
-    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used."""
-
-    def make() -> Path:
-        name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
-        path = runs.create(config.runs, name, dataclasses.asdict(config))
-        runs.hold(path, BUSY)
-        lines, left_out = reports(sets)
-        print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
-        if left_out:
-            runs.append(path / "left_out.jsonl", [runs.finite(record) for record in left_out])
-        return path
-
-    return resume or world.first(make)
-
-
-def take(resume: Path | None, world: World) -> None:
-    """Keeps other processes out of a run that is resumed. UserError if one is at it."""
-    if resume:
-        world.first(lambda: runs.hold(resume, BUSY))
-
-
-def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
-    """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
-    file = runs.last_checkpoint(resume) / "trainer.pt"
-    if not file.exists():
-        raise UserError(
-            f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
-            f"--model {resume}/model starts a new run from its weights"
-        )
-    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process
-    # of a machine reads all of it into memory.
-    try:
-        trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
-        start, processes = int(trainer["step"]), int(trainer["processes"])
-        threads = int(trainer.get("threads", torch.get_num_threads()))
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):
-        raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
-    if broken := unsound(optimizer):
-        raise UserError(f"{resume} cannot go on: {broken} of its checkpoint; start a new run")
-    if world.rank == 0:
-        went_on_otherwise(resume, processes, threads, world)
-        for file in ("metrics.jsonl", "samples.jsonl"):
-            runs.forget_after(resume / file, start)
-        with runs.writing(resume / "model"):
-            runs.publish(resume)  # the run may have been killed before it did
-    return start
-
-
-def went_on_otherwise(resume: Path, processes: int, threads: int, world: World) -> None:
-    """Tells what keeps a resumed run from being the run never stopped."""
-    if processes != world.size:
-        runs.say(
-            f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped"
-        )
-    now = torch.get_num_threads()
-    if world.device.type == "cpu" and threads != now:
-        runs.say(
-            f"{resume} was made with {threads} threads and goes on with {now}: sums are rounded otherwise, OMP_NUM_THREADS={threads} keeps them"
-        )
-
-
-def unsound(optimizer: torch.optim.Optimizer) -> str | None:
-    """What of AdamW's state no training can go on from, None if nothing is."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, value in optimizer.state.get(parameter, {}).items():
-                value = torch.as_tensor(value)
-                if name != "step" and value.shape != parameter.shape:
-                    return f"AdamW's {name} is of another shape than its weights"
-                if not own(value).isfinite().all():
-                    return f"AdamW's {name} holds what is no finite number (NaN or infinity)"
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- the update
-
-
-def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up, then a cosine to 0 (Section 4.1). step: from 0."""
-    warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
-    if step < warmup:
-        return config.lr * (step + 1) / warmup
-    return (
-        config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-    )
-
-
 @dataclass
 class MicroBatch:
     """Some groups of a batch, packed, with what does not change over the updates: pi_old, pi_ref, advantages and weights."""
@@ -340,28 +203,6 @@ def padded(rows: list[list], fill) -> torch.Tensor:
     """Rows of different lengths as one tensor."""
     width = max(map(len, rows))
     return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
-
-
-def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Tensor | None:
-    """log w_S = log pi_old - log q_S of each kept action (A.5), (B, G); 0 for an absent one; None if a density is unknown."""
-    if any(group.expert_logps is None for group in groups):
-        return None
-    policy_logp = old_logp.sum(-1).double().cpu()  # (B, G), whole actions
-    result = torch.zeros(policy_logp.shape)
-    for row, group in enumerate(groups):
-        own = policy_logp[row, : len(group.kept)]  # (G,)
-        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(
-            len(own), len(group.mixture) - 1
-        )  # (G, m)
-        proposal = grpo.mixture_logp(
-            torch.cat([own[:, None], experts], dim=1), group.mixture
-        )  # (G,) log q
-        survival = 1.0  # q(S): where any G are kept, S holds every action
-        if group.selection == "top":
-            survival = grpo.selection_probability(group.rewards, min(g, len(group.actions)))
-        proposal = grpo.selected_proposal_logp(proposal, survival)  # (G,) log q_S
-        result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
-    return result.to(old_logp.device)
 
 
 def update(
@@ -479,18 +320,11 @@ def evaluate(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str,
     return result
 
 
-def deterministic(world: World) -> None:
-    """On CPUs: else threads add up the gradients of one tensor in whatever order they come."""
-    if world.device.type == "cpu":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     deterministic(world)
     take(resume, world)
-    room = config.room(runs.last_checkpoint(resume) if resume else config.start)
+    room = config.room(checkpointing.last_checkpoint(resume) if resume else config.start)
     questions, order = training_states(config, room=room)
     tests = test_sets(config, room=room) if config.eval_every else {}
 
@@ -507,7 +341,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     try:
         load = dict(temperature=config.temperature, **config.pixels)
         policy = Policy.load(
-            runs.last_checkpoint(resume) if resume else model,
+            checkpointing.last_checkpoint(resume) if resume else model,
             gradient_checkpointing=config.gradient_checkpointing,
             **load,
         )
@@ -534,7 +368,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     )
     # The engine takes what is left of the GPU when moments and gradients are counted as to come: so
     # before they are there.
-    sampler = settings.sampler_of(config, policy, model, room.longest)
+    sampler = choice.sampler_of(config, policy, model, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
     ties = (
@@ -614,46 +448,8 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         world.rank == 0 and start == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
-    runs.let_go(path)
+    storage.let_go(path)
     return path
-
-
-def save(
-    path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World
-) -> None:
-    """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
-    weights, state = weights_of(policy, world.rank), collected(optimizer.state_dict(), world.rank)
-    if world.rank == 0:
-        runs.save_checkpoint(path, step, policy, weights, state, world.size)
-        curves.draw_run(path / "metrics.jsonl", path.name)
-    world.agree(None)
-
-
-def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: World) -> None:
-    """Writes the step's records, in the first process, and moves the bar."""
-    if world.rank > 0:
-        return
-    runs.append(path / "metrics.jsonl", records)
-    if groups:
-        runs.append(path / "samples.jsonl", groups)
-    for record in records:
-        if evaluated := {
-            name.removeprefix("eval/"): f"{100 * value:.1f}"
-            for name, value in record.items()
-            if name.startswith("eval/")
-        }:
-            bar.write(
-                f"step {record['step']}: greedy accuracy "
-                + "  ".join(f"{name} {value}" for name, value in evaluated.items())
-            )
-        if "reward" in record:
-            bar.set_postfix({
-                "reward": f"{record['reward']:.2f}", "accuracy": f"{record['accuracy']:.2f}",
-                "experts": f"{record['expert_share']:.2f}", "dead": f"{record['dead_groups']:.2f}", "kl": f"{record['kl']:.2f}",
-            }, refresh=False)  # fmt: skip
-        elif "loss" in record:
-            bar.set_postfix({"loss": f"{record['loss']:.3f}"}, refresh=False)
-        bar.update(int("loss" in record))
 
 
 def run(argv: list[str]) -> str:
@@ -669,7 +465,7 @@ def run(argv: list[str]) -> str:
 
 
 def main() -> None:
-    runs.command("ekipl.py", run, "--resume RUN goes on from the last checkpoint")
+    console.command("ekipl.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

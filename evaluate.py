@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import random
 import re
 import sys
 from pathlib import Path
@@ -30,28 +29,24 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import curves
-import report
-import runs
-from blocks import SETS
-from data import CACHE, MODES, Part, State, load_set, reports
-from distributed import World
-from experts import VENDORS, make_experts
-from lengths import Room
-from policy import Policy, Prompt
-from rewards import (
-    KINDS,
-    MATH_VERIFY,
-    accuracy_score,
-    format_reward,
-    need_math_verify,
-    wholly_right,
-)
-from runs import Parser, UserError
-from sampling import ROLLOUTS, Action, Sampler, make_sampler
-from scripted import ACCURACY
+from blocks.scripted import ACCURACY
+from data.lengths import Room
+from data.predictions import Prediction, prediction, read_predictions
+from data.sets import Part, load_set, reports
+from data.state import MODES, SETS, State
+from experiments.report import figures_command, table_command
+from experts.answering import ExpertAnswers, is_expert
+from experts.roster import make_experts
+from policy import Policy
+from rewards import MATH_VERIFY, format_reward, need_math_verify
+from rollouts.answering import ModelAnswers
+from rollouts.choice import make_sampler
+from sampling import Action
+from training import console, rundir, storage
+from training.console import Parser, UserError
+from training.distributed import World
+from training.settings import CACHE, ROLLOUTS
 
-EVAL_SEED = 0  # of Pass@k's samples
 ALL_SETS = [name for names in SETS.values() for name in names]
 DEFAULTS = dict(
     data="blocks", data_cache=CACHE, sets=ALL_SETS, mode="reason", max_new_tokens=96,
@@ -61,30 +56,6 @@ DEFAULTS = dict(
 PROTOCOLS = {"reason-rft": dict(max_new_tokens=768, temperature=0.1, top_p=0.9, top_k=50)}
 MAX_K = 1024  # of Pass@k: as many samples of one question are drawn at a time
 MAX_STATES = 10**6  # of a set in an evaluation, which has them all in memory
-
-
-# ---------------------------------------------------------------------------------------------- scores
-
-
-@dataclasses.dataclass
-class Prediction:
-    """What was said to one question: the one answer that counts, and the samples of Pass@k."""
-
-    id: str
-    answer: str  # the truth
-    kind: str
-    text: str
-    tokens: int
-    truncated: bool
-    samples: list[str] = dataclasses.field(default_factory=list)
-
-    def accuracy(self, legacy: bool = False) -> float:
-        """Table 1's, in [0, 1]."""
-        return accuracy_score(self.text, self.answer, self.kind, legacy)
-
-    def right(self, text: str, legacy: bool = False) -> bool:
-        """Whether this answer is wholly right."""
-        return wholly_right(text, self.answer, self.kind, legacy)
 
 
 def score_predictions(
@@ -154,122 +125,10 @@ def pass_at_k(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-# ---------------------------------------------------------------------------------------------- answers
-
-
-def answer_greedily(sampler: Sampler, states, batch: int = 128) -> list[Action]:
-    """One greedy action for each state."""
-    actions = []
-    for start in range(0, len(states), batch):
-        actions += sampler.greedy(sampler.policy.encode(states[start : start + batch]))
-    return actions
-
-
-class ModelAnswers:
-    """A model's predictions. temperature, top_p, top_k: of the answer that counts, temperature 0 is greedy; Pass@k samples from the policy
-    itself, at 1, all of it."""
-
-    def __init__(
-        self,
-        sampler: Sampler,
-        temperature: float,
-        samples: int,
-        top_p: float = 1.0,
-        top_k: int = 0,
-    ):
-        self.sampler, self.temperature, self.samples = sampler, temperature, samples
-        self.top_p, self.top_k = top_p, top_k
-
-    def __call__(self, states: list[State]) -> list[Prediction]:
-        policy = self.sampler.policy
-        prompts = policy.encode(states)
-        if self.temperature:
-            policy.temperature = self.temperature
-            self.sampler.top_p, self.sampler.top_k = self.top_p, self.top_k
-            actions = [action for (action,) in self.sample(prompts, 1, "answer")]
-            policy.temperature, self.sampler.top_p, self.sampler.top_k = 1.0, 1.0, 0
-        else:
-            actions = self.sampler.greedy(prompts)
-        samples = (
-            [
-                [state.reading(action.text) for action in said]
-                for state, said in zip(
-                    states, self.sample(prompts, self.samples, "pass"), strict=True
-                )
-            ]
-            if self.samples
-            else [[]] * len(states)
-        )
-        return [
-            Prediction(
-                state.id,
-                state.answer,
-                state.kind,
-                state.reading(action.text),
-                len(action.tokens),
-                action.truncated,
-                texts,
-            )
-            for state, action, texts in zip(states, actions, samples, strict=True)
-        ]
-
-    def sample(self, prompts: list[Prompt], n: int, purpose: str) -> list[list[Action]]:
-        """n actions for each prompt, which depend on its state alone and not on who is in the batch."""
-        if self.sampler.seeds_each_state:
-            return self.sampler.sample(
-                prompts, n, random.Random(f"{EVAL_SEED} {purpose}").getrandbits(62)
-            )
-        return [
-            self.sampler.sample(
-                [prompt],
-                n,
-                random.Random(f"{EVAL_SEED} {purpose} {prompt.state.id}").getrandbits(62),
-            )[0]
-            for prompt in prompts
-        ]
-
-
-class ExpertAnswers:
-    """An expert's predictions: its first response counts. Length in words, since an expert's tokens are its own.
-
-    A question that an API does not answer has no prediction; the same command asks it again.
-    """
-
-    def __init__(self, expert, samples: int):
-        self.expert, self.samples = expert, samples
-
-    def __call__(self, states: list[State]) -> list[Prediction | None]:
-        predictions = []
-        for state, said in zip(
-            states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True
-        ):
-            samples = [state.reading(sample.text) for sample in said] if self.samples else []
-            prediction = (
-                Prediction(
-                    state.id,
-                    state.answer,
-                    state.kind,
-                    state.reading(said[0].text),
-                    len(said[0].text.split()),
-                    said[0].truncated,
-                    samples,
-                )
-                if said
-                else None
-            )
-            predictions.append(prediction)
-        return predictions
-
-
-def is_expert(name: str) -> bool:
-    """Whether a name is an expert's and not a model's: "careful", "openai:MODEL", and no directory."""
-    return not Path(name).is_dir() and (name in ACCURACY or name.partition(":")[0] in VENDORS)
-
-
 def predict(answers, states: list[State], file: Path, world: World, batch: int = 64) -> None:
     """Appends the predictions that `file` lacks, a batch at a time, shared among the processes; the first one writes."""
     done = world.first(  # an interruption may have cut the last line short
-        lambda: {record["id"] for record in runs.mend(file, lambda r: bool(prediction(r)))}
+        lambda: {record["id"] for record in storage.mend(file, lambda r: bool(prediction(r)))}
     )
     missing = [state for state in states if state.id not in done]
     bar = tqdm(
@@ -284,7 +143,7 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
         share = world.mine(chunk)
         predictions = world.gather(answers(share) if share else [])
         if world.rank == 0:
-            runs.append(
+            storage.append(
                 file,
                 [
                     dataclasses.asdict(prediction)
@@ -294,39 +153,6 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
             )
         bar.update(len(chunk))
     bar.close()
-
-
-def prediction(record: dict) -> Prediction:
-    """A line of a file of predictions. TypeError if it is another one."""
-    made = Prediction(**record)
-    texts = (made.id, made.answer, made.kind, made.text, *made.samples)
-    if not all(isinstance(text, str) for text in texts) or made.kind not in KINDS:
-        raise TypeError(f"no prediction: {record}")
-    return made
-
-
-def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
-    """By set, in the order of Table 1's columns, each question once; sets without answers are left out. UserError if there are none."""
-    files = {file.stem: file for file in directory.glob("*.jsonl")}
-    order = [name for names in SETS.values() for name in names]
-    names = sorted(
-        files, key=lambda name: (order.index(name) if name in order else len(order), name)
-    )
-    if not names:
-        raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
-    found = {}
-    try:
-        for name in names:
-            answers: dict[str, Prediction] = {}
-            for record in runs.read(files[name]):
-                made = prediction(record)
-                answers.setdefault(made.id, made)
-            found[name] = sorted(answers.values(), key=lambda p: p.id)
-    except TypeError:
-        raise UserError(f"{directory} holds other lines than predictions") from None
-    if not any(found.values()):
-        raise UserError(f"no answers in {directory}, so there is nothing to score")
-    return {name: answers for name, answers in found.items() if answers}
 
 
 def questions_of(name: str, args, room: Room | None) -> Part:
@@ -366,7 +192,7 @@ def run_of(model: str) -> Path | None:
 
 def settings_of_run(run: Path) -> dict:
     """What a run's own config.json says of how its model is to be asked, by flag. UserError if it is not readable."""
-    config = runs.read_config(run)
+    config = rundir.read_config(run)
     kinds = {"data": str, "data_cache": str, "task": str, "max_new_tokens": int, "min_pixels": int, "max_pixels": int}  # fmt: skip
     for name, kind in kinds.items():
         if type(config.get(name)) is not kind:
@@ -408,9 +234,9 @@ def claim(out: Path, settings: dict) -> None:
     file = out / "settings.json"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        runs.hold(out, "wait until that has ended, or choose another --out")
+        storage.hold(out, "wait until that has ended, or choose another --out")
         if not file.exists():
-            runs.write_aside(file, json.dumps(settings, indent=2) + "\n")
+            storage.write_aside(file, json.dumps(settings, indent=2) + "\n")
         found = dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"cannot use {out} for predictions: {error}") from None
@@ -642,7 +468,7 @@ def answer_command(argv: list[str]) -> None:
         wanted[name] = {state.id for state in states}
     if not experts:
         sampler.close()
-    runs.let_go(out)
+    storage.let_go(out)
     if world.rank == 0:
         found = read_predictions(out)
         print_scores(
@@ -665,74 +491,6 @@ def score_command(argv: list[str]) -> None:
     print_scores(read_predictions(args.directory), args.legacy)
 
 
-def table_command(argv: list[str]) -> None:
-    parser = Parser(
-        prog="evaluate.py table",
-        description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.",
-    )
-    parser.add_argument(
-        "runs",
-        nargs="+",
-        type=Path,
-        help="runs, or directories of predictions; names that differ in -seedN only are one method, and equal names (of other tasks) one row",
-    )
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without an ending")
-    parser.add_argument("--legacy", action="store_true", help=LEGACY)
-    args = parser.parse_args(argv)
-    if args.legacy:
-        need_math_verify()
-    results = {}
-    for run in args.runs:
-        directory = run / "predictions" if (run / "predictions").is_dir() else run
-        scores = {
-            name: score_predictions(ps, legacy=args.legacy)["accuracy"]
-            for name, ps in read_predictions(directory).items()
-        }
-        results.setdefault(run.name, {}).update(scores)
-    text = report.table(results, args.out)
-    print(text)
-
-
-def figures_command(argv: list[str]) -> None:
-    parser = Parser(
-        prog="evaluate.py figures",
-        description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k), and their numbers.",
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
-    args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    histories = {run.name: curves.metrics(run / "metrics.jsonl") for run in args.runs}
-    histories = {name: history for name, history in histories.items() if history}
-    samples = {}
-    for run in args.runs:
-        directory = run / "predictions" if (run / "predictions").is_dir() else run
-        if list(directory.glob("*-*.jsonl")):
-            found = {
-                name: ps
-                for name, ps in read_predictions(directory).items()
-                if min(len(p.samples) for p in ps)
-            }
-            samples[run.name] = {
-                name: [(len(p.samples), sum(map(p.right, p.samples))) for p in ps]
-                for name, ps in found.items()
-            }
-    if not histories and not any(samples.values()):
-        raise UserError(
-            "none of these is a run with metrics, or holds predictions with samples (--pass-k)"
-        )
-    if histories:
-        efficiency = report.data_efficiency(histories, args.out / "figure3.png")
-        with runs.writing(args.out):
-            (args.out / "figure3.txt").write_text(efficiency + "\n")
-        print(efficiency)
-        report.sources(histories, args.out / "figure4.png")
-    if any(samples.values()):
-        report.pass_at(samples, pass_at_k, args.out / "figure5.png")
-
-
 COMMANDS = {"score": score_command, "table": table_command, "figures": figures_command}
 
 
@@ -745,7 +503,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    runs.command("evaluate.py", run)
+    console.command("evaluate.py", run)
 
 
 if __name__ == "__main__":

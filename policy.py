@@ -34,9 +34,9 @@ from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-import pretrained
 from attention import SHARED_PREFIX, SharedPrefix
-from data import State
+from data.state import State
+from training import pretrained
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")  # of a response (rewards.py)
 

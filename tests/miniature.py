@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
-import data
+from data import reading
 
 BROKEN = {  # what of a counting-train set cannot be used, by the first words of the reason
     "no record": "just a text",
@@ -71,7 +71,7 @@ def make(
 ) -> Path:
     """The data set at `directory`: `size` good records in each file; of counting-train also those of `BROKEN`."""
     images = {"train": {}, "test": {}}
-    for name, file in data.FILES.items():
+    for name, file in reading.FILES.items():
         task, split = name.split("-")
         split = "train" if split == "train" else "test"
         records = [record(task, i, split == "train") for i in range(size)]

@@ -19,15 +19,16 @@ from conftest import held_elsewhere, in_two_processes
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import curves
 import ekipl
-import runs
-from data import State
-from ekipl import Config, World
-from metrics import step_metrics
+import sampling
+from data.state import State
+from ekipl import Config
 from policy import Policy
-from runs import UserError
 from sampling import Action, Group, select
+from training import checkpointing, console, curves, distributed, rundir, settings, storage
+from training.console import UserError
+from training.distributed import World
+from training.metrics import step_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(0, 1, torch.device("cpu"))
@@ -189,9 +190,9 @@ def test_a_gradient_that_is_not_finite_says_so_and_changes_no_weight(
     policy = Policy.load(random_model_dir)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    monkeypatch.setattr(ekipl, "clip_gradients", lambda policy, limit: norm)
+    monkeypatch.setattr(distributed, "clip_gradients", lambda policy, limit: norm)
     config = update_config(batch_size=2, beta=0.0)
-    with pytest.raises(runs.UserError, match="not finite.*lower --lr"):
+    with pytest.raises(console.UserError, match="not finite.*lower --lr"):
         ekipl.update(config, policy, None, optimizer, fixed_groups(policy, 2), CPU, lr=1.0)
     assert all(torch.equal(before[name], value) for name, value in policy.state_dict().items())
 
@@ -250,7 +251,7 @@ def test_two_processes_train_and_leave_one_log(tmp_path):
     ]
     done = torchrun("ekipl.py", *flags)
     assert done.returncode == 0, done.stderr
-    records = runs.read(tmp_path / "run" / "metrics.jsonl")
+    records = storage.read(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
 
@@ -296,7 +297,7 @@ def test_where_any_are_kept_the_weights_have_the_mean_1(g):
     for group in groups:
         group.expert_logps = [[math.log(expert[a.tokens[0]])] for a in group.kept_actions]
         old_logp = torch.tensor([[[math.log(policy[a.tokens[0]])] for a in group.kept_actions]])
-        weights.append(ekipl.log_weights([group], old_logp, g).exp().mean())
+        weights.append(sampling.log_weights([group], old_logp, g).exp().mean())
     weights = torch.stack(weights)
     error = weights.std() / len(weights) ** 0.5
     assert 0 < error < 0.03 and abs(weights.mean() - 1) < 4 * error
@@ -332,7 +333,7 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 def timeless(path: Path) -> list[dict]:
     return [
         {k: v for k, v in r.items() if not k.startswith("seconds/")}
-        for r in runs.read(path / "metrics.jsonl")
+        for r in storage.read(path / "metrics.jsonl")
     ]
 
 
@@ -343,7 +344,7 @@ def finished(tmp_path_factory) -> Path:
 
 def test_a_run_leaves_what_it_says(finished):
     assert json.loads((finished / "config.json").read_text())["states"] == 24
-    records = runs.read(finished / "metrics.jsonl")
+    records = storage.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
     names = "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
     assert all(name in record for record in records[1:] for name in names)
@@ -354,20 +355,20 @@ def test_a_run_leaves_what_it_says(finished):
         assert sorted(timed) == sorted(
             phases + ["evaluation"] * (record["step"] in (3, 6))
         ) and all(record[f"seconds/{phase}"] >= 0 for phase in phases)
-    group = runs.read(finished / "samples.jsonl")[0]
+    group = storage.read(finished / "samples.jsonl")[0]
     assert len(group["actions"]) == 6 and sum(action["kept"] for action in group["actions"]) == 3
     assert {action["source"] for action in group["actions"]} == {"policy", "careful", "quick"}
     assert all(
         (finished / name).read_bytes().startswith(b"\x89PNG") for name in ("curves.png", "time.png")
     )
-    assert not list(finished.glob("*.tmp")) and len(runs.checkpoints(finished)) == 1
+    assert not list(finished.glob("*.tmp")) and len(checkpointing.checkpoints(finished)) == 1
     Policy.load(finished / "model")
 
 
 @contextmanager
 def stopped_in_the_step_after(step: int):
     """A training run inside is interrupted in that step, when it is logged and not yet saved."""
-    log = ekipl.log
+    log = rundir.log
 
     def stop(path, records, *rest):
         log(path, records, *rest)
@@ -375,7 +376,7 @@ def stopped_in_the_step_after(step: int):
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ekipl, "log", stop)
+        patch.setattr(rundir, "log", stop)
         yield
 
 
@@ -389,14 +390,14 @@ def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, s
     stored, path = ekipl.parse(["--resume", str(tmp_path / "run")])
     ekipl.train(stored, path, CPU)
     assert timeless(path) == timeless(finished)
-    assert runs.read(path / "samples.jsonl") == runs.read(finished / "samples.jsonl")
+    assert storage.read(path / "samples.jsonl") == storage.read(finished / "samples.jsonl")
     left, right = weights(path), weights(finished)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
 def test_resuming_with_other_processes_says_that_the_samples_differ(finished, tmp_path, capsys):
     path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    file = runs.last_checkpoint(path) / "trainer.pt"
+    file = checkpointing.last_checkpoint(path) / "trainer.pt"
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
     assert "processes" not in capsys.readouterr().err
     torch.save(torch.load(file, weights_only=True) | {"processes": 4}, file)
@@ -408,7 +409,7 @@ def test_resuming_with_other_threads_says_that_sums_are_rounded_otherwise(
     finished, tmp_path, capsys
 ):
     path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    file = runs.last_checkpoint(path) / "trainer.pt"
+    file = checkpointing.last_checkpoint(path) / "trainer.pt"
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
     assert "threads" not in capsys.readouterr().err
     trainer = torch.load(file, weights_only=True)
@@ -447,12 +448,12 @@ def no_step(trainer: dict, checkpoint: Path) -> None:
 )
 def test_no_run_goes_on_from_a_checkpoint_that_is_broken_inside(finished, tmp_path, damage):
     path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    checkpoint = runs.last_checkpoint(path)
+    checkpoint = checkpointing.last_checkpoint(path)
     trainer = torch.load(checkpoint / "trainer.pt", weights_only=True)
     damage(trainer, checkpoint)
     torch.save(trainer, checkpoint / "trainer.pt")
     before = {file: file.read_bytes() for file in path.glob("*.jsonl")}
-    with pytest.raises(runs.UserError) as error:
+    with pytest.raises(console.UserError) as error:
         ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
     assert before == {file: file.read_bytes() for file in path.glob("*.jsonl")}
@@ -460,7 +461,7 @@ def test_no_run_goes_on_from_a_checkpoint_that_is_broken_inside(finished, tmp_pa
 
 def test_a_run_has_one_trainer(finished, tmp_path):
     path = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    with held_elsewhere(path), pytest.raises(runs.UserError, match="another process"):
+    with held_elsewhere(path), pytest.raises(console.UserError, match="another process"):
         ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
 
@@ -469,10 +470,10 @@ def test_a_resumed_run_makes_model_what_its_newest_checkpoint_is(finished, tmp_p
     path = shutil.copytree(finished, tmp_path / "run")  # with what the link points to
     assert not (path / "model").is_symlink()
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
-    assert (path / "model").resolve() == runs.last_checkpoint(path).resolve()
+    assert (path / "model").resolve() == checkpointing.last_checkpoint(path).resolve()
     (path / "model").unlink()
     ekipl.train(*ekipl.parse(["--resume", str(path)]), CPU)
-    assert (path / "model").resolve() == runs.last_checkpoint(path).resolve()
+    assert (path / "model").resolve() == checkpointing.last_checkpoint(path).resolve()
 
 
 def test_a_run_goes_on_without_pictures(tmp_path, monkeypatch, capsys):
@@ -481,7 +482,7 @@ def test_a_run_goes_on_without_pictures(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(curves.plt.Figure, "savefig", full)
     path = ekipl.train(small(tmp_path, eval_every=0), None, CPU)
-    assert runs.read(path / "metrics.jsonl")[-1]["step"] == 6
+    assert storage.read(path / "metrics.jsonl")[-1]["step"] == 6
     assert "without its pictures" in capsys.readouterr().err
 
 
@@ -500,16 +501,16 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
         [sys.executable, "ekipl.py", *flags], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     deadline = time.time() + 90
-    while not runs.checkpoints(tmp_path / "run") and time.time() < deadline:
+    while not checkpointing.checkpoints(tmp_path / "run") and time.time() < deadline:
         time.sleep(0.1)
     time.sleep(1.0)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    last = runs.last_checkpoint(tmp_path / "run")
+    last = checkpointing.last_checkpoint(tmp_path / "run")
     Policy.load(last)
     trainer = torch.load(last / "trainer.pt", weights_only=True)
     assert trainer["step"] == int(last.name.split("-")[1])
-    assert runs.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= trainer["step"]
+    assert storage.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= trainer["step"]
 
 
 @pytest.mark.parametrize("changes", [
@@ -524,14 +525,14 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
 ], ids=str)  # fmt: skip
 def test_every_method_runs(tmp_path, changes):
     path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
-    records = runs.read(path / "metrics.jsonl")
+    records = storage.read(path / "metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2]
     assert (
         all(record["grad_norm"] > 0 for record in records) or changes.get("advantage") == "selected"
     )
     sources = {
         action["source"]
-        for group in runs.read(path / "samples.jsonl")
+        for group in storage.read(path / "samples.jsonl")
         for action in group["actions"]
     }
     assert sources == {"policy", *changes.get("experts", "careful,quick").split(",")} - {"none"}
@@ -543,7 +544,7 @@ def test_every_method_runs(tmp_path, changes):
 
 def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
     config = Config(states=100 * 4, batch_size=4, lr=1.0, warmup=0.1)
-    rates = [ekipl.learning_rate(config, step) for step in range(100)]
+    rates = [settings.learning_rate(config, step) for step in range(100)]
     assert (
         rates[0] == pytest.approx(0.1)
         and rates[9] == pytest.approx(1.0)
@@ -554,9 +555,9 @@ def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
 
 
 def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
-    seen, sample = [], ekipl.total_groups
+    seen, sample = [], sampling.total_groups
     monkeypatch.setattr(
-        ekipl,
+        sampling,
         "total_groups",
         lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest),
     )

@@ -16,14 +16,19 @@ from conftest import in_two_processes
 from fake_api import KEY, Server
 
 import evaluate
-import runs
-from blocks import BlocksSet
-from data import State
-from distributed import World
-from evaluate import Prediction, answer_greedily, interval, pass_at_k, score, score_predictions
+from blocks.dataset import BlocksSet
+from data.predictions import Prediction
+from data.state import State
+from evaluate import interval, pass_at_k, score, score_predictions
+from experts import answering
 from policy import Policy
 from rewards import MATH_VERIFY, accuracy_reward
-from sampling import Action, Sample, TransformersSampler
+from rollouts import answering
+from rollouts.answering import answer_greedily
+from rollouts.transformers_sampler import TransformersSampler
+from sampling import Action, Sample
+from training import console, storage
+from training.distributed import World
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -245,7 +250,7 @@ def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(
 
 def test_what_is_said_depends_on_the_question_alone(predictions, random_model_dir):
     policy = Policy.load(random_model_dir)
-    answers = evaluate.ModelAnswers(TransformersSampler(policy, 3), 0.0, 3)
+    answers = answering.ModelAnswers(TransformersSampler(policy, 3), 0.0, 3)
     expected = lines_of(predictions / "counting-id.jsonl")
     states = [BlocksSet("counting-id", 6)[i] for i in range(6)]
     for batches in ([states[i : i + 1] for i in range(6)], [states[4:], states[1:4], states[:1]]):
@@ -275,7 +280,7 @@ def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path
 
 
 def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate.Policy, "load", None)
+    monkeypatch.setattr(Policy, "load", None)
     run(monkeypatch, "score", predictions)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
         "counting-id",
@@ -288,7 +293,7 @@ def test_legacy_without_math_verify_is_told_before_anything_is_asked(
     predictions, random_model_dir, monkeypatch, capsys, command
 ):
     monkeypatch.setitem(sys.modules, "math_verify", None)  # as if it were not installed
-    monkeypatch.setattr(evaluate.Policy, "load", None)
+    monkeypatch.setattr(Policy, "load", None)
     places = dict(predictions=predictions, random=random_model_dir)
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, *(word.format(**places) for word in command), "--legacy")
@@ -354,7 +359,7 @@ def test_a_flag_or_a_protocol_counts_more_than_the_run(random_model_dir, tmp_pat
     assert (args.max_new_tokens, args.temperature, args.top_p) == (9, 0.0, 0.9)
     assert settled(method="cot")[0].mode == "reason" and settled(method="bare")[0].mode == "bare"
     for bad in (dict(data=3), dict(task="cooking"), dict(max_new_tokens="7"), dict(max_pixels=None)):  # fmt: skip
-        with pytest.raises(runs.UserError, match=next(iter(bad))):
+        with pytest.raises(console.UserError, match=next(iter(bad))):
             settled(**bad)
 
 
@@ -370,11 +375,11 @@ def test_the_answer_that_counts_may_be_drawn_from_the_likeliest_tokens(random_mo
     policy = Policy.load(random_model_dir)
     sampler = TransformersSampler(policy, 3)
     states = [BlocksSet("counting-id", 4)[i] for i in range(4)]
-    greedy = [p.text for p in evaluate.ModelAnswers(sampler, 0.0, 2)(states)]
-    plain = evaluate.ModelAnswers(sampler, 1.0, 2)(states)
+    greedy = [p.text for p in answering.ModelAnswers(sampler, 0.0, 2)(states)]
+    plain = answering.ModelAnswers(sampler, 1.0, 2)(states)
     assert [p.text for p in plain] != greedy
     for settings in (dict(top_k=1), dict(top_p=1e-9)):
-        said = evaluate.ModelAnswers(sampler, 1.0, 2, **settings)(states)
+        said = answering.ModelAnswers(sampler, 1.0, 2, **settings)(states)
         assert [p.text for p in said] == greedy
         assert [p.samples for p in said] == [p.samples for p in plain]  # Pass@k's, from all tokens
     assert (sampler.top_p, sampler.top_k, policy.temperature) == (1.0, 0, 1.0)  # as training wants
@@ -404,10 +409,10 @@ def test_a_question_that_an_expert_does_not_answer_is_asked_again(tmp_path):
         tmp_path / "counting-id.jsonl",
     )
     alone = World(0, 1, torch.device("cpu"))
-    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    evaluate.predict(answering.ExpertAnswers(expert, 2), states, file, alone)
     assert len(lines_of(file)) == 3
     expert.quiet = False
-    evaluate.predict(evaluate.ExpertAnswers(expert, 2), states, file, alone)
+    evaluate.predict(answering.ExpertAnswers(expert, 2), states, file, alone)
     assert sorted(record["id"] for record in lines_of(file)) == [state.id for state in states]
 
 
@@ -486,11 +491,11 @@ def test_reason_rft_is_evaluated_by_the_same_command(
         tmp_path / "c",
     )
     said = capsys.readouterr()
-    assert [len(runs.read(out / f"{name}.jsonl")) for name in sets] == [
+    assert [len(storage.read(out / f"{name}.jsonl")) for name in sets] == [
         5,
         5,
     ] and "counting-id: 5 of 5 records" in said.err
-    truths = {p["kind"]: p["answer"] for name in sets for p in runs.read(out / f"{name}.jsonl")}
+    truths = {p["kind"]: p["answer"] for name in sets for p in storage.read(out / f"{name}.jsonl")}
     assert truths.keys() == {"discrete", "function"} and truths["function"].startswith("change_")
     run(
         monkeypatch,
@@ -508,7 +513,7 @@ def test_reason_rft_is_evaluated_by_the_same_command(
         "--out",
         tmp_path / "two",
     )
-    assert len(runs.read(tmp_path / "two" / "counting-id.jsonl")) == 2
+    assert len(storage.read(tmp_path / "two" / "counting-id.jsonl")) == 2
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -14,10 +14,11 @@ from PIL import Image
 from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
 
 import ekipl
-from data import State
-from ekipl import Config, World
+from data.state import State
+from ekipl import Config
 from policy import Policy
 from sampling import Action, Group, add_expert_logps, select
+from training.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("math_verify", reason="math-verify is installed for --legacy alone")
 
-import evaluate  # noqa: E402
-from evaluate import Prediction, score_predictions  # noqa: E402
-from rewards import accuracy_score, wholly_right  # noqa: E402
+import evaluate
+from data.predictions import Prediction
+from evaluate import score_predictions
+from rewards import accuracy_score, wholly_right
 
 
 def theirs(content: str, sol: str) -> float:

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, held_elsewhere, in_two_processes
 
-import blocks
-import collect
-import curves
-import data
 import ekipl
-import estimators
 import evaluate
-import runs
 import sft
-import sweep
-from evaluate import Prediction
+from blocks import dataset
+from data import predictions, sets
+from data.predictions import Prediction
+from data.state import State
+from experiments import estimators, sweep
+from experts import collect, roster
+from training import console, curves, distributed, rundir, storage
 
 LONG = "n" * 300
 RIGHT = Prediction("a", "3", "discrete", "<think>a</think><answer>3</answer>", 3, False)
@@ -39,15 +38,15 @@ def place(tmp_path, monkeypatch) -> Path:
         "kind": [dataclasses.asdict(dataclasses.replace(RIGHT, kind="x"))],
     }.items():  # fmt: skip
         (tmp_path / name).mkdir()
-        runs.append(tmp_path / name / "counting-id.jsonl", lines)
+        storage.append(tmp_path / name / "counting-id.jsonl", lines)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")
-    runs.append(tmp_path / "foreign.jsonl", [{"a": 1}])
-    runs.append(tmp_path / "one.jsonl", [{"step": 1, "states": 4, "reward": 1.0}])
+    storage.append(tmp_path / "foreign.jsonl", [{"a": 1}])
+    storage.append(tmp_path / "one.jsonl", [{"step": 1, "states": 4, "reward": 1.0}])
     (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
-    runs.create(str(tmp_path), "stopped", dataclasses.asdict(ekipl.Config()))
+    rundir.create(str(tmp_path), "stopped", dataclasses.asdict(ekipl.Config()))
     odd = dataclasses.asdict(ekipl.Config()) | {"lr": float("nan")}
-    runs.create(str(tmp_path), "odd", odd)
+    rundir.create(str(tmp_path), "odd", odd)
     return tmp_path
 
 
@@ -82,11 +81,11 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
     (sweep, [], "list"), (sweep, ["table1", "--seeds", "0,,1"], "--seeds"), (sweep, ["table1", "--runs", "file"], "file"),
     (sweep, ["table1", "--out", "file"], "file"), (sweep, ["table1", "--runs", LONG], "too long"), (sweep, ["table1", "--pass-k", "10000"], "--pass-k"),
     (sweep, ["table1", "--processes", "100"], "100 processes"), (sweep, ["table1", "x"], "x"),
-    (data, ["x"], "x"), (data, ["--task", "x"], "--task"), (data, ["--data", "nowhere"], "nowhere"), (data, ["--data", LONG], "too long"),
-    (data, ["--data", "empty", "--data-cache", "file"], "file"),
+    (sets, ["x"], "x"), (sets, ["--task", "x"], "--task"), (sets, ["--data", "nowhere"], "nowhere"), (sets, ["--data", LONG], "too long"),
+    (sets, ["--data", "empty", "--data-cache", "file"], "file"),
     (collect, [], "command"), (collect, ["stats"], "CACHE"), (collect, ["stats", "file"], "file"), (collect, ["verify", LONG], "too long"),
     (collect, ["collect", "--budget", "nan", "--experts", "openai:x"], "--budget"), (collect, ["export", "file", "x"], "x"),
-    (blocks, [], "--show"), (blocks, ["--shw", "x"], "--show"), (blocks, ["--show", "file/x.png"], "file/x.png"),
+    (dataset, [], "--show"), (dataset, ["--shw", "x"], "--show"), (dataset, ["--show", "file/x.png"], "file/x.png"),
     (curves, [], "runs"), (curves, ["nowhere"], "nowhere"), (curves, ["foreign.jsonl"], "no metrics"), (curves, ["bytes.jsonl"], "no metrics"),
     (curves, [LONG], "too long"), (curves, ["one.jsonl", "one.jsonl"], "--out"), (curves, ["one.jsonl", "--out", "x.nothing"], "nothing"),
     (curves, ["one.jsonl", "--out", "file/x.png"], "file/x.png"),
@@ -105,7 +104,7 @@ def test_an_evaluation_without_any_answer_says_so(place, monkeypatch, capsys):
         def sample(self, states, n, seed):
             return [[] for _ in states]
 
-    monkeypatch.setattr(evaluate, "make_experts", lambda *_, **__: [Silent()])
+    monkeypatch.setattr(roster, "make_experts", lambda *_, **__: [Silent()])
     arguments = ["careful", "--states", "2", "--sets", "counting-id", "--out", "silent"]
     assert "no answers" in told(evaluate, arguments, monkeypatch, capsys)
 
@@ -113,25 +112,27 @@ def test_an_evaluation_without_any_answer_says_so(place, monkeypatch, capsys):
 def test_a_question_counts_once(place, monkeypatch, capsys):
     file = place / "good" / "counting-id.jsonl"
     wrong = dataclasses.replace(RIGHT, text="")
-    runs.append(file, [dataclasses.asdict(wrong), dataclasses.asdict(RIGHT)])
-    assert evaluate.read_predictions(place / "good") == {"counting-id": [RIGHT]}
+    storage.append(file, [dataclasses.asdict(wrong), dataclasses.asdict(RIGHT)])
+    assert predictions.read_predictions(place / "good") == {"counting-id": [RIGHT]}
 
 
 def test_a_damaged_prediction_is_asked_again_and_no_other(place, capsys):
     file = place / "good" / "counting-id.jsonl"
     others = [dataclasses.replace(RIGHT, id=name) for name in "bc"]
     file.write_text(file.read_text() + '{"id": "x", "ans\n')
-    runs.append(file, [dataclasses.asdict(other) for other in others])
+    storage.append(file, [dataclasses.asdict(other) for other in others])
     asked = []
 
     def answers(states):
         asked.extend(state.id for state in states)
         return [dataclasses.replace(RIGHT, id=state.id) for state in states]
 
-    states = [data.State(name, (), "how many ?", "3", "discrete") for name in "abxc"]
-    evaluate.predict(answers, states, file, evaluate.World(0, 1, None))
+    states = [State(name, (), "how many ?", "3", "discrete") for name in "abxc"]
+    evaluate.predict(answers, states, file, distributed.World(0, 1, None))
     assert asked == ["x"]
-    assert [p.id for p in evaluate.read_predictions(place / "good")["counting-id"]] == list("abcx")
+    assert [p.id for p in predictions.read_predictions(place / "good")["counting-id"]] == list(
+        "abcx"
+    )
 
 
 def test_an_evaluation_has_one_writer(place, monkeypatch, capsys):
@@ -143,11 +144,11 @@ def test_an_evaluation_has_one_writer(place, monkeypatch, capsys):
 
 
 def in_the_first_process_alone() -> str:
-    world = evaluate.World.join("cpu")
+    world = distributed.World.join("cpu")
     try:
         assert world.first(lambda: world.rank) == 0
-        world.first(lambda: runs.read_config(Path("no/such/run")))
-    except runs.UserError as error:
+        world.first(lambda: rundir.read_config(Path("no/such/run")))
+    except console.UserError as error:
         return str(error)
 
 
@@ -165,6 +166,6 @@ def test_programs_that_load_no_model_start_without_pytorch(program):
 
 def test_json_knows_no_nan_and_what_is_left_out_is_written_anyway(tmp_path):
     record = {"id": float("nan"), "record": {"x": [float("-inf"), 1.5, None, "a"]}}
-    runs.append(tmp_path / "left_out.jsonl", [runs.finite(record)])
+    storage.append(tmp_path / "left_out.jsonl", [storage.finite(record)])
     written = json.loads((tmp_path / "left_out.jsonl").read_text())
     assert written == {"id": "nan", "record": {"x": ["-inf", 1.5, None, "a"]}}

@@ -27,10 +27,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.utils import logging as transformers_logging
 
-import pretrained
 from attention import SharedPrefix, attend
-from data import State
+from data.state import State
 from policy import TAGS, Policy, pack
+from training import pretrained
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import apis
 import ekipl
 import sft
+from experts import apis
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()

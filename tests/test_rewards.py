@@ -7,11 +7,10 @@ import time
 
 import pytest
 
+from data.answers import KINDS, extract_answer
 from rewards import (
-    KINDS,
     accuracy_reward,
     accuracy_score,
-    extract_answer,
     format_reward,
     function_score,
     judge_answer,

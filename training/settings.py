@@ -1,0 +1,294 @@
+"""Settings of a training run: documented dataclasses whose fields are the command line's flags, and presets of them.
+
+`Settings` holds what every training program has; ekipl.py and sft.py add their own fields. A field's type, default and help are those of
+its flag, so that --help, config.json and the code cannot disagree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from data.lengths import Room
+from ekipl import Config
+from training import rundir
+from training.console import Parser, UserError
+
+MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
+
+
+def option(default, help: str, choices: tuple = ()):
+    return field(default=default, metadata={"help": help, "choices": choices})
+
+
+@dataclass
+class Settings:
+    """What every training run has to know. Each field is a flag of the command line; a preset sets several."""
+
+    preset: str = option("blocks", "settings to start from; other flags change them")
+    name: str = option("", "the run's directory under --runs (default: the preset, date and time)")
+    runs: str = option("runs", "where run directories are made")
+    plan: str = option(
+        "",
+        "starts nothing: prints what memory a GPU needs, and whether it fits; GB of a GPU, or GBxGPUS, such as 80x8",
+    )
+    seed: int = option(0, "of everything random: questions, order, sampling")
+    # what is trained, on what
+    model: str = option(
+        "tiny",
+        "what to start from: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code",
+    )
+    data: str = option(
+        "blocks",
+        "questions: 'blocks' (the blocks world), 'reason-rft' (Reason-RFT-CoT, downloaded), or a directory with a copy of the latter",
+    )
+    data_cache: str = option(
+        CACHE, "where 'reason-rft' is downloaded to, and where it is kept which images were checked"
+    )
+    task: str = option("counting", "the task", TASKS)
+    states: int = option(
+        3840,
+        "questions in the training set of the blocks world (Reason-RFT-CoT has its own number)",
+    )
+    skip: int = option(
+        0,
+        "leave out the first so many questions of the training set: another stage has learnt from them",
+    )
+    fraction: float = option(
+        1.0,
+        "share of the training set (less --skip) that is used; a smaller share is part of a larger one",
+    )
+    limit: int = option(0, "use at most so many questions of the training set; 0: all")
+    epochs: int = option(1, "passes over the training set")
+    min_pixels: int = option(0, "enlarge pictures to at least so many pixels; 0: as the model says")
+    max_pixels: int = option(0, "shrink pictures to at most so many pixels; 0: as the model says")
+    max_new_tokens: int = option(80, "length limit of a response, in tokens")
+    # the optimizer
+    batch_size: int = option(64, "states a step, over all processes")
+    micro_batch: int = option(
+        16,
+        "states per forward pass of a process; smaller needs less memory, the gradient is the same",
+    )
+    lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
+    warmup: float = option(0.05, "share of the steps in which the learning rate rises")
+    warmup_steps: int = option(
+        0, "number of steps in which it rises, whatever that share is; 0: --warmup's share"
+    )
+    weight_decay: float = option(0.0, "of AdamW")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
+    freeze_vision: bool = option(
+        False,
+        "leave the vision tower and its projector as they are: the language model alone learns",
+    )
+    # the machine
+    device: str = option(
+        "auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda")
+    )
+    parallel: str = option(
+        "ddp",
+        "under torchrun each process has the whole model (ddp), or its share of model, gradients and optimizer (fsdp): for 7B",
+        ("ddp", "fsdp"),
+    )
+    rollout: str = option(
+        "auto",
+        "what generates the policy's responses; auto: vLLM where it can run, else transformers",
+        ROLLOUTS,
+    )
+    gpu_memory_utilization: float = option(
+        0.0, "share of the GPU that vLLM may take while it generates; 0: what training will leave"
+    )
+    max_model_len: int = option(
+        0,
+        "vLLM's limit for prompt and response, in tokens; 0: from the pixel limits and --max-new-tokens",
+    )
+    bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass: less memory, more time"
+    )
+    # what is measured and kept
+    eval_every: int = option(
+        20,
+        "greedy evaluation on the task's test sets every so many steps, and before the first and after the last; 0: never",
+    )
+    eval_states: int = option(200, "questions of each test set in an evaluation")
+    save_every: int = option(
+        20, "checkpoint every so many steps and after the last; 0: after the last only"
+    )
+
+    @property
+    def steps(self) -> int:
+        return self.states * self.epochs // self.batch_size
+
+    @property
+    def start(self) -> str:
+        """The directory or hub id that `model` means."""
+        return str(Path(__file__).resolve().parent / "tiny") if self.model == "tiny" else self.model
+
+    @property
+    def pixels(self) -> dict[str, int | None]:
+        """For `Policy.load`."""
+        return {"min_pixels": self.min_pixels or None, "max_pixels": self.max_pixels or None}
+
+    def room(self, model: str | Path) -> Room:
+        """What a prompt of this run has to fit in, with the config and tokenizer of that model."""
+        return Room(model, self.max_new_tokens, self.max_model_len, **self.pixels)
+
+
+def presets(paper) -> dict[str, dict]:
+    """By name: the blocks world's tasks, and paper(task, size), the paper's settings for Reason-RFT-CoT."""
+    return {
+        "blocks": {},
+        "blocks-structure": {"task": "structure", "max_new_tokens": 48},
+        "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
+        **{f"{task}-{size.lower()}": paper(task, size) for task in TASKS for size in ("2B", "7B")},
+    }
+
+
+def parse(
+    kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]
+) -> tuple[Settings, Path | None]:
+    """The settings that the command line asks for, and the run to resume if it does. UserError for what cannot be read."""
+
+    parser = Parser(description=about, allow_abbrev=False)
+    parser.add_argument(
+        "--resume", metavar="RUN", help="go on with an earlier run, with its own settings"
+    )
+    for setting in dataclasses.fields(kind):
+        flag, text, choices = (
+            "--" + setting.name.replace("_", "-"),
+            setting.metadata["help"],
+            setting.metadata["choices"],
+        )
+        choices = tuple(presets) if setting.name == "preset" else choices
+        text = f"{text} (default: {setting.default})" if setting.default != "" else text
+        if setting.type is bool:
+            parser.add_argument(
+                flag, action=argparse.BooleanOptionalAction, default=None, help=text
+            )
+        else:
+            parser.add_argument(
+                flag, type=setting.type, choices=choices or None, default=None, help=text
+            )
+    given = {
+        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
+    }
+
+    if (resume := given.pop("resume", None)) is not None:
+        if given:
+            raise UserError(
+                f"--resume goes on with the run's own settings: leave out --{next(iter(given)).replace('_', '-')}"
+            )
+        stored = rundir.read_config(Path(resume))
+        fields = dataclasses.fields(kind)
+        known = {setting.name for setting in fields}
+        if not {"model", "seed", "states"} <= set(stored) <= known:
+            raise UserError(
+                f"{resume} was made by another program or another version of this one: "
+                "its settings have other names"
+            )
+        # A setting that an older version did not have: its default is what that version did.
+        stored = {setting.name: setting.default for setting in fields} | stored
+        for setting in fields:
+            value, choices = stored[setting.name], setting.metadata["choices"]
+            kinds = (int, float) if setting.type is float else (setting.type,)
+            if type(value) not in kinds or (choices and value not in choices):
+                raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
+        return kind(**stored), Path(resume)
+    preset = given.get("preset", kind.preset)
+    return kind(**{**presets[preset], **given, "preset": preset}), None
+
+
+def check(config: Settings, world: int, resuming: bool) -> None:
+    """UserError for settings that cannot work in any program, before anything is loaded."""
+    must(config, 1, "states", "epochs", "batch_size", "micro_batch", "max_new_tokens")
+    must(
+        config,
+        0,
+        "skip",
+        "limit",
+        "min_pixels",
+        "max_pixels",
+        "warmup",
+        "warmup_steps",
+        "weight_decay",
+        "gpu_memory_utilization",
+        "max_model_len",
+        "eval_every",
+        "eval_states",
+        "save_every",
+    )
+    above_zero(config, "lr", "max_grad_norm")
+    if config.gpu_memory_utilization >= 1:
+        raise UserError("--gpu-memory-utilization is a share of the GPU, below 1")
+    if config.warmup > 1:
+        raise UserError("--warmup is a share of the steps, at most 1")
+    if not 0 < config.fraction <= 1:
+        raise UserError(
+            f"--fraction is a share of the training set, above 0 and at most 1, not {config.fraction}"
+        )
+    if config.max_pixels and config.min_pixels > config.max_pixels:
+        raise UserError(
+            f"--min-pixels {config.min_pixels} is more than --max-pixels {config.max_pixels}"
+        )
+    if config.eval_every and config.eval_states < world:
+        raise UserError(
+            f"--eval-states must be at least 1 for each of {world} processes; --eval-every 0 evaluates never"
+        )
+    if config.batch_size < world:
+        raise UserError(
+            f"--batch-size {config.batch_size} leaves some of {world} processes without a state"
+        )
+    if config.parallel == "fsdp" and config.batch_size % world:
+        raise UserError(
+            f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {config.batch_size}"
+        )
+    if config.states * config.epochs > MOST:
+        raise UserError(f"--states times --epochs must be at most {MOST}")
+    if config.data == "blocks" and config.steps < 1:
+        raise UserError(
+            f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}"
+        )
+    if config.name and not resuming:
+        rundir.must_be_new(Path(config.runs) / config.name)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda, but PyTorch sees no GPU here")
+
+
+def above_zero(config: Settings, *names: str) -> None:
+    """UserError for a setting that is not above 0, or no number."""
+    for name in names:
+        if not 0 < getattr(config, name) < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}"
+            )
+
+
+def must(config: Settings, least: int, *names: str) -> None:
+    """UserError for a setting that is less than that, or beyond any machine, or no number."""
+    for name in names:
+        if MOST < getattr(config, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be at most {MOST}")
+        if not least <= getattr(config, name) < math.inf:
+            raise UserError(
+                f"--{name.replace('_', '-')} must be {'at least 1' if least else '0 or above'}, not {getattr(config, name)}"
+            )
+
+
+CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
+TASKS = ("counting", "structure", "transformation")
+ROLLOUTS = ("auto", "vllm", "transformers")
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up, then a cosine to 0 (Section 4.1). step: from 0."""
+    warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    return (
+        config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
+    )
