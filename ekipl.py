@@ -30,17 +30,16 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import grpo
-from blocks.scripted import ACCURACY
-from data.sets import test_sets, training_states
-from evaluate import score
-from experts.apis import parse_price
-from experts.roster import api_counts, api_metrics, expert_specs, make_experts, run_ahead, try_out
+from data.lengths import room_of
+from data.sets import reports, test_sets, training_states
+from evaluate import greedy_accuracy
+from experts import roster
+from experts.roster import api_counts, api_metrics, make_experts, run_ahead, try_out
+from experts.settings import ExpertSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
-from rollouts.answering import answer_greedily
 from sampling import (
     Group,
-    Sampler,
     add_expert_logps,
     log_weights,
     select,
@@ -72,16 +71,10 @@ AHEAD = 2  # steps that requests to APIs run ahead of the training
 
 
 @dataclass
-class Config(Settings):
+class Config(Settings, ExpertSettings):
     """All settings of a run: those of settings.py, and these."""
 
     # the total group (Eq 4-6) and what is kept of it
-    experts: str = option(
-        "careful,quick",
-        "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
-        "OPENAI_API_KEY and GEMINI_API_KEY, for other servers EXPERT_API_KEY); 'none' is plain GRPO",
-    )
-    num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
     selection: str = option(
         "top", "which G are kept: the best, or any (a control)", ("top", "random")
@@ -94,27 +87,6 @@ class Config(Settings):
     )
     temperature: float = option(
         1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)"
-    )
-    # experts behind an API
-    cache: str = option(
-        "experts.sqlite",
-        "file that keeps every answer of an API, for all runs; nothing in it is paid for again",
-    )
-    offline: bool = option(
-        False, "answers of APIs come from the cache alone; a missing one ends the run"
-    )
-    expert_tokens: int = option(512, "length limit of an API's answer, in its own tokens")
-    expert_requests: int = option(8, "requests to an API at a time, in each process")
-    expert_deadline: float = option(
-        60.0,
-        "seconds a step waits for an API; a state without answer goes on with the policy's actions alone",
-    )
-    expert_failures: int = option(
-        5, "failures in a row after which an API is left alone for two minutes"
-    )
-    price: str = option(
-        "",
-        "USD for a million tokens of the API experts, input,output; default: the table of apis.py",
     )
     # the objective (Eq 1-3, A.2)
     advantage: str = option(
@@ -149,11 +121,7 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 
 def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
-    try:
-        experts = expert_specs(config.experts, config.offline)
-        parse_price(config.price)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    experts = roster.check(config)
     if config.estimator != "uncorrected" and (
         silent := [name for name in experts if name.startswith("gemini:")]
     ):
@@ -161,22 +129,9 @@ def check(config: Config, world: int, resuming: bool) -> None:
             f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected"
         )
     settings.check(config, world, resuming)
-    settings.must(
-        config,
-        1,
-        "num_samples",
-        "group_size",
-        "updates_per_batch",
-        "expert_tokens",
-        "expert_requests",
-        "expert_failures",
-    )
+    settings.must(config, 1, "group_size", "updates_per_batch")
     settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
-    settings.above_zero(config, "temperature", "expert_deadline")
-    if config.data != "blocks" and (scripted := [name for name in experts if name in ACCURACY]):
-        raise UserError(
-            f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none"
-        )
+    settings.above_zero(config, "temperature")
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
         raise UserError(
@@ -310,21 +265,11 @@ def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Ten
 # ---------------------------------------------------------------------------------------------- the run
 
 
-def evaluate(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
-    """Greedy accuracy on each test set, shared among the processes."""
-    result = {}
-    for name, states in sets.items():
-        share = world.mine(states)
-        actions = world.gather(answer_greedily(sampler, share))
-        result[f"eval/{name}"] = score(states, actions)["accuracy"]
-    return result
-
-
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
     deterministic(world)
     take(resume, world)
-    room = config.room(checkpointing.last_checkpoint(resume) if resume else config.start)
+    room = room_of(config, checkpointing.last_checkpoint(resume) if resume else config.start)
     questions, order = training_states(config, room=room)
     tests = test_sets(config, room=room) if config.eval_every else {}
 
@@ -358,7 +303,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
-    path = open_run(config, resume, world, [questions, *tests.values()])
+    path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
@@ -385,7 +330,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         dynamic_ncols=True,
     )
     if start == 0 and config.eval_every:
-        record = {"step": 0, "states": 0, **evaluate(sampler, tests, world)}
+        record = {"step": 0, "states": 0, **greedy_accuracy(sampler, tests, world)}
         log(path, [record], [], bar, world)
     watch = Stopwatch(world.device)
     for step in range(start, config.steps):
@@ -432,7 +377,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         record |= parity
         watch.lap("logging")
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
-            record |= evaluate(sampler, tests, world)
+            record |= greedy_accuracy(sampler, tests, world)
             watch.lap("evaluation")
         record |= watch.read()  # logging and saving: those of the step before
         log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)

@@ -34,14 +34,14 @@ from data.lengths import Room
 from data.predictions import Prediction, prediction, read_predictions
 from data.sets import Part, load_set, reports
 from data.state import MODES, SETS, State
-from experiments.report import figures_command, table_command
 from experts.answering import ExpertAnswers, is_expert
 from experts.roster import make_experts
+from experts.settings import ExpertSettings
 from policy import Policy
-from rewards import MATH_VERIFY, format_reward, need_math_verify
-from rollouts.answering import ModelAnswers
+from rewards import MATH_VERIFY, accuracy_score, format_reward, need_math_verify, wholly_right
+from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.choice import make_sampler
-from sampling import Action
+from sampling import Action, Sampler
 from training import console, rundir, storage
 from training.console import Parser, UserError
 from training.distributed import World
@@ -62,24 +62,29 @@ def score_predictions(
     predictions: list[Prediction], ks: list[int] = (), legacy: bool = False
 ) -> dict[str, float]:
     """Means over the questions: accuracy with its 95 % interval (low, high), exact, format, tokens, truncated, pass@k of each k."""
-    accuracy = [p.accuracy(legacy) for p in predictions]
+    accuracy = [accuracy_score(p.text, p.answer, p.kind, legacy) for p in predictions]
     low, high = interval(accuracy)
     result = {
         "n": len(predictions),
         "accuracy": mean(accuracy),
         "low": low,
         "high": high,
-        "exact": mean(p.right(p.text, legacy) for p in predictions),
+        "exact": mean(wholly_right(p.text, p.answer, p.kind, legacy) for p in predictions),
         "format": mean(format_reward(p.text, legacy) for p in predictions),
         "tokens": mean(p.tokens for p in predictions),
         "truncated": mean(p.truncated for p in predictions),
     }
     for k in ks:
         result[f"pass@{k}"] = mean(
-            pass_at_k(len(p.samples), sum(p.right(text, legacy) for text in p.samples), k)
-            for p in predictions
+            pass_at_k(len(p.samples), right_samples(p, legacy), k) for p in predictions
         )
     return result
+
+
+def right_samples(prediction: Prediction, legacy: bool = False) -> int:
+    """How many of Pass@k's samples are wholly right."""
+    truth, kind = prediction.answer, prediction.kind
+    return sum(wholly_right(text, truth, kind, legacy) for text in prediction.samples)
 
 
 def score(states, actions: list[Action]) -> dict[str, float]:
@@ -91,6 +96,16 @@ def score(states, actions: list[Action]) -> dict[str, float]:
             for s, a in pairs
         ]
     )
+
+
+def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
+    """Greedy accuracy on each test set, shared among the processes."""
+    result = {}
+    for name, states in sets.items():
+        share = world.mine(states)
+        actions = world.gather(answer_greedily(sampler, share))
+        result[f"eval/{name}"] = score(states, actions)["accuracy"]
+    return result
 
 
 def mean(values) -> float:
@@ -410,8 +425,6 @@ def answer_command(argv: list[str]) -> None:
         raise UserError(
             f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}"
         )
-    from ekipl import Config  # which imports this file
-
     world = World.join("auto")
     path = Path(args.model)
     beside = (
@@ -429,7 +442,9 @@ def answer_command(argv: list[str]) -> None:
         experts = (
             make_experts(
                 args.model,
-                Config(cache=args.cache, offline=args.offline, expert_tokens=args.expert_tokens),
+                ExpertSettings(
+                    cache=args.cache, offline=args.offline, expert_tokens=args.expert_tokens
+                ),
             )
             if is_expert(args.model)
             else []
@@ -491,15 +506,9 @@ def score_command(argv: list[str]) -> None:
     print_scores(read_predictions(args.directory), args.legacy)
 
 
-COMMANDS = {"score": score_command, "table": table_command, "figures": figures_command}
-
-
 def run(argv: list[str]) -> None:
     transformers_logging.disable_progress_bar()  # of loading: one bar is enough
-    if argv and argv[0] in COMMANDS:
-        COMMANDS[argv[0]](argv[1:])
-    else:
-        answer_command(argv)
+    score_command(argv[1:]) if argv[:1] == ["score"] else answer_command(argv)
 
 
 def main() -> None:

@@ -28,7 +28,7 @@ import math
 import re
 import threading
 
-from data.answers import KINDS, Call, _calls, extract_answer
+from data.answers import KINDS, Call, calls, extract_answer
 from data.expressions import compared
 
 # Relative errors of "math" between which the reward falls from 1 to 0.
@@ -84,7 +84,7 @@ def accuracy_reward(text: str, answer: str, kind: str, legacy: bool = False) -> 
         predicted = extract_answer(text)
         return 0.0 if predicted is None else judge_answer(predicted, answer, kind)
     if kind == "function":
-        return _full_matches(_calls(_legacy_answer(text), legacy=True), _calls(answer, legacy=True))
+        return _full_matches(calls(_legacy_answer(text), legacy=True), calls(answer, legacy=True))
     return float(_legacy_answer(text) == _legacy_answer(answer))
 
 
@@ -100,7 +100,7 @@ def judge_answer(predicted: str, answer: str, kind: str) -> float:
     """
     _check(kind)
     if kind == "function":
-        return _full_matches(_calls(predicted), _calls(answer))
+        return _full_matches(calls(predicted), calls(answer))
     values = compared(predicted, answer, kind)
     if values is None:
         return 0.0
@@ -145,7 +145,7 @@ def function_score(text: str, answer: str, legacy: bool = False) -> float:
     and closes on one line, or the whole text without one.
     """
     found = _legacy_answer(text, one_line=True) if legacy else extract_answer(text) or ""
-    predicted, truth = (list(dict.fromkeys(_calls(part, legacy))) for part in (found, answer))
+    predicted, truth = (list(dict.fromkeys(calls(part, legacy))) for part in (found, answer))
     if not predicted or not truth:
         return 0.0
     size = max(len(predicted), len(truth))

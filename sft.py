@@ -31,9 +31,11 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-import ekipl
-from data.sets import test_sets, training_states
+import blocks  # noqa: F401  makes --data blocks known
+from data.lengths import room_of
+from data.sets import reports, test_sets, training_states
 from data.state import State
+from evaluate import greedy_accuracy
 from policy import Policy, Prompt, pack
 from rollouts import choice
 from training import checkpointing, console, curves, distributed, plan, rundir, settings, storage
@@ -180,7 +182,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     rundir.take(resume, world)
     mode = METHODS[config.method]
     start = checkpointing.last_checkpoint(resume) if resume else config.start
-    room = config.room(start)
+    room = room_of(config, start)
     questions, order = training_states(config, mode, config.method == "cot", room)
     tests = test_sets(config, mode, room) if config.eval_every else {}
     try:
@@ -193,7 +195,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     except ValueError as error:
         raise UserError(str(error)) from None
     plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
-    path = rundir.open_run(config, resume, world, [questions, *tests.values()])
+    path = rundir.open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     config = dataclasses.replace(
         config, states=len(questions)
@@ -212,7 +214,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     if done == 0 and config.eval_every:
         rundir.log(
             path,
-            [{"step": 0, "states": 0, **ekipl.evaluate(sampler, tests, world)}],
+            [{"step": 0, "states": 0, **greedy_accuracy(sampler, tests, world)}],
             [],
             bar,
             world,
@@ -238,7 +240,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         last = step + 1 == config.steps
         if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
             sampler.sync_weights()
-            record |= ekipl.evaluate(sampler, tests, world)
+            record |= greedy_accuracy(sampler, tests, world)
             sampler.sleep()
             record["seconds/evaluation"] = time.perf_counter() - clock[1]
         rundir.log(path, [record], [], bar, world)

@@ -21,8 +21,8 @@ import random
 from dataclasses import dataclass
 
 from blocks.counting import Counting
+from blocks.mistakes import mistakes
 from blocks.scenes import CELLS, COLORS, DIRECTIONS, FUNCTIONS, SHAPES, SIZES
-from blocks.scripted import mistakes
 from blocks.structure import Structure
 from blocks.transformation import Transformation
 from data.state import SETS, State

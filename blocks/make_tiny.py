@@ -1,6 +1,6 @@
 """How tiny/ was made: a Qwen2-VL of 1.3 M parameters that sees the blocks world well and reasons about it poorly.
 
-    python tiny/make.py --out tiny          # seeded; writes the Hugging Face directory and losses.csv; half an hour on one CPU core
+    python -m blocks.make_tiny --out tiny          # seeded; writes the Hugging Face directory and losses.csv; half an hour on one CPU core
 
 It stands for a pretrained model, so it gets what pretraining gives, in three phases:
 
@@ -22,7 +22,6 @@ import json
 import math
 import os
 import random
-import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -47,8 +46,6 @@ from transformers import (
 from blocks import counting, dataset, drawing, scripted, structure, transformation
 from blocks.scenes import CELLS, COLORS, SHAPES, SIZES
 from data import state
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 SPECIAL = [
     f"<|{name}|>"

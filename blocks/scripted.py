@@ -11,27 +11,11 @@ import random
 from functools import lru_cache
 
 from blocks import dataset
-from blocks.counting import Counting
-from blocks.structure import Structure
-from blocks.transformation import Transformation
+from blocks.mistakes import mistakes
 from data.state import State
-from rewards import judge_answer
 from sampling import Action, Sample
 
 STYLES = ("careful", "quick")  # the scripted experts' ways of thinking
-
-
-@lru_cache(maxsize=1024)  # each expert asks for them
-def mistakes(problem: Counting | Structure | Transformation) -> tuple:
-    """The problem as somebody sees it who gets it wrong, in every plausible way, each once."""
-    right = problem.answer()
-    # By the reward's own judgement, which forgives 5 % of a length or an area.
-    wrong = [
-        seen
-        for seen in problem.misperceived()
-        if judge_answer(seen.answer(), right, problem.kind) < 1
-    ]
-    return tuple(dict.fromkeys(wrong))
 
 
 # Table 1 of the paper: accuracy on the task's test sets. "train" questions are like those of "id".

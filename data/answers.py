@@ -2,6 +2,8 @@
 
 import re
 
+from data.expressions import compared
+
 KINDS = ("discrete", "math", "function")
 
 
@@ -27,12 +29,20 @@ def extract_answer(text: str) -> str | None:
 
 Call = tuple[str, str, str]  # function, object, value
 # Each starts at the start of a word and has no two neighbouring runs of one class: linear time.
-_CALL = re.compile(r"(?<!\w)(\w+) ?\( ?(\w+) ?, ?(\w+) ?\)")
-_LEGACY_CALL = re.compile(r"(?<!\w)(\w+)\((\w+),\s*'?(\w+)'?\)")
+CALL = re.compile(r"(?<!\w)(\w+) ?\( ?(\w+) ?, ?(\w+) ?\)")
+LEGACY_CALL = re.compile(r"(?<!\w)(\w+)\((\w+),\s*'?(\w+)'?\)")
 
 
-def _calls(text: str, legacy: bool = False) -> list[Call]:
+def calls(text: str, legacy: bool = False) -> list[Call]:
     """The calls in a text, in order, repeats included; strict: whatever the case, the quotes and the white space."""
     if legacy:
-        return _LEGACY_CALL.findall(text)
-    return _CALL.findall(re.sub(r"[\s'\"`]+", " ", text.lower()))
+        return LEGACY_CALL.findall(text)
+    return CALL.findall(re.sub(r"[\s'\"`]+", " ", text.lower()))
+
+
+def judgeable(answer: str, kind: str) -> bool:
+    """Whether a truth counts as right itself: a value that is known, or calls without a repetition."""
+    if kind == "function":
+        found = calls(answer)
+        return bool(found) and len(set(found)) == len(found)
+    return compared(answer, answer, kind) is not None

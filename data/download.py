@@ -7,10 +7,8 @@ import os
 import shutil
 import zipfile
 import zlib
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from data.reading import FILES
@@ -20,19 +18,6 @@ from training.console import UserError
 from training.settings import CACHE, TASKS
 
 REPOSITORY = "tanhuajie2001/Reason-RFT-CoT-Dataset"  # on the Hugging Face hub
-
-
-@contextmanager
-def locked(file: Path):
-    """One process at a time, of all that use this file. UserError where none can be written."""
-    with storage.writing(file.parent):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{file}.lock")
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def at_home(path: str) -> Path:
@@ -57,7 +42,7 @@ def prepare(source: str, names: list[str], cache: Path) -> Path:
         raise UserError(
             f"no data at {directory}: --data is a directory with train_jsons and test_jsons, or reason-rft, or blocks"
         )
-    with locked(cache / "prepare"):
+    with storage.locked(cache / "prepare"):
         for split in dict.fromkeys(
             "train" if name.endswith("-train") else "test" for name in names
         ):

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.download import locked
 from data.pictures import look_into
 from training import storage
 
@@ -22,7 +21,7 @@ def check_images(
     paths = list(dict.fromkeys(paths))
     stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
     with (
-        locked(file) if file else nullcontext()
+        storage.locked(file) if file else nullcontext()
     ):  # one process looks, the others read what it found
         seen = images_seen(file) if file else {}
         new = [i for i, path in enumerate(paths) if seen.get(str(path), [None])[0] != stamps[i]]

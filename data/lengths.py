@@ -95,3 +95,9 @@ class Room:
 
         directory = pretrained.directory_of(self.model, weights=False)
         return pretrained.read_processor(directory, pretrained.read_config(directory))
+
+
+def room_of(config, model: str | Path) -> Room:
+    """What a prompt of a run with these settings (`training.settings.Settings`) has to fit in, with
+    the config and tokenizer of that model."""
+    return Room(model, config.max_new_tokens, config.max_model_len, **config.pixels)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from data.answers import KINDS
 from data.state import SETS
-from rewards import accuracy_score, wholly_right
 from training import storage
 from training.console import UserError
 
@@ -21,14 +20,6 @@ class Prediction:
     tokens: int
     truncated: bool
     samples: list[str] = dataclasses.field(default_factory=list)
-
-    def accuracy(self, legacy: bool = False) -> float:
-        """Table 1's, in [0, 1]."""
-        return accuracy_score(self.text, self.answer, self.kind, legacy)
-
-    def right(self, text: str, legacy: bool = False) -> bool:
-        """Whether this answer is wholly right."""
-        return wholly_right(text, self.answer, self.kind, legacy)
 
 
 def prediction(record: dict) -> Prediction:

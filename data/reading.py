@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
-from data.answers import extract_answer
-from rewards import judge_answer
+from data.answers import extract_answer, judgeable
 from training.console import UserError
 
 FILES = {  # the set of each file; the names are the blocks world's
@@ -163,7 +162,7 @@ def kind_of(answer: str, task: str) -> str:
         known = all(value in FUNCTIONS.get(name, ()) for name, _, value in calls)
         known = known and all_calls(calls, answer)
         kind = "function" if known and 1 <= len(calls) <= 4 else None
-    if kind is None or re.search(TAG, answer) or judge_answer(answer, answer, kind) < 1:
+    if kind is None or re.search(TAG, answer) or not judgeable(answer, kind):
         raise Unusable(f"unknown form of answer: {answer[:80]!r}")
     return kind
 

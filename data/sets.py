@@ -22,6 +22,7 @@ ANS-SFT's.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 from data.download import at_home, prepare
 from data.lengths import Room
@@ -30,7 +31,9 @@ from data.reason_rft import ReasonRFTSet
 from data.state import State
 from training.console import UserError
 
-# ---------------------------------------------------------------------------------------------- the sets of a run
+# What else --data may name: a function of (set name, settings, mode) that makes the set. A world
+# adds itself when it is imported (blocks/__init__.py).
+WORLDS: dict[str, Callable] = {}
 
 
 class Part:
@@ -54,15 +57,8 @@ def load_set(
     if there is no such set."""
     if name not in FILES:
         raise UserError(f"no set {name!r}; there are {', '.join(FILES)}")
-    if config.data == "blocks":
-        from blocks.dataset import BlocksSet  # which takes `State` from here
-
-        train = name.endswith("-train")
-        return (
-            BlocksSet(name, config.states, config.seed, mode)
-            if train
-            else BlocksSet(name, config.eval_states, 0, mode)
-        )
+    if config.data in WORLDS:
+        return WORLDS[config.data](name, config, mode)
     cache = at_home(config.data_cache)
     return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache, room)
 

@@ -13,9 +13,9 @@ import matplotlib.pyplot as plt
 
 from data.predictions import read_predictions
 from data.state import SETS
-from evaluate import LEGACY, pass_at_k, score_predictions
+from evaluate import LEGACY, pass_at_k, right_samples, score_predictions
 from rewards import need_math_verify
-from training import curves, storage
+from training import console, curves, storage
 from training.console import Parser, UserError
 from training.curves import method_of, save, shown, smooth
 from training.storage import writing
@@ -257,7 +257,7 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], estimate, out:
 
 def table_command(argv: list[str]) -> None:
     parser = Parser(
-        prog="evaluate.py table",
+        prog="python -m experiments.report table",
         description="Table 1 from runs that were evaluated: OUT.md and OUT.csv.",
     )
     parser.add_argument(
@@ -285,7 +285,7 @@ def table_command(argv: list[str]) -> None:
 
 def figures_command(argv: list[str]) -> None:
     parser = Parser(
-        prog="evaluate.py figures",
+        prog="python -m experiments.report figures",
         description="Figures 3 (data efficiency), 4 (sources of action) and 5 (Pass@k), and their numbers.",
     )
     parser.add_argument(
@@ -306,8 +306,7 @@ def figures_command(argv: list[str]) -> None:
                 if min(len(p.samples) for p in ps)
             }
             samples[run.name] = {
-                name: [(len(p.samples), sum(map(p.right, p.samples))) for p in ps]
-                for name, ps in found.items()
+                name: [(len(p.samples), right_samples(p)) for p in ps] for name, ps in found.items()
             }
     if not histories and not any(samples.values()):
         raise UserError(
@@ -321,3 +320,20 @@ def figures_command(argv: list[str]) -> None:
         sources(histories, args.out / "figure4.png")
     if any(samples.values()):
         pass_at(samples, pass_at_k, args.out / "figure5.png")
+
+
+COMMANDS = {"table": table_command, "figures": figures_command}
+
+
+def run(argv: list[str]) -> None:
+    if not argv or argv[0] not in COMMANDS:
+        raise UserError(f"say what to make: {' or '.join(COMMANDS)} (each has --help)")
+    COMMANDS[argv[0]](argv[1:])
+
+
+def main() -> None:
+    console.command("report.py", run)
+
+
+if __name__ == "__main__":
+    main()

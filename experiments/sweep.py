@@ -38,7 +38,7 @@ from experts.roster import expert_specs
 from training import checkpointing, console, curves, presets, storage
 from training.console import UserError
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 # Of each process, whatever --jobs and the machine: with another number sums are rounded otherwise.
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 

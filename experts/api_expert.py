@@ -25,7 +25,7 @@ from concurrent.futures import Future, wait
 from queue import SimpleQueue
 
 from data.state import State
-from experts import apis, clients, collect, refusals
+from experts import apis, clients, refusals
 from experts.apis import parse_price
 from experts.cache import Answer, Cache, Reply, request_id
 from experts.clients import CUT, ApiError
@@ -349,9 +349,3 @@ class ApiExpert:
 def spent(answer: Answer) -> bool:
     """Whether the length limit ended an answer before its first letter."""
     return answer.finish in CUT and not (answer.text or "").strip()
-
-
-if __name__ == "__main__":
-    from experts import collect
-
-    collect.main()

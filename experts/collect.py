@@ -1,8 +1,8 @@
 """The command line of the experts: buys answers before a training run, and looks at what was bought.
 
-    python experts.py collect --preset blocks --experts openai:gpt-4o --dry-run          # requests, tokens, dollars, hours
-    python experts.py collect --preset blocks --experts openai:gpt-4o --budget 20        # buys, in the order of training
-    python experts.py stats CACHE | export CACHE > answers.jsonl | verify CACHE
+    python -m experts.collect --preset blocks --experts openai:gpt-4o --dry-run          # requests, tokens, dollars, hours
+    python -m experts.collect --preset blocks --experts openai:gpt-4o --budget 20        # buys, in the order of training
+    python -m experts.collect stats CACHE | export CACHE > answers.jsonl | verify CACHE
 
 `collect` takes every flag of ekipl.py, so that it asks what that run will ask. Each answer is in the cache before it counts; so
 stopping, by hand, by the budget or by kill -9, loses nothing that had arrived, and the same command goes on from there.
@@ -18,19 +18,29 @@ import time
 from collections import deque
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import closing
+from dataclasses import dataclass
 
 from tqdm import tqdm
 
-import ekipl
+from data.lengths import room_of
 from data.sets import training_states
 from experts import apis
 from experts.api_expert import VENDORS
 from experts.apis import parse_price
 from experts.cache import Cache, request_id
 from experts.purse import Buyer, OverBudget, Purse
-from experts.roster import expert_specs
-from training import console
+from experts.roster import check, expert_specs
+from experts.settings import ExpertSettings
+from training import console, settings
 from training.console import Parser, UserError
+from training.presets import PRESETS
+from training.settings import Settings
+
+
+@dataclass
+class CollectSettings(Settings, ExpertSettings):
+    """What decides which states are asked, and whom: the flags of ekipl.py less those of the objective."""
+
 
 # Assumed by --dry-run where the cache has no calls of this expert to learn from.
 ANSWER_TOKENS = 200  # of a thought and its answer
@@ -39,15 +49,15 @@ WAITS = 5  # pauses in a row, of experts.PAUSE seconds each, before a failing AP
 FIRST_WAITS = 2  # the same for one that has not answered yet
 
 
-def states_to_ask(config: ekipl.Config) -> list:
+def states_to_ask(config: CollectSettings) -> list:
     """The states of training in its order, each once."""
     questions, order = training_states(
-        dataclasses.replace(config, batch_size=1), room=config.room(config.start)
+        dataclasses.replace(config, batch_size=1), room=room_of(config, config.start)
     )  # fewer than a batch may be asked as well
     return [questions[i] for i in tqdm(list(dict.fromkeys(order)), desc="states", leave=False)]
 
 
-def api_specs(config: ekipl.Config, offline: bool) -> list[str]:
+def api_specs(config: CollectSettings, offline: bool) -> list[str]:
     try:
         specs = [
             spec
@@ -65,7 +75,7 @@ def api_specs(config: ekipl.Config, offline: bool) -> list[str]:
 
 
 def estimate(
-    spec: str, states: list, n: int, config: ekipl.Config, cache: Cache | None
+    spec: str, states: list, n: int, config: CollectSettings, cache: Cache | None
 ) -> dict[str, float | None]:
     """Of one expert: requests, answers, input and output tokens, dollars (None if no price is known), hours; and the most that the length
     limit allows, and what asking for one answer at a time would cost."""
@@ -96,7 +106,7 @@ def estimate(
     }  # fmt: skip
 
 
-def dry_run(config: ekipl.Config) -> None:
+def dry_run(config: CollectSettings) -> None:
     states = states_to_ask(config)
     cache = Cache(config.cache, read_only=True) if os.path.lexists(config.cache) else None
     for spec in api_specs(config, offline=True):
@@ -128,7 +138,7 @@ class Collection:
     again. A state that fails while the API is well gets one more try, at the end. A server that was never reached, or an API that stays down for WAITS pauses (FIRST_WAITS, if it never answered), ends it: UserError.
     """
 
-    def __init__(self, experts: list[Buyer], states: list, config: ekipl.Config, bar: tqdm):
+    def __init__(self, experts: list[Buyer], states: list, config: CollectSettings, bar: tqdm):
         self.experts, self.config, self.bar = experts, config, bar
         self.todo = deque((state, expert) for state in states for expert in experts)
         self.running: dict[Future, tuple] = {}
@@ -228,7 +238,7 @@ class Collection:
         )
 
 
-def collect(config: ekipl.Config, budget: float | None) -> None:
+def collect(config: CollectSettings, budget: float | None) -> None:
     """Fills the cache for the states of training. UserError if the API will not answer, or some states stay without."""
     specs = api_specs(config, offline=False)
     states = states_to_ask(config)
@@ -236,7 +246,9 @@ def collect(config: ekipl.Config, budget: float | None) -> None:
         buy(specs, states, cache, config, Purse(budget))
 
 
-def buy(specs: list[str], states: list, cache: Cache, config: ekipl.Config, purse: Purse) -> None:
+def buy(
+    specs: list[str], states: list, cache: Cache, config: CollectSettings, purse: Purse
+) -> None:
     experts = [Buyer(spec, cache, config, purse) for spec in specs]
     unknown = [expert.name for expert in experts if expert.price is None]
     if purse.budget < math.inf and unknown:
@@ -304,7 +316,7 @@ def look(command: str, cache: Cache) -> None:
                 print(json.dumps(entry, ensure_ascii=False))
     except (ValueError, TypeError, KeyError, OverflowError):  # values that no program wrote
         raise UserError(
-            f"{cache.path} is damaged: python experts.py verify {cache.path} tells where"
+            f"{cache.path} is damaged: python -m experts.collect verify {cache.path} tells where"
         ) from None
     if command == "verify":
         if faults := cache.faults():
@@ -316,7 +328,7 @@ def look(command: str, cache: Cache) -> None:
 
 def run(argv: list[str]) -> None:
     parser = Parser(
-        prog="experts.py",
+        prog="experts.collect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -337,14 +349,17 @@ def run(argv: list[str]) -> None:
         "--budget", type=float, metavar="USD", help="spend no more than this in this call"
     )
     buying.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
+    if not argv or argv[0] not in (*commands.choices, "-h", "--help"):
+        argv = ["collect", *argv]
     args, rest = parser.parse_known_args(argv)
     if args.command == "collect":
         if args.budget is not None and not args.budget > 0:
             raise UserError("--budget must be above 0")
-        config, resume = ekipl.parse(rest)
+        config, _ = settings.parse(CollectSettings, PRESETS, __doc__.split("\n\n")[0], rest)
         if args.dry_run:
             config.offline = True  # needs no key
-        ekipl.check(config, 1, resuming=True)
+        settings.check(config, 1, resuming=True)
+        check(config)
         dry_run(config) if args.dry_run else collect(config, args.budget)
     elif rest:
         raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
@@ -357,7 +372,11 @@ def main() -> None:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cache is closed too
     try:
         console.command(
-            "experts.py", run, "what had arrived is in the cache, the same command goes on"
+            "experts.collect", run, "what had arrived is in the cache, the same command goes on"
         )
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    main()

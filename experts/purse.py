@@ -3,11 +3,11 @@
 import math
 import threading
 
-import ekipl
 from experts import apis, clients
 from experts.api_expert import ApiExpert
 from experts.cache import Cache, Reply
 from experts.clients import ApiError
+from experts.settings import ExpertSettings
 from training.console import UserError
 
 
@@ -62,7 +62,7 @@ class Purse:
 class Buyer(ApiExpert):
     """An API that is asked for no more than there is in the purse."""
 
-    def __init__(self, spec: str, cache: Cache, config: ekipl.Config, purse: Purse):
+    def __init__(self, spec: str, cache: Cache, config: ExpertSettings, purse: Purse):
         super().__init__(spec, cache, config)
         self.purse = purse
 

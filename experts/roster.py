@@ -8,8 +8,10 @@ from blocks.scripted import ACCURACY, ScriptedExpert
 from data.state import State
 from experts import apis
 from experts.api_expert import LOG, VENDORS, ApiExpert
+from experts.apis import parse_price
 from experts.cache import Cache
 from sampling import Expert
+from training import settings
 from training.console import UserError
 
 
@@ -38,6 +40,24 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
             )
     if len(set(sources)) < len(sources):
         raise ValueError(f"an expert is named twice in '{names}'")
+    return specs
+
+
+def check(config) -> list[str]:
+    """The experts of the settings (`ExpertSettings`, `training.settings.Settings`). UserError for
+    what cannot work."""
+    try:
+        specs = expert_specs(config.experts, config.offline)
+        parse_price(config.price)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    counts = ("num_samples", "expert_tokens", "expert_requests", "expert_failures")
+    settings.must(config, 1, *counts)
+    settings.above_zero(config, "expert_deadline")
+    if config.data != "blocks" and (scripted := [name for name in specs if name in ACCURACY]):
+        raise UserError(
+            f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none"
+        )
     return specs
 
 

@@ -20,11 +20,10 @@ from blocks.dataset import BlocksSet
 from data.predictions import Prediction
 from data.state import State
 from evaluate import interval, pass_at_k, score, score_predictions
-from experts import answering
+from experts.answering import ExpertAnswers
 from policy import Policy
 from rewards import MATH_VERIFY, accuracy_reward
-from rollouts import answering
-from rollouts.answering import answer_greedily
+from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.transformers_sampler import TransformersSampler
 from sampling import Action, Sample
 from training import console, storage
@@ -250,7 +249,7 @@ def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(
 
 def test_what_is_said_depends_on_the_question_alone(predictions, random_model_dir):
     policy = Policy.load(random_model_dir)
-    answers = answering.ModelAnswers(TransformersSampler(policy, 3), 0.0, 3)
+    answers = ModelAnswers(TransformersSampler(policy, 3), 0.0, 3)
     expected = lines_of(predictions / "counting-id.jsonl")
     states = [BlocksSet("counting-id", 6)[i] for i in range(6)]
     for batches in ([states[i : i + 1] for i in range(6)], [states[4:], states[1:4], states[:1]]):
@@ -375,11 +374,11 @@ def test_the_answer_that_counts_may_be_drawn_from_the_likeliest_tokens(random_mo
     policy = Policy.load(random_model_dir)
     sampler = TransformersSampler(policy, 3)
     states = [BlocksSet("counting-id", 4)[i] for i in range(4)]
-    greedy = [p.text for p in answering.ModelAnswers(sampler, 0.0, 2)(states)]
-    plain = answering.ModelAnswers(sampler, 1.0, 2)(states)
+    greedy = [p.text for p in ModelAnswers(sampler, 0.0, 2)(states)]
+    plain = ModelAnswers(sampler, 1.0, 2)(states)
     assert [p.text for p in plain] != greedy
     for settings in (dict(top_k=1), dict(top_p=1e-9)):
-        said = answering.ModelAnswers(sampler, 1.0, 2, **settings)(states)
+        said = ModelAnswers(sampler, 1.0, 2, **settings)(states)
         assert [p.text for p in said] == greedy
         assert [p.samples for p in said] == [p.samples for p in plain]  # Pass@k's, from all tokens
     assert (sampler.top_p, sampler.top_k, policy.temperature) == (1.0, 0, 1.0)  # as training wants
@@ -409,10 +408,10 @@ def test_a_question_that_an_expert_does_not_answer_is_asked_again(tmp_path):
         tmp_path / "counting-id.jsonl",
     )
     alone = World(0, 1, torch.device("cpu"))
-    evaluate.predict(answering.ExpertAnswers(expert, 2), states, file, alone)
+    evaluate.predict(ExpertAnswers(expert, 2), states, file, alone)
     assert len(lines_of(file)) == 3
     expert.quiet = False
-    evaluate.predict(answering.ExpertAnswers(expert, 2), states, file, alone)
+    evaluate.predict(ExpertAnswers(expert, 2), states, file, alone)
     assert sorted(record["id"] for record in lines_of(file)) == [state.id for state in states]
 
 
@@ -453,7 +452,9 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
 def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsys):
     for name in ("ekipl-seed0", "grpo-seed0"):
         (tmp_path / name).mkdir()
-        shutil.copy(ROOT / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl")
+        shutil.copy(
+            ROOT / "experiments" / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl"
+        )
     shutil.copytree(predictions, tmp_path / "ekipl-seed0" / "predictions")
     run(
         monkeypatch,

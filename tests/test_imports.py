@@ -11,7 +11,9 @@ ORDER = re.findall(r"^\| `([\w.]+?)(?:\.py|/)` ", (ROOT / "CONTRIBUTING.md").rea
 FILES = [
     file
     for place in ORDER
-    for file in ([ROOT / f"{place}.py"] if (ROOT / f"{place}.py").exists() else (ROOT / place).rglob("*.py"))
+    for file in (
+        [ROOT / f"{place}.py"] if (ROOT / f"{place}.py").exists() else (ROOT / place).rglob("*.py")
+    )
 ]
 
 

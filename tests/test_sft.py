@@ -204,7 +204,7 @@ def directory(tmp_path_factory):
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("source", ["blocks", "real"])
 def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, task, source):
-    policy = Policy.load(ROOT / "tiny")
+    policy = Policy.load(ROOT / "blocks" / "tiny")
     config = Config(
         task=task,
         data="blocks" if source == "blocks" else str(directory),
@@ -250,7 +250,7 @@ def test_reason_rfts_targets():
 
 
 def test_a_long_target_is_cut_and_counted():
-    policy = Policy.load(ROOT / "tiny")
+    policy = Policy.load(ROOT / "blocks" / "tiny")
     state = BlocksSet("counting-train", 1)[0]
     (whole,) = sft.examples(policy, [state], "cot", 200)
     (cut,) = sft.examples(policy, [state], "cot", 7)
@@ -260,7 +260,7 @@ def test_a_long_target_is_cut_and_counted():
 
 
 def test_special_tokens_in_a_target_are_left_out():
-    policy = Policy.load(ROOT / "tiny")
+    policy = Policy.load(ROOT / "blocks" / "tiny")
     state = dataclasses.replace(
         BlocksSet("counting-train", 1)[0],
         thought="a1 <|image_pad|> cube <|im_end|> gone unheard-of",
@@ -296,12 +296,14 @@ def test_a_frozen_vision_tower_stays_to_the_bit_and_all_else_learns(
     if module is ekipl:
         frozen |= dict(num_samples=2, group_size=3, max_new_tokens=12, beta=0.04)
     path = module.train(module.Config(**frozen, rollout="transformers"), None, CPU)
-    before, after = Policy.load(ROOT / "tiny").state_dict(), weights(path)
+    before, after = Policy.load(ROOT / "blocks" / "tiny").state_dict(), weights(path)
     changed = moved(before, after)
     assert any("merger" in name for name in vision(before))
     assert not vision(changed) and changed >= {name for name in before if ".layers." in name}
     saved = torch.load(path / "model" / "trainer.pt", weights_only=True)["optimizer"]["state"]
-    trained = [n for n, _ in Policy.load(ROOT / "tiny").named_parameters() if not vision([n])]
+    trained = [
+        n for n, _ in Policy.load(ROOT / "blocks" / "tiny").named_parameters() if not vision([n])
+    ]
     assert len(saved) == len(trained)  # no moments of what does not learn
 
 
@@ -334,7 +336,7 @@ def test_two_processes_leave_a_frozen_vision_tower_as_one_does(tmp_path, paralle
     arguments += ["--gradient-checkpointing"] if checkpointing else []
     in_two_processes(train_here, arguments)
     one = small(tmp_path, states=8, name="one", freeze_vision=True, rollout="transformers")
-    before = Policy.load(ROOT / "tiny").state_dict()
+    before = Policy.load(ROOT / "blocks" / "tiny").state_dict()
     alone, shared = weights(sft.train(one, None, CPU)), weights(tmp_path / "run")
     assert not vision(moved(before, shared)) and moved(before, shared) == moved(before, alone)
     for name in alone:

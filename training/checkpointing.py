@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from policy import Policy
 from training import console, curves, storage
 from training.console import UserError
 from training.distributed import World, collected, own, shared_out, weights_of
@@ -173,7 +172,7 @@ def unsound(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def save(
-    path: Path, step: int, policy: Policy, optimizer: torch.optim.Optimizer, world: World
+    path: Path, step: int, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
     """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
     weights, state = weights_of(policy, world.rank), collected(optimizer.state_dict(), world.rank)

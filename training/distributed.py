@@ -22,7 +22,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from policy import Policy
 from training.console import UserError
 
 
@@ -54,7 +53,9 @@ class World:
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
         return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 
-    def place(self, policy: "Policy", parallel: str = "ddp", bf16: bool = False) -> "Policy":
+    def place(
+        self, policy: torch.nn.Module, parallel: str = "ddp", bf16: bool = False
+    ) -> torch.nn.Module:
         """The policy on this process's device: the whole of it, or with "fsdp" this process's share of every parameter (the same object).
 
         What is gathered at a time: a layer of the language model, a block of the vision tower, or all the rest (embeddings, LM head), which
@@ -85,7 +86,7 @@ class World:
         )._lazy_init()  # or the first layer that `generate` calls would take itself for the root
         return policy
 
-    def data_parallel(self, policy: "Policy") -> torch.nn.Module:
+    def data_parallel(self, policy: torch.nn.Module) -> torch.nn.Module:
         """A placed policy as this process trains it: its gradients are the mean over the processes."""
         if self.size == 1 or isinstance(policy, FSDPModule):
             return policy
@@ -207,7 +208,7 @@ def reshard(policy: torch.nn.Module) -> None:
             module.reshard()
 
 
-def weights_of(policy: "Policy", rank: int) -> dict[str, torch.Tensor]:
+def weights_of(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
     """The model's parameters by name, tied ones once, `collected`. RuntimeError while they are gathered: those are copies, on a GPU rounded ones."""
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
     if isinstance(policy, FSDPModule) and not all(

@@ -9,8 +9,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.sets import reports
-from ekipl import Config
 from training import storage
 from training.console import UserError
 from training.distributed import World
@@ -57,14 +55,18 @@ def read_config(path: Path) -> dict:
 BUSY = "wait until that run has ended, or stop it first"
 
 
-def open_run(config: Config, resume: Path | None, world: World, sets: list) -> Path:
-    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used."""
+def open_run(
+    config, resume: Path | None, world: World, lines: list[str], left_out: list[dict]
+) -> Path:
+    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used.
+
+    lines, left_out: as data.sets.reports returns them.
+    """
 
     def make() -> Path:
         name = config.name or f"{config.preset}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
         path = create(config.runs, name, dataclasses.asdict(config))
         storage.hold(path, BUSY)
-        lines, left_out = reports(sets)
         print(*lines, sep="\n", end="\n" if lines else "", file=sys.stderr)
         if left_out:
             storage.append(path / "left_out.jsonl", [storage.finite(record) for record in left_out])

@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 
-from data.lengths import Room
-from ekipl import Config
 from training import rundir
 from training.console import Parser, UserError
 
+CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
+TASKS = ("counting", "structure", "transformation")
+ROLLOUTS = ("auto", "vllm", "transformers")
 MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
 
 
@@ -127,16 +128,16 @@ class Settings:
     @property
     def start(self) -> str:
         """The directory or hub id that `model` means."""
-        return str(Path(__file__).resolve().parent / "tiny") if self.model == "tiny" else self.model
+        return (
+            str(Path(__file__).resolve().parents[1] / "blocks" / "tiny")
+            if self.model == "tiny"
+            else self.model
+        )
 
     @property
     def pixels(self) -> dict[str, int | None]:
         """For `Policy.load`."""
         return {"min_pixels": self.min_pixels or None, "max_pixels": self.max_pixels or None}
-
-    def room(self, model: str | Path) -> Room:
-        """What a prompt of this run has to fit in, with the config and tokenizer of that model."""
-        return Room(model, self.max_new_tokens, self.max_model_len, **self.pixels)
 
 
 def presets(paper) -> dict[str, dict]:
@@ -200,7 +201,9 @@ def parse(
                 raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
         return kind(**stored), Path(resume)
     preset = given.get("preset", kind.preset)
-    return kind(**{**presets[preset], **given, "preset": preset}), None
+    names = {setting.name for setting in dataclasses.fields(kind)}  # a program may know fewer
+    chosen = {name: value for name, value in presets[preset].items() if name in names}
+    return kind(**{**chosen, **given, "preset": preset}), None
 
 
 def check(config: Settings, world: int, resuming: bool) -> None:
@@ -279,12 +282,7 @@ def must(config: Settings, least: int, *names: str) -> None:
             )
 
 
-CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
-TASKS = ("counting", "structure", "transformation")
-ROLLOUTS = ("auto", "vllm", "transformers")
-
-
-def learning_rate(config: Config, step: int) -> float:
+def learning_rate(config: Settings, step: int) -> float:
     """Linear warm-up, then a cosine to 0 (Section 4.1). step: from 0."""
     warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
     if step < warmup:

@@ -76,6 +76,19 @@ def hold(directory: Path, instead: str) -> None:
     HELD[place] = lock
 
 
+@contextmanager
+def locked(file: Path):
+    """One process at a time, of all that use this file. UserError where none can be written."""
+    with writing(file.parent):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{file}.lock")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def let_go(directory: Path) -> None:
     """Of a directory that this process may hold."""
     if lock := HELD.pop(directory.resolve(), None):

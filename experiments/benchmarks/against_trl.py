@@ -1,9 +1,9 @@
 """A training step and a rollout of ours, of TRL's GRPOTrainer and of plain PyTorch, on the same model, pictures, prompts and actions.
 
-    python benchmarks/against_trl.py --model tiny --out benchmarks/tiny-cpu.json
-    python benchmarks/against_trl.py --model mid --out benchmarks/mid-cpu.json
-    python benchmarks/against_trl.py --model 2b --out benchmarks/2b-gpu.json        # one GPU of 80 GB
-    python benchmarks/against_trl.py --model mid --profile                          # where the seconds of a training step go
+    python -m experiments.benchmarks.against_trl --model tiny --out benchmarks/tiny-cpu.json
+    python -m experiments.benchmarks.against_trl --model mid --out benchmarks/mid-cpu.json
+    python -m experiments.benchmarks.against_trl --model 2b --out benchmarks/2b-gpu.json        # one GPU of 80 GB
+    python -m experiments.benchmarks.against_trl --model mid --profile                          # where the seconds of a training step go
 
 The sides take turns, step by step, each after a step that is not counted; a ratio is of two steps of the same round. With 2b they do not
 fit the GPU together: there each turn is a new process, which makes its uncounted step itself. README.md beside this file says what is timed.
@@ -20,10 +20,9 @@ from pathlib import Path
 import numpy
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import workload
-from sides import SIDES, Worker
-from workload import WORKLOADS, Workload
+from experiments.benchmarks import workload
+from experiments.benchmarks.sides import SIDES, Worker
+from experiments.benchmarks.workload import WORKLOADS, Workload
 
 PHASES = ("rollout", "train", "step")
 

@@ -1,6 +1,6 @@
 """What each measure against a slow step is worth: a step of the default run, and the same with one measure taken away.
 
-    python benchmarks/gains.py --out benchmarks/gains-cpu.json
+    python -m experiments.benchmarks.gains --out benchmarks/gains-cpu.json
 
 A step is that of `python ekipl.py`: 64 states of the blocks world, the tiny Qwen2-VL, N = G = 8, two scripted experts. Every variant makes its rollouts and
 its update in turn with the step as it is, with the same seeds, after a turn that is not counted; the ratios are of one turn. In the update all variants have a
@@ -11,7 +11,6 @@ import argparse
 import dataclasses
 import math
 import random
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,14 +21,12 @@ from tqdm import tqdm
 from transformers import AttentionInterface, DynamicLayer, StoppingCriteria
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import workload
-from against_trl import spread, three
-
 import attention
 import ekipl
 import sampling
 from data.sets import training_states
+from experiments.benchmarks import workload
+from experiments.benchmarks.against_trl import spread, three
 from experts.roster import make_experts
 from policy import Policy, pack
 from rollouts import transformers_sampler

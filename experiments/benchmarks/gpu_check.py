@@ -1,8 +1,8 @@
 """What only a GPU can show, in one command and ten minutes: does the vLLM engine live beside the
 policy, and does the memory plan hold?
 
-    python benchmarks/gpu_check.py --out gpu-check            # a GPU of 80 GB, Qwen2-VL-2B's config
-    python benchmarks/gpu_check.py --model tiny --out check   # a CPU, with vLLM's CPU build
+    python -m experiments.benchmarks.gpu_check --out gpu-check            # a GPU of 80 GB, Qwen2-VL-2B's config
+    python -m experiments.benchmarks.gpu_check --model tiny --out check   # a CPU, with vLLM's CPU build
 
 Three parts, each in processes of its own:
 
@@ -30,11 +30,9 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
-import workload
-from workload import WORKLOADS, Memory, Workload, clock
-
 import ekipl
+from experiments.benchmarks import workload
+from experiments.benchmarks.workload import WORKLOADS, Memory, Workload, clock
 from policy import Policy
 from rollouts import choice
 from sampling import Group, select
@@ -177,7 +175,7 @@ def engine_checks(found: dict) -> list[Check]:
 
 def resume_part(work: Workload, path: Path, folder: Path) -> dict:
     """Starts ekipl.py, interrupts it when its first checkpoint is there, and resumes it."""
-    program = [sys.executable, str(HERE.parent / "ekipl.py")]
+    program = [sys.executable, str(HERE.parents[1] / "ekipl.py")]
     flags = {"states": STEPS * work.states, "save-every": SAVED, "eval-every": 0}
     flags |= {"parity-every": 1, "name": "run", "runs": folder}
     with open(folder / "log.txt", "w") as log:
@@ -219,7 +217,7 @@ def trl_part(work: Workload, folder: Path) -> dict | None:
     flags = {"model": work.model, "states": work.states, "micro-batch": work.micro_batch}
     flags |= {"group-size": work.group_size, "action-tokens": work.action_tokens}
     flags |= {"sides": "ours,trl", "runs": 1, "out": out}
-    command = [sys.executable, str(HERE / "against_trl.py"), *words(flags)]
+    command = [sys.executable, "-m", "experiments.benchmarks.against_trl", *words(flags)]
     subprocess.run(command, check=True)
     return json.loads(out.read_text())
 

@@ -1,6 +1,6 @@
 """How a training step's seconds and memory grow: with G, with image tokens, with the length of actions, with the vocabulary.
 
-    python benchmarks/growth.py --out benchmarks/growth-cpu.json       # also draws benchmarks/growth-cpu.png
+    python -m experiments.benchmarks.growth --out benchmarks/growth-cpu.json       # also draws benchmarks/growth-cpu.png
 
 One quantity grows, the others stay at the base (BASE). Ours and plain PyTorch, each point in a fresh process. The dashed lines are the law, what
 `workload.step_cost` counts, with the machine's constants fitted to all points of a side:
@@ -11,7 +11,6 @@ One quantity grows, the others stay at the base (BASE). Ours and plain PyTorch, 
 import argparse
 import dataclasses
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,11 +21,10 @@ import matplotlib.pyplot as plt
 import numpy
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import workload
-from against_trl import prompt_tokens
-from sides import Worker
-from workload import Workload
+from experiments.benchmarks import workload
+from experiments.benchmarks.against_trl import prompt_tokens
+from experiments.benchmarks.sides import Worker
+from experiments.benchmarks.workload import Workload
 
 BASE = Workload(
     "mid",

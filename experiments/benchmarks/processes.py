@@ -1,6 +1,6 @@
 """Data-parallel efficiency: the same global batch in one process and in several, and what the machine itself could give.
 
-    python benchmarks/processes.py --out benchmarks/processes-cpu.json
+    python -m experiments.benchmarks.processes --out benchmarks/processes-cpu.json
 
 Three ways to train on the same states, taking turns, each process with one thread (or one GPU):
 
@@ -17,17 +17,14 @@ import argparse
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import workload
-from against_trl import spread
-
+ROOT = Path(__file__).resolve().parents[2]
+from experiments.benchmarks import workload
+from experiments.benchmarks.against_trl import spread
 from experiments.sweep import program
 from training import storage
 

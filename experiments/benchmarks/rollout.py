@@ -1,6 +1,6 @@
 """Throughput of the samplers: tokens per second of vLLM and of transformers' `generate`, on the same prompts, device and seed.
 
-    python benchmarks/rollout.py --out benchmarks/rollout-cpu.json
+    python -m experiments.benchmarks.rollout --out benchmarks/rollout-cpu.json
 
 Every measurement begins with a call that is not counted (the engine's first one prepares much), then takes the median of `--repeats`; the samplers
 take turns, so that both see the same load of the machine. With vLLM a call is what training pays in a step: the weight sync, then the actions. Both samplers draw from the same distribution; their
@@ -12,14 +12,12 @@ import json
 import os
 import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+ROOT = Path(__file__).resolve().parents[2]
 from blocks.dataset import BlocksSet
 from policy import Policy
 from rollouts.choice import make_sampler

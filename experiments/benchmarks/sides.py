@@ -16,12 +16,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-import workload
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 from transformers.utils import logging
-from workload import Recorder, Workload
 
 from ekipl import Config, update
+from experiments.benchmarks import workload
+from experiments.benchmarks.workload import Recorder, Workload
 from grpo import ekipl_loss, group_advantages
 from policy import Policy, pack
 from rollouts.transformers_sampler import TransformersSampler

@@ -24,7 +24,7 @@ from blocks.dataset import BlocksSet
 from data.state import State
 from policy import Policy
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "tiny"
 LOGIT_CHUNK = 512  # Policy's default: on how many tokens at a time its LM head runs
 IDS = {

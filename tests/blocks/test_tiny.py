@@ -15,7 +15,7 @@ from policy import Policy
 from rollouts.answering import answer_greedily
 from rollouts.transformers_sampler import TransformersSampler
 
-TINY = Path(__file__).resolve().parents[2] / "tiny"
+TINY = Path(__file__).resolve().parents[2] / "blocks" / "tiny"
 
 
 @pytest.fixture(scope="session")

@@ -345,7 +345,7 @@ def test_half_a_surrogate_pair_in_a_text_is_repaired(tmp_path, text):
     state = questions[0]
     assert "\ufffd" in state.question and "\ufffd" in state.thought
     assert state.question.encode() and state.thought.encode()
-    Policy.load(ROOT / "tiny").encode([state])
+    Policy.load(ROOT / "blocks" / "tiny").encode([state])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be", "utf-32"])
@@ -546,7 +546,7 @@ def test_every_epoch_asks_everything_once_in_an_order_of_the_seed(tmp_path):
 def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
     state = BlocksSet("counting-id", 1, mode="answer")[0]
     words = state.messages()[0]["content"][-1]["text"].split()
-    known = set(Policy.load(ROOT / "tiny").tokenizer.get_vocab())
+    known = set(Policy.load(ROOT / "blocks" / "tiny").tokenizer.get_vocab())
     assert state.request == "answer ." and set(words) <= known
     assert BlocksSet("counting-id", 1)[0].request == "think , then answer ."
 

@@ -54,7 +54,7 @@ def world(tmp_path, repeats: dict[str, dict[int, int]], size: int = 12) -> Path:
     "pixels", [{}, dict(max_pixels=1024), dict(min_pixels=9000, max_pixels=20000)], ids=str
 )
 def test_a_prompt_is_as_long_as_the_policys(random_model_dir, pixels):
-    for model in (random_model_dir, ROOT / "tiny"):
+    for model in (random_model_dir, ROOT / "blocks" / "tiny"):
         policy, room = Policy.load(model, **pixels), Room(model, 8, **pixels)
         for sizes in (
             [],
@@ -240,7 +240,7 @@ def test_evaluation_leaves_them_out_and_reads_bare_answers(tmp_path, monkeypatch
         "--out",
         out,
     ]
-    flags = [ROOT / "tiny", "--sets", "counting-id", "counting-ood", *flags]
+    flags = [ROOT / "blocks" / "tiny", "--sets", "counting-id", "counting-ood", *flags]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     evaluate.main()
     said = capsys.readouterr()
@@ -264,7 +264,13 @@ def test_evaluation_of_no_test_set_is_told_in_a_line(
     tmp_path, monkeypatch, capsys, source, name, says
 ):
     directory = world(tmp_path, {})
-    flags = [ROOT / "tiny", "--sets", name, "--data", "blocks" if source == "blocks" else directory]
+    flags = [
+        ROOT / "blocks" / "tiny",
+        "--sets",
+        name,
+        "--data",
+        "blocks" if source == "blocks" else directory,
+    ]
     flags += ["--out", tmp_path / "out", "--data-cache", tmp_path / "c"]
     monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, flags)])
     with pytest.raises(SystemExit) as stop:
@@ -277,7 +283,7 @@ def test_a_set_of_nothing_but_long_questions_is_told_in_a_line(tmp_path):
     directory = world(tmp_path, {"counting-train": dict.fromkeys(range(12), 400)})
     config = SimpleNamespace(data=str(directory), data_cache=str(tmp_path / "c"))
     with pytest.raises(console.UserError, match="can be used: question too long: "):
-        sets.load_set("counting-train", config, room=Room(ROOT / "tiny", 8))
+        sets.load_set("counting-train", config, room=Room(ROOT / "blocks" / "tiny", 8))
 
 
 def test_without_room_to_keep_to_nothing_is_measured(tmp_path):

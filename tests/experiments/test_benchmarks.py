@@ -12,7 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
 import against_trl
 import gains
 import gpu_check
@@ -196,8 +196,8 @@ def test_pictures_that_cannot_be_square_are_refused():
 
 
 def test_the_tables_of_its_readme_are_those_of_the_committed_figures():
-    readme = (ROOT / "benchmarks" / "README.md").read_text()
-    for file in (ROOT / "benchmarks").glob("*.json"):
+    readme = (ROOT / "experiments" / "benchmarks" / "README.md").read_text()
+    for file in (ROOT / "experiments" / "benchmarks").glob("*.json"):
         result = json.loads(file.read_text())
         if "sides" in result:
             for line in against_trl.table(result).splitlines():
@@ -300,7 +300,7 @@ def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing
 
 # ---------------------------------------------------------------------------------------------- what README says
 
-HERE = ROOT / "benchmarks"
+HERE = ROOT / "experiments" / "benchmarks"
 SAID = (HERE / "README.md").read_text()
 
 

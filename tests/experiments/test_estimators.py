@@ -11,7 +11,7 @@ from experiments import estimators
 from sampling import select_top_g
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = json.loads((ROOT / "results" / "estimators.json").read_text())
+ROWS = json.loads((ROOT / "experiments" / "results" / "estimators.json").read_text())
 AFTER = ("policy_first", "random")
 
 

@@ -10,7 +10,10 @@ from training import storage
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ("ekipl", "grpo")
 HISTORIES = {
-    m: [storage.read(ROOT / "results" / f"{m}-seed{seed}.jsonl") for seed in range(3)]
+    m: [
+        storage.read(ROOT / "experiments" / "results" / f"{m}-seed{seed}.jsonl")
+        for seed in range(3)
+    ]
     for m in METHODS
 }
 
@@ -81,30 +84,42 @@ def test_readme_says_what_the_metrics_say():
 
 # ---------------------------------------------------------------------------------------------- results/README.md
 
-CLAIMS = (ROOT / "results" / "README.md").read_text()
+CLAIMS = (ROOT / "experiments" / "results" / "README.md").read_text()
 
 
 def test_table_1_of_the_results_is_the_one_that_was_made():
-    for line in (ROOT / "results" / "table1.md").read_text().split("\n\n")[0].splitlines():
+    for line in (
+        (ROOT / "experiments" / "results" / "table1.md").read_text().split("\n\n")[0].splitlines()
+    ):
         assert line in CLAIMS, line
 
 
 @pytest.mark.parametrize("name", ["ablation", "stages"])
 def test_the_other_tables_of_the_results_are_those_that_were_made(name):
-    for line in (ROOT / "results" / name / f"{name}.md").read_text().split("\n\n")[0].splitlines():
+    for line in (
+        (ROOT / "experiments" / "results" / name / f"{name}.md")
+        .read_text()
+        .split("\n\n")[0]
+        .splitlines()
+    ):
         assert line in CLAIMS, line
 
 
 def test_data_efficiency_is_told_as_it_was_measured():
     for line in (
-        (ROOT / "results" / "transformation" / "figure3.txt").read_text().strip().splitlines()
+        (ROOT / "experiments" / "results" / "transformation" / "figure3.txt")
+        .read_text()
+        .strip()
+        .splitlines()
     ):
         assert line in CLAIMS, line
 
 
 def test_pass_at_k_is_told_as_it_was_measured():
     found = {}
-    for row in csv.DictReader((ROOT / "results" / "transformation" / "figure5.csv").open()):
+    for row in csv.DictReader(
+        (ROOT / "experiments" / "results" / "transformation" / "figure5.csv").open()
+    ):
         found.setdefault((row["set"], row["method"]), {})[int(row["k"])] = 100 * float(
             row["pass_at_k"]
         )
@@ -123,7 +138,7 @@ def test_the_experts_share_is_told_as_it_was_measured(seed):
     share = [
         record["expert_share"]
         for record in storage.read(
-            ROOT / "results" / "transformation" / f"Vision-EKIPL-seed{seed}.jsonl"
+            ROOT / "experiments" / "results" / "transformation" / f"Vision-EKIPL-seed{seed}.jsonl"
         )[1:]
     ]
     assert f"{100 * mean(share[:10]):.1f} to {100 * mean(share[-10:]):.1f} (seed {seed})" in CLAIMS

@@ -19,7 +19,7 @@ from PIL import Image
 
 from data.state import State
 from experts import cache, collect
-from experts.cache import Answer, Cache, Reply, request_id, time
+from experts.cache import Answer, Cache, Reply, request_id
 from experts.roster import make_experts
 from training.console import UserError
 from training.distributed import World

@@ -35,7 +35,7 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
+        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "blocks" / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
         "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--generation-config", "vllm",
     ]  # fmt: skip
     settings = dict(
@@ -134,7 +134,7 @@ def test_twenty_steps_and_the_same_again_without_a_request(server, tmp_path):
 def test_its_log_probs_are_the_policys_own_since_it_is_the_same_model(server, tmp_path):
     # So prompt, pictures, template, tokens, temperature and EOS agree on both sides.
     url, _ = server
-    policy = Policy.load(ROOT / "tiny")
+    policy = Policy.load(ROOT / "blocks" / "tiny")
     states = [
         BlocksSet(name, 2)[i] for name in ("counting-train", "transformation-train") for i in (0, 1)
     ]

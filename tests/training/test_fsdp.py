@@ -256,7 +256,7 @@ def test_a_run_resumes_to_the_bit_and_leaves_a_checkpoint_for_any_number_of_proc
     assert any(
         not torch.equal(weight, start)
         for weight, start in zip(
-            right.values(), Policy.load(ROOT / "tiny").state_dict().values(), strict=True
+            right.values(), Policy.load(ROOT / "blocks" / "tiny").state_dict().values(), strict=True
         )
     )
 
