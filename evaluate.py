@@ -45,7 +45,7 @@ from sampling import Action, Sampler
 from training import console, rundir, storage
 from training.console import Parser, UserError
 from training.distributed import World
-from training.settings import CACHE, ROLLOUTS
+from training.settings import CACHE, ROLLOUTS, place_of
 
 ALL_SETS = [name for names in SETS.values() for name in names]
 DEFAULTS = dict(
@@ -188,7 +188,7 @@ def questions_of(name: str, args, room: Room | None) -> Part:
 def settings_of(args) -> dict:
     """What predictions depend on. Weights are known by their content, since a run's `model` is replaced as it goes on."""
     digest = hashlib.sha256()
-    for file in sorted(Path(args.model).glob("*.safetensors")):
+    for file in sorted(Path(args.place).glob("*.safetensors")):
         with open(file, "rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())
     return {
@@ -224,7 +224,7 @@ def settings_of_run(run: Path) -> dict:
 
 def settle(args) -> list[str]:
     """Sets what no flag says: by --protocol, else as the run beside which the model lies, else by default. Returns lines that tell."""
-    run, told = run_of(args.model), []
+    run, told = run_of(args.place), []
     sources = [(f"--protocol {args.protocol}", PROTOCOLS.get(args.protocol, {}))]
     if run:
         sources.append((f"{run}/config.json", settings_of_run(run)))
@@ -395,6 +395,7 @@ def answer_command(argv: list[str]) -> None:
         help="directory of the predictions (default: predictions beside a run's model, else predictions/NAME)",
     )
     args = parser.parse_args(argv)
+    args.place = place_of(args.model)  # where its files are
     args.samples = samples_for(args.pass_k)
     if not 1 <= args.expert_tokens <= 10**6:
         raise UserError(f"--expert-tokens must be 1 to {10**6}, not {args.expert_tokens}")
@@ -426,7 +427,7 @@ def answer_command(argv: list[str]) -> None:
             f"the scripted expert '{args.model}' knows the blocks world only, not --data {args.data}"
         )
     world = World.join("auto")
-    path = Path(args.model)
+    path = Path(args.place)
     beside = (
         path.parent / "predictions"
         if (path.parent / "metrics.jsonl").exists()
@@ -435,7 +436,7 @@ def answer_command(argv: list[str]) -> None:
     out = Path(args.out) if args.out else beside
     try:
         room = Room(
-            args.model, args.max_new_tokens, min_pixels=args.min_pixels, max_pixels=args.max_pixels
+            args.place, args.max_new_tokens, min_pixels=args.min_pixels, max_pixels=args.max_pixels
         )
         asked = None if is_expert(args.model) else room
         sets = {name: questions_of(name, args, asked) for name in args.sets}
@@ -454,7 +455,7 @@ def answer_command(argv: list[str]) -> None:
     if not experts:
         try:
             policy = (
-                Policy.load(args.model, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
+                Policy.load(args.place, min_pixels=args.min_pixels, max_pixels=args.max_pixels)
                 .to(world.device)
                 .requires_grad_(False)
             )
@@ -467,7 +468,7 @@ def answer_command(argv: list[str]) -> None:
         sampler = make_sampler(
             args.rollout,
             policy,
-            args.model,
+            args.place,
             args.max_new_tokens,
             bf16=True,
             max_model_len=room.longest,

@@ -41,14 +41,15 @@ def show(path: str, per_set: int = 3, zoom: int = 3) -> None:
 
 def run(argv: list[str]) -> None:
     parser = console.Parser(
-        prog="blocks.py", description="The blocks world: draws a sheet of examples of every set."
+        prog="python -m blocks.sheet",
+        description="The blocks world: draws a sheet of examples of every set.",
     )
     parser.add_argument("--show", metavar="OUT.png", required=True, help="where to save the sheet")
     show(parser.parse_args(argv).show)
 
 
 def main() -> None:
-    console.command("blocks.py", run)
+    console.command("blocks.sheet", run)
 
 
 if __name__ == "__main__":

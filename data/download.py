@@ -170,7 +170,7 @@ def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
 
 def run(argv: list[str]) -> None:
     parser = console.Parser(
-        prog="data.py",
+        prog="python -m data.download",
         description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.",
     )
     parser.add_argument(
@@ -190,7 +190,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    console.command("data.py", run)
+    console.command("data.download", run)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Appendix A's estimators against the truth, in a case so small that every group that can be drawn is counted.
 
-    python estimators.py --out results/estimators.png    # seconds; the numbers go to results/estimators.json
+    python -m experiments.estimators --out results/estimators.png    # seconds; the numbers go to results/estimators.json
 
 One state and four actions, right (reward 2) or wrong (1); a policy, and one or two experts at a `shift` from 0 (the policy itself) to 1. As in
 training, N actions are drawn from each source, their union are the candidates, and the best G = N are kept. All ordered draws are enumerated with
@@ -354,7 +354,7 @@ def table(rows: list[dict]) -> str:
 
 
 def run(argv: list[str]) -> str:
-    parser = Parser(prog="estimators.py", description=__doc__.split("\n\n")[0])
+    parser = Parser(prog="python -m experiments.estimators", description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--out",
         type=Path,
@@ -372,7 +372,7 @@ def run(argv: list[str]) -> str:
 
 
 def main() -> None:
-    console.command("estimators.py", run)
+    console.command("experiments.estimators", run)
 
 
 if __name__ == "__main__":

@@ -332,7 +332,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    console.command("report.py", run)
+    console.command("experiments.report", run)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """The paper's experiments as one command: trains and evaluates a list of runs, several at a time, and skips what is done.
 
-    python sweep.py table1 --preset blocks-transformation --seeds 0,1,2   # every row of Table 1, then the table and Figures 3 to 5
-    python sweep.py ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
-    python sweep.py stages --preset blocks-transformation --seeds 0       # how much SFT before RL, and which experts after it
-    python sweep.py table1 --preset counting-2b --processes 8             # each run on eight GPUs
-    python sweep.py table1 --dry-run                                      # the commands alone
-    python sweep.py table1 --states 640 --eval-states 50                  # what is left over are flags of the training runs
+    python -m experiments.sweep table1 --preset blocks-transformation --seeds 0,1,2   # every row of Table 1, then the table and Figures 3 to 5
+    python -m experiments.sweep ablation --seeds 0                                    # estimator, advantage, selection, ties, N, experts
+    python -m experiments.sweep stages --preset blocks-transformation --seeds 0       # how much SFT before RL, and which experts after it
+    python -m experiments.sweep table1 --preset counting-2b --processes 8             # each run on eight GPUs
+    python -m experiments.sweep table1 --dry-run                                      # the commands alone
+    python -m experiments.sweep table1 --states 640 --eval-states 50                  # what is left over are flags of the training runs
 
 Each run is an ordinary run of ekipl.py or sft.py under RUNS/PRESET/, with the settings of the preset, the flags left over (sft.py gets those that it
 knows) and, above these, the row's own; predictions lie beside its model. Stopped at any moment, the same command goes on: finished commands are
@@ -418,7 +418,7 @@ def results(kind: str, finished: list[Task], out: Path) -> None:
 
 def run(argv: list[str]) -> None:
     parser = console.Parser(
-        prog="sweep.py",
+        prog="python -m experiments.sweep",
         description=__doc__.split("\n\n")[0],
         epilog="Other flags are those of ekipl.py and go to the training runs.",
         allow_abbrev=False,
@@ -509,7 +509,7 @@ def run(argv: list[str]) -> None:
 
 
 def main() -> None:
-    console.command("sweep.py", run)
+    console.command("experiments.sweep", run)
 
 
 if __name__ == "__main__":

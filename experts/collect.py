@@ -328,7 +328,7 @@ def look(command: str, cache: Cache) -> None:
 
 def run(argv: list[str]) -> None:
     parser = Parser(
-        prog="experts.collect",
+        prog="python -m experts.collect",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,

@@ -16,6 +16,7 @@ os.environ.setdefault(
 
 import pytest
 import torch
+from fake_api import Server
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import (
     PreTrainedTokenizerFast,
@@ -25,9 +26,6 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
 )
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
-from fake_api import Server
 
 from blocks import dataset
 from experts import collect
@@ -60,7 +58,7 @@ def in_two_processes(function, *arguments, timeout: float = 300) -> list:
 @contextmanager
 def held_elsewhere(directory: Path):
     """Another process holds this directory (runs.hold)."""
-    code = "import sys, pathlib, runs; runs.hold(pathlib.Path(sys.argv[1]), ''); print(); sys.stdin.read()"
+    code = "import sys, pathlib; from training import storage; storage.hold(pathlib.Path(sys.argv[1]), ''); print(); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(directory)],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -195,7 +193,7 @@ def tell(capsys, monkeypatch):
     """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
 
     def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["experts.py", *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["experts.collect", *map(str, arguments)])
         try:
             collect.main()
             code = 0

@@ -12,8 +12,8 @@ from conftest import ROOT, held_elsewhere, in_two_processes
 import ekipl
 import evaluate
 import sft
-from blocks import dataset
-from data import predictions, sets
+from blocks import sheet
+from data import download, predictions
 from data.predictions import Prediction
 from data.state import State
 from experiments import estimators, sweep
@@ -52,7 +52,7 @@ def place(tmp_path, monkeypatch) -> Path:
 
 def told(module, arguments: list[str], monkeypatch, capsys) -> str:
     """The one line that a program says."""
-    name = "experts.py" if module is collect else f"{module.__name__}.py"
+    name = module.__name__ if "." in module.__name__ else f"{module.__name__}.py"
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
@@ -81,11 +81,11 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
     (sweep, [], "list"), (sweep, ["table1", "--seeds", "0,,1"], "--seeds"), (sweep, ["table1", "--runs", "file"], "file"),
     (sweep, ["table1", "--out", "file"], "file"), (sweep, ["table1", "--runs", LONG], "too long"), (sweep, ["table1", "--pass-k", "10000"], "--pass-k"),
     (sweep, ["table1", "--processes", "100"], "100 processes"), (sweep, ["table1", "x"], "x"),
-    (sets, ["x"], "x"), (sets, ["--task", "x"], "--task"), (sets, ["--data", "nowhere"], "nowhere"), (sets, ["--data", LONG], "too long"),
-    (sets, ["--data", "empty", "--data-cache", "file"], "file"),
+    (download, ["x"], "x"), (download, ["--task", "x"], "--task"), (download, ["--data", "nowhere"], "nowhere"), (download, ["--data", LONG], "too long"),
+    (download, ["--data", "empty", "--data-cache", "file"], "file"),
     (collect, [], "command"), (collect, ["stats"], "CACHE"), (collect, ["stats", "file"], "file"), (collect, ["verify", LONG], "too long"),
     (collect, ["collect", "--budget", "nan", "--experts", "openai:x"], "--budget"), (collect, ["export", "file", "x"], "x"),
-    (dataset, [], "--show"), (dataset, ["--shw", "x"], "--show"), (dataset, ["--show", "file/x.png"], "file/x.png"),
+    (sheet, [], "--show"), (sheet, ["--shw", "x"], "--show"), (sheet, ["--show", "file/x.png"], "file/x.png"),
     (curves, [], "runs"), (curves, ["nowhere"], "nowhere"), (curves, ["foreign.jsonl"], "no metrics"), (curves, ["bytes.jsonl"], "no metrics"),
     (curves, [LONG], "too long"), (curves, ["one.jsonl", "one.jsonl"], "--out"), (curves, ["one.jsonl", "--out", "x.nothing"], "nothing"),
     (curves, ["one.jsonl", "--out", "file/x.png"], "file/x.png"),
@@ -157,9 +157,9 @@ def test_what_stops_the_first_process_stops_all_with_the_same_line():
     assert said == ["no run to resume at no/such/run"] * 2
 
 
-@pytest.mark.parametrize("program", ["data.py", "blocks.py", "curves.py"])
+@pytest.mark.parametrize("program", ["data.download", "blocks.sheet", "training.curves"])
 def test_programs_that_load_no_model_start_without_pytorch(program):
-    code = f"import sys; sys.argv = ['x', '--help']; import {program[:-3]} as p\ntry: p.main()\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = f"import sys; sys.argv = ['x', '--help']; import {program} as p\ntry: p.main()\nexcept SystemExit: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 

@@ -1,7 +1,7 @@
 """Pictures of runs, from their metrics.jsonl: what to look at while a policy learns.
 
-    python curves.py runs/A                              # redraws runs/A/curves.png and runs/A/time.png, where a step's time goes
-    python curves.py runs/A runs/B --out compare.png     # several runs in one picture; also metrics files themselves
+    python -m training.curves runs/A                              # redraws runs/A/curves.png and runs/A/time.png, where a step's time goes
+    python -m training.curves runs/A runs/B --out compare.png     # several runs in one picture; also metrics files themselves
 
 Runs whose names differ in "-seedN" only share a colour.
 
@@ -193,7 +193,7 @@ def draw_both(file: Path, name: str) -> None:
 
 
 def run(argv: list[str]) -> str:
-    parser = Parser(prog="curves.py", description="Draws the curves of runs.")
+    parser = Parser(prog="python -m training.curves", description="Draws the curves of runs.")
     parser.add_argument("runs", nargs="+", help="run directories, or metrics.jsonl files")
     parser.add_argument(
         "--out", help="where to save the picture (default: curves.png in the only run)"
@@ -218,7 +218,7 @@ def run(argv: list[str]) -> str:
 
 
 def main() -> None:
-    console.command("curves.py", run)
+    console.command("training.curves", run)
 
 
 if __name__ == "__main__":

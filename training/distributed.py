@@ -7,8 +7,6 @@ Both give the gradient of one process with the whole batch. With fsdp every forw
 they have to make equally many. Weights, gradients and optimizer are float32 in both.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from contextlib import nullcontext

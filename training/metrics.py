@@ -4,8 +4,6 @@ Each process makes a `summary` of its groups, small enough to be gathered from a
 README.md says which figures to look at, and what a healthy run shows.
 """
 
-from __future__ import annotations
-
 import torch
 
 import grpo

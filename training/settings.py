@@ -4,8 +4,6 @@
 its flag, so that --help, config.json and the code cannot disagree.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math
@@ -21,6 +19,13 @@ CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
 TASKS = ("counting", "structure", "transformation")
 ROLLOUTS = ("auto", "vllm", "transformers")
 MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
+
+
+def place_of(model: str) -> str:
+    """The directory or hub id that --model means: "tiny" comes with this code."""
+    return (
+        str(Path(__file__).resolve().parents[1] / "blocks" / "tiny") if model == "tiny" else model
+    )
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -128,11 +133,7 @@ class Settings:
     @property
     def start(self) -> str:
         """The directory or hub id that `model` means."""
-        return (
-            str(Path(__file__).resolve().parents[1] / "blocks" / "tiny")
-            if self.model == "tiny"
-            else self.model
-        )
+        return place_of(self.model)
 
     @property
     def pixels(self) -> dict[str, int | None]:

@@ -47,7 +47,9 @@ def machine() -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Rollout throughput, vLLM against transformers.")
     parser.add_argument(
-        "--model", default=str(ROOT / "tiny"), help="a directory in Hugging Face layout or a hub id"
+        "--model",
+        default=str(ROOT / "blocks" / "tiny"),
+        help="a directory in Hugging Face layout or a hub id",
     )
     parser.add_argument(
         "--prompts", type=int, nargs="+", default=[16, 64], help="numbers of prompts in a call"

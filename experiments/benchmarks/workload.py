@@ -25,7 +25,7 @@ from data.state import State
 from policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
-TINY = ROOT / "tiny"
+TINY = ROOT / "blocks" / "tiny"
 LOGIT_CHUNK = 512  # Policy's default: on how many tokens at a time its LM head runs
 IDS = {
     "image_token_id": "<|image_pad|>", "video_token_id": "<|video_pad|>",

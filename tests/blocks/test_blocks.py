@@ -535,12 +535,12 @@ def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["blocks.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["blocks.sheet", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.count("\n") == 1
-    assert said.startswith("blocks.py: error: ") and says.format(tmp=tmp_path) in said
+    assert said.startswith("blocks.sheet: error: ") and says.format(tmp=tmp_path) in said
 
 
 def test_the_sheet_of_examples_is_a_picture(tmp_path):

@@ -739,12 +739,12 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 def told(monkeypatch, capsys, arguments) -> str:
     """What data.py says before it exits with 2: one line."""
-    monkeypatch.setattr(sys, "argv", ["data.py", *arguments])
+    monkeypatch.setattr(sys, "argv", ["data.download", *arguments])
     with pytest.raises(SystemExit) as stop:
         download.main()
     said = capsys.readouterr()
     assert stop.value.code == 2 and said.out == "" and said.err.count("\n") == 1
-    assert said.err.startswith("data.py: error: ")
+    assert said.err.startswith("data.download: error: ")
     return said.err
 
 
@@ -824,7 +824,8 @@ def fetch(tmp_path, endpoint: str) -> subprocess.CompletedProcess:
     }
     command = [
         sys.executable,
-        str(ROOT / "data.py"),
+        "-m",
+        "data.download",
         "--task",
         "counting",
         "--data-cache",
@@ -862,7 +863,8 @@ def test_a_download_that_breaks_off_is_told_and_goes_on_where_it_was(tmp_path, h
     assert done.returncode == 2 and "Traceback" not in done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert (
-        last.startswith("data.py: error: cannot download train_images.zip") and "try again" in last
+        last.startswith("data.download: error: cannot download train_images.zip")
+        and "try again" in last
     )
     handler.break_off.clear()
     handler.served.clear()

@@ -16,7 +16,7 @@ import ekipl
 import evaluate
 import sft
 from data import lengths, predictions, reading, reason_rft, sets
-from data.lengths import Room
+from data.lengths import Room, room_of
 from data.reason_rft import ReasonRFTSet
 from data.state import MODES, State
 from experts import collect
@@ -205,7 +205,7 @@ def test_collect_asks_for_what_training_will_ask(tmp_path):
     directory = world(tmp_path, LEFT_OUT)
     flags = dict(SHORT, data=directory, data_cache=tmp_path / "cache")
     config = ekipl.parse([f"--{k.replace('_', '-')}={v}" for k, v in flags.items()])[0]
-    questions, order = sets.training_states(config, room=config.room(config.start))
+    questions, order = sets.training_states(config, room=room_of(config, config.start))
     asked = [state.id for state in collect.states_to_ask(config)]
     assert asked == [questions[i].id for i in order] and len(asked) == 11
 

@@ -48,7 +48,7 @@ def here(monkeypatch):
 
 
 def call(monkeypatch, *arguments) -> int:
-    monkeypatch.setattr(sys, "argv", ["sweep.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["experiments.sweep", *map(str, arguments)])
     try:
         sweep.main()
     except SystemExit as stop:

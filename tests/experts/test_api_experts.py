@@ -655,7 +655,10 @@ def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog)
         for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()
     ]
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
-    for main, command in ((ekipl.main, ["ekipl.py"]), (collect.main, ["experts.py", "collect"])):
+    for main, command in (
+        (ekipl.main, ["ekipl.py"]),
+        (collect.main, ["experts.collect", "collect"]),
+    ):
         monkeypatch.setattr(sys, "argv", [*command, *flags, "--experts", names])
         try:
             main()
@@ -707,7 +710,7 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
 
 def command(*arguments, **settings) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "experts.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
     return subprocess.Popen(
         command,
         text=True,
@@ -817,7 +820,7 @@ def test_collect_stops_in_one_line_if_the_api_will_not_answer(
     last = err.strip().splitlines()[-1]
     assert (
         code == 2
-        and last.startswith("experts.py: error:")
+        and last.startswith("experts.collect: error:")
         and says in last
         and "Traceback" not in err
     )

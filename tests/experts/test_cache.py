@@ -115,7 +115,7 @@ def test_verify_finds_what_is_wrong(tmp_path, monkeypatch, capsys, damage, says)
     with sqlite3.connect(tmp_path / "c.sqlite") as database:
         database.execute(damage)
     assert any(says in fault for fault in cache.faults())
-    monkeypatch.setattr(sys, "argv", ["experts.py", "verify", str(tmp_path / "c.sqlite")])
+    monkeypatch.setattr(sys, "argv", ["experts.collect", "verify", str(tmp_path / "c.sqlite")])
     with pytest.raises(SystemExit) as stop:
         collect.main()
     assert stop.value.code == 2 and says in capsys.readouterr().err

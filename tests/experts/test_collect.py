@@ -53,7 +53,7 @@ def flags(tmp_path, name: str, states: int, *more) -> list:
 
 def program(*arguments) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "experts.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
     )
@@ -167,7 +167,7 @@ def test_an_api_that_stays_down_is_given_up_with_one_line_and_nothing_is_lost(
     started = time.monotonic()
     code, _, err = tell(*flags(tmp_path, server.openai, 20, "--expert-requests", 2))
     last = err.strip().splitlines()[-1]
-    assert code == 2 and last.startswith("experts.py: error:") and "again and again: " in last
+    assert code == 2 and last.startswith("experts.collect: error:") and "again and again: " in last
     assert "what arrived is in" in last and "Traceback" not in err
     assert time.monotonic() - started > collect.WAITS * 0.2
     with sqlite3.connect(tmp_path / "c.sqlite") as database:
@@ -225,7 +225,7 @@ def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number)
 
 def collect_as(arguments: list) -> None:
     """In one of two processes: `python experts.py collect ...`."""
-    sys.argv = ["experts.py", *map(str, arguments)]
+    sys.argv = ["experts.collect", *map(str, arguments)]
     collect.main()
 
 

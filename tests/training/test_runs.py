@@ -509,7 +509,7 @@ def test_smoothing_is_the_mean_of_the_last_values():
 
 
 def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["curves.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["training.curves", *map(str, arguments)])
     curves.main()
 
 
@@ -594,7 +594,11 @@ def test_a_picture_at_a_bad_place_is_one_line(tmp_path, monkeypatch, capsys, out
     with pytest.raises(SystemExit) as stopped:
         run(monkeypatch, tmp_path / "a", "--out", tmp_path / out.format(long="n" * 300))
     said = capsys.readouterr().err.splitlines()
-    assert stopped.value.code == 2 and len(said) == 1 and said[0].startswith("curves.py: error: ")
+    assert (
+        stopped.value.code == 2
+        and len(said) == 1
+        and said[0].startswith("training.curves: error: ")
+    )
 
 
 # ---------------------------------------------------------------------------------------------- one process at a time
@@ -672,7 +676,7 @@ def test_a_stopped_program_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_reader_that_goes_away_is_no_error():
-    code = "import runs; runs.command('x.py', lambda argv: '\\n' * 10**6)"
+    code = "from training import console; console.command('x.py', lambda argv: '\\n' * 10**6)"
     cat = subprocess.Popen(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
