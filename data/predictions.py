@@ -1,17 +1,26 @@
-"""TODO data.predictions"""
+"""Predictions: the responses to the questions of test sets, saved one line a question.
+
+DIR/settings.json    what the predictions depend on; a directory holds those of one setting
+    SET.jsonl        one line a question
+"""
 
 import dataclasses
+import json
+from collections.abc import Callable
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data.answers import KINDS
-from data.state import SETS
+from data.state import SETS, State
 from training import storage
 from training.console import UserError
+from training.distributed import World
 
 
 @dataclasses.dataclass
 class Prediction:
-    """What was said to one question: the one answer that counts, and the samples of Pass@k."""
+    """The responses to one question: the one that is scored, and the samples of Pass@k."""
 
     id: str
     answer: str  # the truth
@@ -23,7 +32,7 @@ class Prediction:
 
 
 def prediction(record: dict) -> Prediction:
-    """A line of a file of predictions. TypeError if it is another one."""
+    """The prediction of a line. TypeError if the line holds something else."""
     made = Prediction(**record)
     texts = (made.id, made.answer, made.kind, made.text, *made.samples)
     if not all(isinstance(text, str) for text in texts) or made.kind not in KINDS:
@@ -32,24 +41,76 @@ def prediction(record: dict) -> Prediction:
 
 
 def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
-    """By set, in the order of Table 1's columns, each question once; sets without answers are left out. UserError if there are none."""
+    """Predictions by set, in the order of Table 1's columns, each question once.
+
+    Sets without predictions are left out. UserError if there are none at all.
+    """
     files = {file.stem: file for file in directory.glob("*.jsonl")}
-    order = [name for names in SETS.values() for name in names]
-    names = sorted(
-        files, key=lambda name: (order.index(name) if name in order else len(order), name)
-    )
-    if not names:
+    if not files:
         raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
+    columns = [name for names in SETS.values() for name in names]
+    names = [name for name in columns if name in files]
+    names += sorted(files.keys() - set(columns))
     found = {}
-    try:
-        for name in names:
-            answers: dict[str, Prediction] = {}
+    for name in names:
+        answers: dict[str, Prediction] = {}
+        try:
             for record in storage.read(files[name]):
                 made = prediction(record)
                 answers.setdefault(made.id, made)
+        except TypeError:
+            raise UserError(f"{directory} holds other lines than predictions") from None
+        if answers:
             found[name] = sorted(answers.values(), key=lambda p: p.id)
-    except TypeError:
-        raise UserError(f"{directory} holds other lines than predictions") from None
-    if not any(found.values()):
+    if not found:
         raise UserError(f"no answers in {directory}, so there is nothing to score")
-    return {name: answers for name, answers in found.items() if answers}
+    return found
+
+
+def claim(out: Path, settings: dict) -> None:
+    """Makes and locks a directory of predictions. UserError if it holds those of other settings."""
+    file = out / "settings.json"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        storage.hold(out, "wait until that has ended, or choose another --out")
+        if not file.exists():
+            storage.write_aside(file, json.dumps(settings, indent=2) + "\n")
+        found = dict(json.loads(file.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot use {out} for predictions: {error}") from None
+    for name in [*settings, *found]:
+        then, now = found.get(name), settings.get(name)
+        if then != now:
+            other = f"another {name} ({then}, not {now})"
+            raise UserError(f"{out} holds predictions with {other}: choose another --out")
+
+
+def predict(
+    answers: Callable[[list[State]], list[Prediction | None]],
+    states: list[State],
+    file: Path,
+    world: World,
+    batch: int = 64,
+) -> None:
+    """Appends the predictions that `file` lacks, batch by batch.
+
+    Each process answers its shard of a batch, and the first one writes. answers: gives None for a
+    question that has no answer; the next call tries it again.
+    """
+
+    def saved() -> set[str]:  # an interruption may have cut the last line short
+        return {record["id"] for record in storage.mend(file, lambda r: bool(prediction(r)))}
+
+    done = world.first(saved)
+    missing = [state for state in states if state.id not in done]
+    bar = tqdm(total=len(states), desc=file.stem, disable=world.rank > 0, leave=False)
+    bar.update(len(states) - len(missing))
+    for start in range(0, len(missing), batch * world.size):
+        chunk = missing[start : start + batch * world.size]
+        shard = world.mine(chunk)
+        predictions = world.gather(answers(shard) if shard else [])
+        if world.rank == 0:
+            records = [dataclasses.asdict(made) for made in predictions if made is not None]
+            storage.append(file, records)
+        bar.update(len(chunk))
+    bar.close()

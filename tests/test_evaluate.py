@@ -1,4 +1,4 @@
-"""evaluate.py: Pass@k is what drawing k answers gives, accuracy is Table 1's, exact is what is wholly right."""
+"""evaluate.py: Pass@k is the share of draws, accuracy is Table 1's, exact is wholly right."""
 
 import dataclasses
 import json
@@ -20,9 +20,11 @@ from blocks.dataset import BlocksSet
 from data.predictions import Prediction
 from data.state import State
 from evaluate import interval, pass_at_k, score, score_predictions
+from experiments import report
 from experts.answering import ExpertAnswers
 from policy import Policy
 from rewards import MATH_VERIFY, accuracy_reward
+from rollouts import asking
 from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.transformers_sampler import TransformersSampler
 from sampling import Action, Sample
@@ -186,13 +188,16 @@ def test_partial_credit_is_for_function_sequences_only():
         5,
         False,
     )
-    assert said.accuracy() == 0.5 and not said.right(said.text)
+    found = score_predictions([said])
+    assert (found["accuracy"], found["exact"]) == (0.5, 0.0)
 
 
 def run(monkeypatch, *arguments) -> None:
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+    """Runs evaluate.py or, for its two commands, experiments.report."""
+    program = report if arguments[0] in report.COMMANDS else evaluate
+    monkeypatch.setattr(sys, "argv", [program.__name__, *map(str, arguments)])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    evaluate.main()
+    program.main()
 
 
 def evaluate_here(*arguments) -> None:
@@ -338,36 +343,40 @@ def test_a_runs_model_is_asked_as_the_run_says(random_model_dir, tmp_path, monke
         assert flag in told
 
 
-def test_a_flag_or_a_protocol_counts_more_than_the_run(random_model_dir, tmp_path):
-    def settled(*flags, **config):
-        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
-        args = SimpleNamespace(
-            model=str(a_run(place, random_model_dir, **config)), protocol=None, min_pixels=None, max_pixels=None,
-            **dict.fromkeys(evaluate.DEFAULTS), states=None,
-        )  # fmt: skip
-        vars(args).update(*flags)
-        return args, evaluate.settle(args)
+def settled(place, *flags) -> tuple:
+    """The flags of a model at `place` after `asking.settle`, and the lines that it returns."""
+    parser = console.Parser()
+    asking.add_flags(parser)
+    args = parser.parse_args(list(map(str, flags)))
+    args.place = str(place)
+    return args, asking.settle(args)
 
-    args, told = settled(dict(sets=["counting-id"], max_new_tokens=7))
+
+def test_a_flag_or_a_protocol_counts_more_than_the_run(random_model_dir, tmp_path):
+    def beside_a_run(*flags, **config):
+        place = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        return settled(a_run(place, random_model_dir, **config), *flags)
+
+    args, told = beside_a_run("--sets", "counting-id", "--max-new-tokens", 7)
     assert (args.sets, args.max_new_tokens, args.max_pixels) == (["counting-id"], 7, 900)
     assert "--sets" not in told[0] and "--max-new-tokens" not in told[0]
-    args, told = settled(dict(protocol="reason-rft"))
+    args, told = beside_a_run("--protocol", "reason-rft")
     asked = (args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.states)
     assert asked == (768, 0.1, 0.9, 50, None) and "reason-rft" in told[0] and len(told) == 2
-    args, _ = settled(dict(protocol="reason-rft", temperature=0.0, max_new_tokens=9))
+    given = "--temperature", 0.0, "--max-new-tokens", 9
+    args, _ = beside_a_run("--protocol", "reason-rft", *given)
     assert (args.max_new_tokens, args.temperature, args.top_p) == (9, 0.0, 0.9)
-    assert settled(method="cot")[0].mode == "reason" and settled(method="bare")[0].mode == "bare"
+    for method, mode in (("cot", "reason"), ("bare", "bare")):
+        assert beside_a_run(method=method)[0].mode == mode
     for bad in (dict(data=3), dict(task="cooking"), dict(max_new_tokens="7"), dict(max_pixels=None)):  # fmt: skip
         with pytest.raises(console.UserError, match=next(iter(bad))):
-            settled(**bad)
+            beside_a_run(**bad)
 
 
 def test_a_model_without_a_run_is_asked_by_default(random_model_dir):
-    args = SimpleNamespace(
-        model=str(random_model_dir), protocol=None, **dict.fromkeys(evaluate.DEFAULTS)
-    )
-    assert evaluate.settle(args) == []
-    assert {name: getattr(args, name) for name in evaluate.DEFAULTS} == evaluate.DEFAULTS
+    args, told = settled(random_model_dir)
+    assert told == []
+    assert {name: getattr(args, name) for name in asking.DEFAULTS} == asking.DEFAULTS
 
 
 def test_the_answer_that_counts_may_be_drawn_from_the_likeliest_tokens(random_model_dir):
@@ -547,7 +556,8 @@ def test_a_users_mistake_is_one_line_and_exit_code_2(
         for line in capsys.readouterr().err.splitlines()
         if not line.startswith(("[transformers]", "Loading weights"))
     ]
-    assert stopped.value.code == 2 and line.startswith("evaluate.py: error: ") and message in line
+    program = "experiments.report" if arguments[0] in report.COMMANDS else "evaluate.py"
+    assert stopped.value.code == 2 and line.startswith(f"{program}: error: ") and message in line
 
 
 def test_an_apis_answers_have_the_length_that_a_flag_gives(tmp_path, monkeypatch):
