@@ -1,30 +1,29 @@
-"""How a training step's seconds and memory grow: with G, with image tokens, with the length of actions, with the vocabulary.
+"""How the seconds and the memory of a training step grow: with G, image tokens, length, vocabulary.
 
-    python -m experiments.benchmarks.growth --out benchmarks/growth-cpu.json       # also draws benchmarks/growth-cpu.png
+    python -m experiments.benchmarks.growth --out growth-cpu.json    # draws growth-cpu.png as well
 
-One quantity grows, the others stay at the base (BASE). Ours and plain PyTorch, each point in a fresh process. The dashed lines are the law, what
-`workload.step_cost` counts, with the machine's constants fitted to all points of a side:
+One quantity grows, the others stay at the base (BASE). Ours and plain PyTorch, each point in a
+fresh process. The dashed lines are the law, as `law.step_cost` counts, with the machine's constants
+fitted to all points of a side:
 
     seconds = a + floating-point operations / rate             memory = factor * bytes
 """
 
-import argparse
 import dataclasses
 import statistics
 import tempfile
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy
 import torch
 
-from experiments.benchmarks import workload
-from experiments.benchmarks.against_trl import prompt_tokens
-from experiments.benchmarks.sides import Worker
+from experiments.benchmarks import measuring, workload
+from experiments.benchmarks.law import step_cost
+from experiments.benchmarks.sides import SIDES, Worker
 from experiments.benchmarks.workload import Workload
+from training import console, curves
+from training.console import Parser, UserError
 
 BASE = Workload(
     "mid",
@@ -45,153 +44,142 @@ AXES = {
 
 
 def measure(work: Workload, sides: list[str], runs: int, threads: int) -> list[dict]:
-    """One point of each side: median seconds and peak bytes of the training step, and the law's counts."""
+    """A point of each side: the training step's median seconds, peak bytes and counts of the law."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         workload.save_model(work, path)
-        config, processor = (
-            workload.empty_model(path).config,
-            workload.AutoProcessor.from_pretrained(path),
-        )
-        prompt = prompt_tokens(workload.make_states(work, processor)[0], processor)
+        config = workload.empty_model(path).config
+        processor = workload.AutoProcessor.from_pretrained(path)
+        (state, *_) = workload.make_states(work, processor)
+        prompt = workload.prompt_tokens(state, processor)
         points = []
         for side in sides:
             steps = ["warm-up", *["time"] * runs, "memory"]
             worker = Worker(side, work, path, steps, threads)
             records = [worker.step() for _ in steps]
             worker.close()
-            cost = workload.step_cost(work, config, prompt, repeated=side != "ours")
-            seconds = statistics.median(record["seconds"]["train"] for record in records[1:-1])
-            point = {"side": side, "seconds": seconds, "bytes": records[-1]["bytes"]["train"]}
-            points.append(
-                point | {"flops": cost.flops, "law_bytes": cost.bytes, "tokens": cost.tokens}
-            )
+            cost = step_cost(work, config, prompt, repeated=side != "ours")
+            point = {
+                "side": side,
+                "seconds": statistics.median(r["seconds"]["train"] for r in records[1:-1]),
+                "bytes": records[-1]["bytes"]["train"],
+                "flops": cost.flops,
+                "law_bytes": cost.bytes,
+                "tokens": cost.tokens,
+            }
+            points.append(point)
     return points
 
 
 def fit(points: list[dict]) -> dict[str, float]:
     """The constants of one side's law, by least squares of the relative error."""
-    seconds, flops = (
-        numpy.array([point[name] for point in points]) for name in ("seconds", "flops")
-    )
-    constant, per_flop = numpy.linalg.lstsq(
-        numpy.stack([1 / seconds, flops / seconds], 1), numpy.ones(len(points)), rcond=None
-    )[0]
+    seconds = numpy.array([point["seconds"] for point in points])
+    flops = numpy.array([point["flops"] for point in points])
+    columns, ones = numpy.stack([1 / seconds, flops / seconds], 1), numpy.ones(len(points))
+    constant, per_flop = numpy.linalg.lstsq(columns, ones, rcond=None)[0]
     if constant < 0 or len(points) < 3:  # no fixed part that can be told apart
         constant, per_flop = 0.0, float(numpy.exp(numpy.log(seconds / flops).mean()))
-    factor = numpy.exp(
-        numpy.mean([numpy.log(point["bytes"] / point["law_bytes"]) for point in points])
-    )
+    factors = [numpy.log(point["bytes"] / point["law_bytes"]) for point in points]
+    factor = numpy.exp(numpy.mean(factors))
     return {"constant": float(constant), "rate": float(1 / per_flop), "factor": float(factor)}
 
 
-def law(point: dict, fitted: dict[str, float]) -> tuple[float, float]:
-    """(seconds, bytes) as the law has them."""
-    return fitted["constant"] + point["flops"] / fitted["rate"], fitted["factor"] * point[
-        "law_bytes"
-    ]
+def law(point: dict, fitted: dict[str, float]) -> dict[str, float]:
+    """Seconds and bytes by the law."""
+    seconds = fitted["constant"] + point["flops"] / fitted["rate"]
+    return {"seconds": seconds, "bytes": fitted["factor"] * point["law_bytes"]}
 
 
 def draw(result: dict, out: Path) -> None:
+    """A column for each quantity: seconds above, memory below."""
+    count = len(result["axes"])
     figure, panels = plt.subplots(
-        2,
-        len(result["axes"]),
-        figsize=(4 * len(result["axes"]), 7),
-        layout="constrained",
-        squeeze=False,
+        2, count, figsize=(4 * count, 7), layout="constrained", squeeze=False
     )
-    for column, (name, rows) in enumerate(result["axes"].items()):
-        for side, color in zip(result["law"], ("C0", "C1")):
-            points = [row for row in rows if row["side"] == side]
-            x = [point["value"] for point in points]
-            expected = [law(point, result["law"][side]) for point in points]
-            for row, (key, unit) in enumerate((("seconds", 1.0), ("bytes", 1e9))):
-                panels[row, column].plot(
-                    x,
-                    [point[key] / unit for point in points],
-                    "o-",
-                    color=color,
-                    label=f"{side}, measured",
-                )
-                panels[row, column].plot(
-                    x,
-                    [values[row] / unit for values in expected],
-                    "--",
-                    color=color,
-                    label=f"{side}, law",
-                )
-        for row, label in enumerate(("seconds of a training step", "peak memory of it, GB")):
-            panels[row, column].set(
-                xlabel=AXES[name][1], ylabel=label if column == 0 else "", ylim=(0, None)
-            )
+    panels[0, 0].set_ylabel("seconds of a training step")
+    panels[1, 0].set_ylabel("peak memory of it, GB")
+    for column, (name, points) in zip(panels.T, result["axes"].items()):
+        for panel, (key, unit) in zip(column, (("seconds", 1.0), ("bytes", 1e9))):
+            draw_panel(panel, points, result["law"], key, unit)
+            panel.set(xlabel=AXES[name][1], ylim=(0, None))
             if name == "vocabulary":
-                panels[row, column].set_xscale("log")
+                panel.set_xscale("log")
     panels[0, 0].legend()
-    figure.savefig(out, dpi=110)
-    plt.close(figure)
+    curves.save(figure, out, dpi=110)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="How a training step grows.")
-    parser.add_argument("--model", choices=workload.WORKLOADS, default=BASE.model)
-    parser.add_argument("--sides", default="ours,plain", help="one or two, comma-separated")
-    parser.add_argument(
-        "--runs", type=int, default=3, help="counted steps of a point, after one that is not"
+def draw_panel(panel, points: list[dict], fitted: dict[str, dict], key: str, unit: float) -> None:
+    """Measured and by the law, for each side."""
+    for side, color in zip(fitted, ("C0", "C1")):
+        own = [point for point in points if point["side"] == side]
+        x = [point["value"] for point in own]
+        measured = [point[key] / unit for point in own]
+        expected = [law(point, fitted[side])[key] / unit for point in own]
+        panel.plot(x, measured, "o-", color=color, label=f"{side}, measured")
+        panel.plot(x, expected, "--", color=color, label=f"{side}, law")
+
+
+def arguments(argv: list[str]):
+    parser = Parser(
+        prog="python -m experiments.benchmarks.growth", description=__doc__.split("\n\n")[0]
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    for name, (values, help) in AXES.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            type=int,
-            nargs="*",
-            default=values,
-            metavar="N",
-            help=f"{help}; none: not measured",
-        )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        help="where to write the figures, as JSON; the picture goes beside it, as PNG",
-    )
-    args = parser.parse_args()
-    base, sides = dataclasses.replace(BASE, model=args.model), args.sides.split(",")
+    add = parser.add_argument
+    add("--model", choices=workload.WORKLOADS, default=BASE.model)
+    add("--sides", default="ours,plain", help="one or two, comma-separated")
+    add("--runs", type=int, default=3, help="counted steps of a point, after one that is not")
+    add("--threads", type=int, default=torch.get_num_threads())
+    for name, (values, text) in AXES.items():
+        flag, text = f"--{name.replace('_', '-')}", f"{text}; none: not measured"
+        add(flag, type=int, nargs="*", default=values, metavar="N", help=text)
+    add("--out", type=Path, required=True, help="the figures, as JSON; the picture, PNG, beside")
+    args = parser.parse_args(argv)
+    args.sides = args.sides.split(",")
+    if not set(args.sides) <= set(SIDES):
+        raise UserError(f"--sides wants one or two of {', '.join(SIDES)}, comma-separated")
+    if args.runs < 1:
+        raise UserError(f"--runs must be at least 1, not {args.runs}")
+    return args
+
+
+def run(argv: list[str]) -> None:
+    args = arguments(argv)
+    base = dataclasses.replace(BASE, model=args.model)
     measured, axes = {}, {}
     for name in AXES:
         for value in getattr(args, name):
             work = dataclasses.replace(base, **{name: value})
             if work not in measured:
-                measured[work] = measure(work, sides, args.runs, args.threads)
-            points = [{"value": value, **point} for point in measured[work]]
+                measured[work] = measure(work, args.sides, args.runs, args.threads)
+            points, found = [{"value": value, **point} for point in measured[work]], []
+            for point in points:
+                gigabytes = f"{point['bytes'] / 1e9:.2f} GB"
+                found.append(f"{point['side']} {point['seconds']:.2f} s, {gigabytes}")
             axes.setdefault(name, []).extend(points)
-            found = [
-                f"{point['side']} {point['seconds']:.2f} s, {point['bytes'] / 1e9:.2f} GB"
-                for point in points
-            ]
             print(f"{name} {value}: " + "; ".join(found), flush=True)
-    fitted = {
-        side: fit(
-            [point for points in measured.values() for point in points if point["side"] == side]
-        )
-        for side in sides
-    }
-    result = workload.machine() | {
-        "base": dataclasses.asdict(base),
-        "runs": args.runs,
-        "law": fitted,
-        "axes": axes,
-    }
-    for side, constants in fitted.items():
-        print(
-            f"{side}: seconds = {constants['constant']:.2f} + FLOPs / {constants['rate'] / 1e9:.0f} G; memory = {constants['factor']:.2f} * bytes"
-        )
-        for name, points in axes.items():
-            points = [point for point in points if point["side"] == side]
-            for row, key in enumerate(("seconds", "bytes")):
-                shares = [point[key] / law(point, constants)[row] for point in points]
-                print(f"  {name}: {key} {min(shares):.2f} to {max(shares):.2f} of the law")
-    workload.write(args.out, result)
+    fitted = {}
+    for i, side in enumerate(args.sides):
+        fitted[side] = fit([points[i] for points in measured.values()])
+    result = {"base": dataclasses.asdict(base), "runs": args.runs, "law": fitted, "axes": axes}
+    compare(result)
+    measuring.write(args.out, measuring.machine() | result)
     draw(result, args.out.with_suffix(".png"))
+
+
+def compare(result: dict) -> None:
+    """Prints how far the points are from the law."""
+    for side, constants in result["law"].items():
+        rate, factor = constants["rate"] / 1e9, constants["factor"]
+        seconds = f"seconds = {constants['constant']:.2f} + FLOPs / {rate:.0f} G"
+        print(f"{side}: {seconds}; memory = {factor:.2f} * bytes")
+        for name, points in result["axes"].items():
+            own = [point for point in points if point["side"] == side]
+            for key in ("seconds", "bytes"):
+                shares = [point[key] / law(point, constants)[key] for point in own]
+                print(f"  {name}: {key} {min(shares):.2f} to {max(shares):.2f} of the law")
+
+
+def main() -> None:
+    console.command("experiments.benchmarks.growth", run, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,101 +1,87 @@
-"""Throughput of the samplers: tokens per second of vLLM and of transformers' `generate`, on the same prompts, device and seed.
+"""Throughput of the samplers: tokens per second of vLLM and of transformers' `generate`.
 
-    python -m experiments.benchmarks.rollout --out benchmarks/rollout-cpu.json
+    python -m experiments.benchmarks.rollout --out rollout-cpu.json
 
-Every measurement begins with a call that is not counted (the engine's first one prepares much), then takes the median of `--repeats`; the samplers
-take turns, so that both see the same load of the machine. With vLLM a call is what training pays in a step: the weight sync, then the actions. Both samplers draw from the same distribution; their
+Both have the same prompts, device and seed. Every measurement begins with a call that is not
+counted (the engine's first one prepares much), then takes the median of `--repeats`; the samplers
+take turns, so that both meet the same load of the machine. With vLLM a call is what training pays
+in a step: the weight sync, then the actions. Both samplers draw from the same distribution; their
 actions differ, so the figure is tokens per second, not seconds.
 """
 
-import argparse
-import json
-import os
-import platform
 import statistics
 import time
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[2]
 from blocks.dataset import BlocksSet
+from experiments.benchmarks import measuring
 from policy import Policy
 from rollouts.choice import make_sampler
 from sampling import Sampler
+from training import console
+from training.console import Parser, UserError
+from training.settings import place_of
 
 
 def tokens_per_second(sampler: Sampler, prompts, n: int, seed: int) -> float:
-    start = time.perf_counter()
+    start, tokens = time.perf_counter(), 0
     sampler.sync_weights()
-    groups = sampler.sample(prompts, n, seed)
-    return sum(len(action.tokens) for group in groups for action in group) / (
-        time.perf_counter() - start
-    )
+    for group in sampler.sample(prompts, n, seed):
+        tokens += sum(len(action.tokens) for action in group)
+    return tokens / (time.perf_counter() - start)
 
 
-def machine() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    name = next(
-        (line.split(":")[1].strip() for line in lines if line.startswith("model name")),
-        platform.machine(),
+def measure(samplers: dict[str, Sampler], prompts, n: int, repeats: int) -> dict:
+    """Median rates of the samplers, their ratio, and the rate of every call."""
+    rates = {name: [] for name in samplers}
+    for seed in range(repeats + 1):
+        for name, sampler in samplers.items():
+            rates[name].append(tokens_per_second(sampler, prompts, n, seed))
+    row: dict = {"prompts": len(prompts)}
+    for name, values in rates.items():
+        row[name] = round(statistics.median(values[1:]))
+    row["ratio"] = round(row["vllm"] / row["transformers"], 2)
+    row["all"] = {name: [round(rate) for rate in values[1:]] for name, values in rates.items()}
+    return row
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m experiments.benchmarks.rollout",
+        description="Rollout throughput, vLLM against transformers.",
     )
-    return f"{name}, {torch.get_num_threads()} threads of {os.cpu_count()} cores"
+    add = parser.add_argument
+    add("--model", default="tiny", help="a directory in Hugging Face layout or a hub id")
+    add("--prompts", type=int, nargs="+", default=[16, 64], help="prompts in a call, each in turn")
+    add("--num-samples", type=int, default=8, help="N, actions for each prompt")
+    add("--max-new-tokens", type=int, default=80)
+    add("--repeats", type=int, default=5)
+    add("--out", type=Path, help="where to write the figures as JSON")
+    args = parser.parse_args(argv)
+    if min(*args.prompts, args.num_samples, args.max_new_tokens, args.repeats) < 1:
+        raise UserError("all numbers must be at least 1")
+    place, most = place_of(args.model), max(args.prompts)
+    policy = Policy.load(place).to("cuda" if torch.cuda.is_available() else "cpu")
+    questions = BlocksSet("counting-train", most)
+    prompts = policy.encode([questions[i] for i in range(most)])
+    samplers = {}
+    for name in ("transformers", "vllm"):
+        samplers[name] = make_sampler(name, policy, place, args.max_new_tokens, bf16=True)
+    rows = []
+    for count in args.prompts:
+        row = measure(samplers, prompts[:count], args.num_samples, args.repeats)
+        rows.append(row)
+        rates = f"vLLM {row['vllm']} tokens/s, transformers {row['transformers']}"
+        print(f"{count} prompts x {args.num_samples}: {rates}, ratio {row['ratio']}", flush=True)
+    result = measuring.machine() | {"model": Path(place).name, "num_samples": args.num_samples}
+    result |= {"max_new_tokens": args.max_new_tokens, "rows": rows}
+    measuring.write(args.out, result)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rollout throughput, vLLM against transformers.")
-    parser.add_argument(
-        "--model",
-        default=str(ROOT / "blocks" / "tiny"),
-        help="a directory in Hugging Face layout or a hub id",
-    )
-    parser.add_argument(
-        "--prompts", type=int, nargs="+", default=[16, 64], help="numbers of prompts in a call"
-    )
-    parser.add_argument("--num-samples", type=int, default=8, help="N, actions for each prompt")
-    parser.add_argument("--max-new-tokens", type=int, default=80)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = Policy.load(args.model).to(device)
-    questions = BlocksSet("counting-train", max(args.prompts))
-    prompts = policy.encode([questions[i] for i in range(max(args.prompts))])
-    result = {
-        "machine": machine(),
-        "model": Path(args.model).name,
-        "num_samples": args.num_samples,
-        "max_new_tokens": args.max_new_tokens,
-        "rows": [],
-    }
-    samplers = {
-        name: make_sampler(name, policy, args.model, args.max_new_tokens, bf16=True)
-        for name in ("transformers", "vllm")
-    }
-    for count in args.prompts:
-        rates = {name: [] for name in samplers}
-        for seed in range(args.repeats + 1):
-            for name, sampler in samplers.items():
-                rates[name].append(
-                    tokens_per_second(sampler, prompts[:count], args.num_samples, seed)
-                )
-        rates = {name: values[1:] for name, values in rates.items()}
-        row = {"prompts": count} | {
-            name: round(statistics.median(values)) for name, values in rates.items()
-        }
-        row |= {
-            "ratio": round(row["vllm"] / row["transformers"], 2),
-            "all": {name: [round(value) for value in values] for name, values in rates.items()},
-        }
-        result["rows"].append(row)
-        print(
-            f"{count} prompts x {args.num_samples}: vLLM {row['vllm']} tokens/s, transformers {row['transformers']}, ratio {row['ratio']}",
-            flush=True,
-        )
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    console.command("experiments.benchmarks.rollout", run, "nothing was written")
 
 
 if __name__ == "__main__":

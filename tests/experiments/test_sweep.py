@@ -17,7 +17,7 @@ import evaluate
 import sft
 from data.predictions import read_predictions
 from data.state import SETS
-from experiments import sweep
+from experiments import rows, sweep, tasks
 from training import checkpointing, rundir, storage
 from training.console import UserError
 
@@ -207,8 +207,8 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
         sweep.LISTS,
         "ablation",
         lambda config, stage1: [
-            sweep.Row("Vision-EKIPL", "ekipl.py"),
-            sweep.Row("GRPO", "ekipl.py", ("--experts", "none")),
+            rows.Row("Vision-EKIPL", "ekipl.py"),
+            rows.Row("GRPO", "ekipl.py", ("--experts", "none")),
         ],
     )
     assert call(monkeypatch, *arguments) == 0
@@ -301,7 +301,7 @@ def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys
         "--standalone",
         "--nproc_per_node",
         "8",
-        str(sweep.HERE / "sft.py"),
+        str(tasks.ROOT / "sft.py"),
     ]
     assert (
         sum("sft.py" in line for line in said) == 6

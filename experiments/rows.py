@@ -1,0 +1,98 @@
+"""The rows of the tables: Table 1's methods, the ablation's settings, the stages before RL."""
+
+from dataclasses import dataclass
+
+import ekipl
+from experts.roster import expert_specs
+from training.console import UserError
+
+
+@dataclass
+class Row:
+    """A row of a table: its name, and what trains it.
+
+    program: ekipl.py, sft.py, or "" where `model` is evaluated as it is. after: the row whose model
+    it starts from. listed: whether it stands in the table.
+    """
+
+    name: str
+    program: str = ""
+    flags: tuple[str, ...] = ()
+    model: str = ""
+    after: str = ""
+    listed: bool = True
+
+
+def table1(config: ekipl.Config, stage1: int) -> list[Row]:
+    """The methods of Table 1 (Section 4.1, "Baselines").
+
+    stage1: questions of Reason-RFT's first stage; its second one has the rest, but for the paper's
+    structure task, which has all. With the paper's data zero-shot and ANS-SFT have prompts of their
+    own, as in Reason-RFT.
+    """
+    real = config.data != "blocks"
+    rest = () if real and config.task == "structure" else ("--skip", str(stage1))
+    zero_shot, answer = (("--mode", "answer"), "bare") if real else ((), "answer")
+    experts = expert_specs(config.experts, offline=True)
+    rows = [Row(short(expert), model=expert) for expert in experts]
+    rows += [
+        Row("Zero-shot", flags=zero_shot, model=config.start),
+        Row("ANS-SFT", "sft.py", ("--method", answer)),
+        Row("CoT-SFT", "sft.py"),
+        Row("Stage-1", "sft.py", ("--limit", str(stage1)), listed=False),
+        Row("Reason-RFT-Zero", "ekipl.py", ("--experts", "none")),
+        Row("Reason-RFT", "ekipl.py", ("--experts", "none", *rest), after="Stage-1"),
+    ]
+    if experts:
+        rows.append(Row("Vision-EKIPL", "ekipl.py"))
+        rows.append(Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1"))
+    return rows
+
+
+def short(expert: str) -> str:
+    """An expert's name without the address of its server."""
+    return expert.partition("@")[0]
+
+
+def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
+    """What the paper never varied: one setting of Vision-EKIPL at a time."""
+    experts = expert_specs(config.experts, offline=True)
+    if not experts:
+        raise UserError("the ablation varies Vision-EKIPL, which needs --experts")
+    changes = {
+        "Vision-EKIPL": (),
+        "estimator-is": ("--estimator", "is"),
+        "estimator-snis": ("--estimator", "snis"),
+        "advantage-selected": ("--advantage", "selected"),
+        "ties-random": ("--ties", "random"),
+        "selection-random": ("--selection", "random"),
+        "N-2": ("--num-samples", "2", "--group-size", "6"),
+        "N-4": ("--num-samples", "4"),
+        "N-16": ("--num-samples", "16"),
+    }
+    for expert in experts:
+        changes[f"expert-{short(expert)}"] = ("--experts", expert)
+    changes["GRPO"] = ("--experts", "none")
+    # As many candidates as with the experts, all of them the policy's: what selection alone gives.
+    candidates = config.num_samples * (len(experts) + 1)
+    changes["GRPO-best"] = ("--experts", "none", "--num-samples", str(candidates))
+    return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
+
+
+def stages(config: ekipl.Config, stage1: int) -> list[Row]:
+    """SFT before RL: GRPO after first stages of several sizes, so that SFT-then-GRPO is seen at its
+    best, and Vision-EKIPL after the usual one, with each expert alone.
+    """
+    rows = []
+    for size in (stage1 * 2 // 5, stage1, stage1 * 8 // 5, stage1 * 2):
+        first, flags = f"Stage-1-{size}", ("--experts", "none", "--skip", str(size))
+        rows.append(Row(first, "sft.py", ("--limit", str(size)), listed=False))
+        rows.append(Row(f"Reason-RFT-{size}", "ekipl.py", flags, after=first))
+    for expert in expert_specs(config.experts, offline=True):
+        name = f"Vision-EKIPL-{stage1}-{short(expert)}"
+        flags = ("--experts", expert, "--skip", str(stage1))
+        rows.append(Row(name, "ekipl.py", flags, after=f"Stage-1-{stage1}"))
+    return rows
+
+
+LISTS = {"table1": table1, "ablation": ablation, "stages": stages}
