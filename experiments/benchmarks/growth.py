@@ -44,7 +44,7 @@ AXES = {
 
 
 def measure(work: Workload, sides: list[str], runs: int, threads: int) -> list[dict]:
-    """A point of each side: the training step's median seconds, peak bytes and counts of the law."""
+    """A point of each side: median seconds and peak bytes of the training step, and its counts."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model"
         workload.save_model(work, path)

@@ -18,8 +18,8 @@ class Cost:
     patches: int  # of the vision tower
     # Multiply-add = 2; reference and policy forward, backward twice a forward, no recomputing.
     flops: float
-    # At the peak of a micro-batch's backward pass: what the layers keep (float32, no checkpointing),
-    # logits, gradients.
+    # At the peak of a micro-batch's backward pass: activations (float32, no checkpointing), logits,
+    # gradients.
     bytes: float
 
 
@@ -55,7 +55,7 @@ def step_cost(work: Workload, config: Qwen2VLConfig, prompt_tokens: int, repeate
 
 
 def weights(config: Qwen2VLConfig) -> tuple[int, int, int]:
-    """Weights of a layer of the language model, of all vision blocks, and of the patch embedding."""
+    """Weights of a layer of the language model, of the vision blocks and the patch embedding."""
     text, vision = config.text_config, config.vision_config
     H, E = text.hidden_size, vision.embed_dim
     layer = 2 * H * H + 2 * H * key_width(config) + 3 * H * text.intermediate_size

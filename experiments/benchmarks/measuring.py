@@ -21,7 +21,7 @@ def clock(device: str) -> float:
 
 
 def matrix_rate(device: str) -> float:
-    """The measured rate of matrix products, FLOP/s, in the dtype of the benchmarks: best of five."""
+    """The rate of matrix products, FLOP/s, in the dtype of the benchmarks: the best of five."""
     n, dtype = (8192, torch.bfloat16) if device == "cuda" else (2048, torch.float32)
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     a @ b

@@ -1,4 +1,4 @@
-"""The sides of the comparison, each in a process of its own: ours, TRL's GRPOTrainer, plain PyTorch.
+"""The sides of the comparison, each in a process: ours, TRL's GRPOTrainer, plain PyTorch.
 
 A side builds its trainer once and then makes a step whenever it is its turn. A step is of one kind:
 "warm-up", "time", "memory" or "profile" (measuring.Recorder). It has two measured phases:

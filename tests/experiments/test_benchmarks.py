@@ -1,4 +1,5 @@
-"""The benchmarks' own logic, at the smallest size; TRL is not needed here (benchmarks/against_trl.py itself compares the sides' numbers)."""
+"""The benchmarks' own logic, at the smallest size. TRL is not needed: against_trl.py itself compares
+the sides' numbers."""
 
 import dataclasses
 import json
@@ -11,18 +12,22 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "experiments" / "benchmarks"))
-import against_trl
-import gains
-import gpu_check
-import growth
-import processes
-import sides
-import workload
-
 import ekipl
 import policy
+
+ROOT = Path(__file__).resolve().parents[2]
+from experiments.benchmarks import (
+    against_trl,
+    gains,
+    gpu_check,
+    growth,
+    law,
+    measuring,
+    processes,
+    rollout,
+    sides,
+    workload,
+)
 from rollouts import transformers_sampler
 
 SMALL = dataclasses.replace(
@@ -69,7 +74,7 @@ def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_thread
     assert same["logp"] < 1e-4 and same["grad_norm"] < 1e-4
     profile = against_trl.profile_table(records)
     assert "aten::addmm" in profile or "aten::mm" in profile
-    result = workload.machine() | against_trl.summary(SMALL, small_model, records, 50, "cpu")
+    result = measuring.machine() | against_trl.summary(SMALL, small_model, records, 50, "cpu")
     low, middle, high = (
         result["ratios"]["plain"]["train"][name] for name in ("min", "median", "max")
     )
@@ -108,7 +113,7 @@ def test_a_group_passes_prompt_and_picture_once_or_g_times():
         workload.empty_model(workload.TINY).config,
         dataclasses.replace(SMALL, states=1, group_size=2, action_tokens=2),
     )
-    once, repeated = (workload.step_cost(work, config, 3, times) for times in (False, True))
+    once, repeated = (law.step_cost(work, config, 3, times) for times in (False, True))
     assert (once.tokens, once.pairs, once.patches) == (
         3 + 4,
         6 + 2 * (4 + 5),
@@ -116,7 +121,7 @@ def test_a_group_passes_prompt_and_picture_once_or_g_times():
     )  # prompt 1 + 2 + 3; an action's tokens see 4 and 5
     assert (repeated.tokens, repeated.pairs, repeated.patches) == (10, 2 * 15, 128)  # 1 + ... + 5
     once, repeated = (
-        workload.step_cost(dataclasses.replace(work, group_size=1), config, 3, times)
+        law.step_cost(dataclasses.replace(work, group_size=1), config, 3, times)
         for times in (False, True)
     )
     assert once == repeated
@@ -144,7 +149,7 @@ def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
         model(**inputs, logits_to_keep=T)
     text_config, cost = (
         model.config.text_config,
-        workload.step_cost(work, model.config, P, repeated=False),
+        law.step_cost(work, model.config, P, repeated=False),
     )
     above_diagonal = (
         P + T
@@ -164,7 +169,8 @@ def test_the_fit_finds_the_constants_of_points_that_follow_the_law():
     ]
     fitted = growth.fit(points)
     assert fitted == pytest.approx({"constant": 0.5, "rate": 2e9, "factor": 3.0})
-    assert growth.law(points[1], fitted) == pytest.approx((2.5, 900))
+    expected = {"seconds": 2.5, "bytes": 900}
+    assert growth.law(points[1], fitted) == pytest.approx(expected)
 
 
 def test_every_action_has_its_tokens_and_ends_with_eos_and_no_group_is_dead():
@@ -322,7 +328,7 @@ def test_the_readmes_tables_are_those_of_the_committed_figures(name):
         + ", ".join(f"{value:.2f}" for value in memory)
         + " GB"
     )
-    assert short in (ROOT / "README.md").read_text()
+    assert short in (ROOT / "experiments" / "README.md").read_text()
 
 
 def test_the_training_step_of_the_mid_case_is_three_times_as_fast_as_trls():
@@ -343,8 +349,24 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
         )
     assert (
         f"{result['speed_up']['median']:.2f} times as fast as one"
-        in (ROOT / "README.md").read_text()
+        in (ROOT / "experiments" / "README.md").read_text()
     )
+
+
+@pytest.mark.parametrize("module, arguments, says", [
+    (against_trl, ["--sides", "theirs"], "no side theirs"), (against_trl, ["--runs", "0"], "--runs"),
+    (growth, [], "--out"), (growth, ["--out", "x", "--sides", "theirs"], "--sides"),
+    (gains, ["--preset", "x"], "--preset"), (gains, ["--runs", "0"], "--runs"), (gains, ["--x"], "--x"),
+    (processes, ["--turns", "x"], "--turns"), (processes, ["--processes", "0"], "--processes"),
+    (rollout, ["--prompts", "0"], "at least 1"), (rollout, ["x"], "x"), (gpu_check, ["--x"], "--x"),
+], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, module, arguments, says):
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and says in line
+    assert line.startswith(f"{module.__name__}: error: ")
 
 
 # ---------------------------------------------------------------------------------------------- the check on a GPU

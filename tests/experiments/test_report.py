@@ -1,8 +1,8 @@
-"""report.py: what the table and the figures say follows from the numbers by their formulas."""
+"""report.py, figures.py: what the table and the figures say follows from the numbers by their formulas."""
 
 import pytest
 
-from experiments import report
+from experiments import figures, report
 
 
 def history(points: dict[int, float], share: float) -> list[dict]:
@@ -59,11 +59,13 @@ def test_seeds_are_one_method_with_mean_and_standard_deviation(tmp_path):
     ([(0, 0.2), (10, 0.4), (20, 0.5)], 0.6, None),
 ])  # fmt: skip
 def test_the_share_of_the_data_that_reaches_a_target(curve, target, share):
-    assert report.share_to_reach(curve, target) == (None if share is None else pytest.approx(share))
+    assert figures.share_to_reach(curve, target) == (
+        None if share is None else pytest.approx(share)
+    )
 
 
 def test_a_mean_curve_has_the_points_that_all_seeds_have():
-    assert report.mean_curve([[(0, 0.0), (10, 0.4), (15, 0.9)], [(0, 0.2), (10, 0.8)]]) == [
+    assert figures.mean_curve([[(0, 0.0), (10, 0.4), (15, 0.9)], [(0, 0.2), (10, 0.8)]]) == [
         (0, pytest.approx(0.1)),
         (10, pytest.approx(0.6)),
     ]
@@ -77,11 +79,11 @@ def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method
         "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],  # no method of RL: nobody is compared with it
         "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0), "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
     }  # fmt: skip
-    said = report.data_efficiency(histories, tmp_path / "3.png")
+    said = figures.data_efficiency(histories, tmp_path / "3.png")
     assert (
         said == "counting-id: ekipl reaches the end of grpo (45.0 %) after 25 % of its states"
     )  # 0.2 + 0.5 x / 40 = 0.45 at x = 20
-    assert report.data_efficiency(
+    assert figures.data_efficiency(
         {"ekipl": history({0: 0.2, 80: 0.3}, 0.5), "grpo": history({0: 0.2, 80: 0.4}, 0.0)},
         tmp_path / "3.png",
     ).endswith("never")
@@ -90,12 +92,12 @@ def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method
 def test_figure_4_stacks_the_sources_to_one(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(
-        report.plt.Axes,
+        figures.plt.Axes,
         "stackplot",
         lambda self, x, *ys, **options: drawn.append((list(x), ys, options["labels"])),
         raising=False,
     )
-    report.sources(
+    figures.sources(
         {
             "ekipl": history({0: 0.2, 40: 0.3, 80: 0.4}, 0.25),
             "grpo": history({0: 0.2, 40: 0.3}, 0.0),
@@ -112,17 +114,16 @@ def test_figure_4_stacks_the_sources_to_one(tmp_path, monkeypatch):
 
 def test_figure_5_is_the_mean_over_questions_for_every_k_that_all_have(tmp_path, monkeypatch):
     drawn = []
-    plot = report.plt.Axes.plot
+    plot = figures.plt.Axes.plot
     monkeypatch.setattr(
-        report.plt.Axes,
+        figures.plt.Axes,
         "plot",
         lambda self, x, y, *rest, **options: (
             drawn.append((list(x), list(y))) or plot(self, x, y, *rest, **options)
         ),
     )
-    report.pass_at(
-        {"A": {"counting-id": [(4, 1), (5, 0)]}}, lambda n, c, k: c * k / n, tmp_path / "5.png"
-    )
+    monkeypatch.setattr(figures, "pass_at_k", lambda n, c, k: c * k / n)
+    figures.pass_at({"A": {"counting-id": [(4, 1), (5, 0)]}}, tmp_path / "5.png")
     assert drawn == [([1, 2, 4], [pytest.approx(v) for v in (0.125, 0.25, 0.5)])]
     assert (tmp_path / "5.csv").read_text().splitlines()[1:] == [
         "A,counting-id,1,0.1250,1",
