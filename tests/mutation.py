@@ -3,9 +3,10 @@
     python tests/mutation.py --seed 0 --count 300             # all six modules: an hour or two
     python tests/mutation.py grpo --start 40 --count 20       # some of one module's
 
-A mutant is a module of which one operator, comparison, constant, branch, argument, call or statement was changed. Its tests
-(TESTS, the fastest first) run in a copy of the project, in a process forked off one that has the libraries loaded. It is
-killed if a test fails or takes longer than LIMIT; survivors are printed. Exit code 1 if more than one in twenty survives.
+A mutant is a module of which one operator, comparison, constant, branch, argument, call or
+statement was changed. Its tests (TESTS, the fastest first) run in a copy of the project, in a
+process forked off one that has the libraries loaded. It is killed if a test fails or takes longer
+than LIMIT; survivors are printed. Exit code 1 if more than one in twenty survives.
 """
 
 import argparse
@@ -38,14 +39,31 @@ TESTS = {  # of each module, in order
 }
 ONLY = {"ekipl": {"MicroBatch", "micro_batches", "update", "loss_of"}}  # of a module these parts
 OPERATORS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
-    ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
-    ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-}  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
 NAMES = {"min": "max", "amax": "amin", "sum": "mean", "repeat_interleave": "repeat", "any": "all"}
 NAMES |= {other: name for name, other in NAMES.items()}
-# Calls without which nothing runs, and what devices and stopwatches are told: no faults worth a test.
+# Calls without which nothing runs, devices and stopwatches: no faults worth a test.
 TRIVIAL = set("len range enumerate zip map id list dict set tuple str print append items".split())
 TRIVIAL |= set("lap to cpu device strict getattr isinstance".split())
 
@@ -55,7 +73,7 @@ def name_of(node: ast.AST) -> str:
 
 
 def changes(node: ast.AST):
-    """(what is said of it, the node in its place) for each mutant of this node."""
+    """(its description, the node in its place) for each mutant of this node."""
     if isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in OPERATORS:
         yield "operator", type(node)(**{**vars(node), "op": OPERATORS[type(node.op)]()})
     elif isinstance(node, ast.Compare):
@@ -92,7 +110,7 @@ def changes(node: ast.AST):
 
 
 def places(parent: ast.AST, only: set[str] = frozenset()):
-    """(parent, field, index) of all that may be changed: no annotation, decorator, docstring or message."""
+    """(parent, field, index) of what may change: no annotation, decorator, docstring, message."""
     for field, value in ast.iter_fields(parent):
         if field in ("annotation", "returns", "decorator_list", "exc", "cause"):
             continue

@@ -44,10 +44,19 @@ def test_pass_at_k_is_the_share_of_all_draws_that_hold_a_right_answer():
                 )
 
 
-@pytest.mark.parametrize("n, c, k, expected", [
-    (1, 0, 1, 0.0), (1, 1, 1, 1.0), (8, 0, 8, 0.0), (8, 1, 8, 1.0), (8, 3, 6, 1.0), (8, 2, 1, 0.25),
-    (1000, 1, 500, 0.5), (4000, 4, 2000, 0.9375),  # binomials beyond what a float holds
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "n, c, k, expected",
+    [
+        (1, 0, 1, 0.0),
+        (1, 1, 1, 1.0),
+        (8, 0, 8, 0.0),
+        (8, 1, 8, 1.0),
+        (8, 3, 6, 1.0),
+        (8, 2, 1, 0.25),
+        (1000, 1, 500, 0.5),
+        (4000, 4, 2000, 0.9375),  # binomials beyond what a float holds
+    ],
+)
 def test_pass_at_k_at_the_edges(n, c, k, expected):
     assert pass_at_k(n, c, k) == pytest.approx(expected, abs=1e-3 if n == 4000 else 1e-12)
 
@@ -66,14 +75,9 @@ def test_score_of_a_worked_example():
     asked = [
         ("3", "discrete", "<think> 3 </think> <answer> 3 </answer>", 10, False),  # right
         ("3", "discrete", "<answer> 4 </answer>", 4, False),  # wrong, and in no format
-        (
-            "100",
-            "math",
-            "<think> so </think> <answer> 110 </answer>",
-            8,
-            False,
-        ),  # 10 % off: wrong, whatever its reward
-        # One call right, of the other all but the value: Reason-RFT's test score is 0.75, its reward 0.5.
+        # 10 % off: wrong, whatever its reward.
+        ("100", "math", "<think> so </think> <answer> 110 </answer>", 8, False),
+        # One call right, of the other all but the value: the test score is 0.75, the reward 0.5.
         (two_calls, "function", f"<think> so </think> <answer> {nearly} </answer>", 12, False),
         (two_calls, "function", "<think> so", 16, True),
     ]
@@ -82,13 +86,17 @@ def test_score_of_a_worked_example():
         Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked
     ]
     found = score(states, actions)
-    assert {name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")} == pytest.approx({
-        "accuracy": (1 + 0 + 0 + 0.75 + 0) / 5,
-        "exact": 1 / 5,  # only the first
-        "format": 3 / 5,
-        "tokens": 50 / 5,
-        "truncated": 1 / 5,
-    })  # fmt: skip
+    assert {
+        name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")
+    } == pytest.approx(
+        {
+            "accuracy": (1 + 0 + 0 + 0.75 + 0) / 5,
+            "exact": 1 / 5,  # only the first
+            "format": 3 / 5,
+            "tokens": 50 / 5,
+            "truncated": 1 / 5,
+        }
+    )
 
 
 def test_score_wants_one_action_for_each_state():
@@ -110,9 +118,6 @@ def test_greedy_answers_come_in_the_order_of_the_states(batch):
         f"answer to prompt {i}" for i in range(7)
     ]
     assert max(sizes) <= batch
-
-
-# ---------------------------------------------------------------------------------------------- intervals
 
 
 @pytest.mark.parametrize(
@@ -143,9 +148,6 @@ def test_the_interval_holds_the_mean_95_times_of_100():
         assert 0.93 < held / 2000 < 0.97
 
 
-# ---------------------------------------------------------------------------------------------- predictions
-
-
 def test_samples_count_for_pass_at_k_and_the_answer_for_accuracy():
     right, wrong = (f"<think> so </think> <answer> {answer} </answer>" for answer in "34")
     said = [
@@ -164,8 +166,11 @@ def test_a_quantity_is_right_or_wrong_where_its_reward_is_between(answer, accura
     said = Prediction("a", "60", "math", text, 5, False, [text, "none"])
     found = score_predictions([said], [1, 2])
     assert (found["accuracy"], found["exact"], found["pass@1"], found["pass@2"]) == (
-        accuracy, accuracy, accuracy / 2, accuracy,
-    )  # fmt: skip
+        accuracy,
+        accuracy,
+        accuracy / 2,
+        accuracy,
+    )
     assert accuracy_reward(text, "60", "math") > 0.5
 
 
@@ -209,19 +214,10 @@ def lines_of(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-COMMAND = (
-    "--sets",
-    "counting-id",
-    "transformation-left",
-    "--states",
-    6,
-    "--pass-k",
-    "1,3",
-    "--max-new-tokens",
-    3,
-    "--rollout",
-    "transformers",
-)
+COMMAND = """
+    --sets counting-id transformation-left --states 6 --pass-k 1,3 --max-new-tokens 3
+    --rollout transformers
+""".split()
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +288,9 @@ def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeyp
     ]
 
 
-@pytest.mark.parametrize("command", [["score", "{predictions}"], ["{random}"], ["table", "{predictions}", "--out", "t"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "command", ["score {predictions}", "{random}", "table {predictions} --out t"]
+)
 def test_legacy_without_math_verify_is_told_before_anything_is_asked(
     predictions, random_model_dir, monkeypatch, capsys, command
 ):
@@ -300,7 +298,7 @@ def test_legacy_without_math_verify_is_told_before_anything_is_asked(
     monkeypatch.setattr(Policy, "load", None)
     places = dict(predictions=predictions, random=random_model_dir)
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *(word.format(**places) for word in command), "--legacy")
+        run(monkeypatch, *command.format(**places).split(), "--legacy")
     (line,) = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and f"pip install '{MATH_VERIFY}'" in line
 
@@ -310,18 +308,20 @@ def test_math_verify_is_pinned_in_one_version():
         assert MATH_VERIFY in (ROOT / file).read_text(), file
 
 
-# ---------------------------------------------------------------------------------------------- settings
-
-
 def a_run(place, model, **config):
-    """A run's directory with nothing but what evaluate.py looks for: `model` in it, and its settings."""
+    """A run's directory as evaluate.py needs it: `model` in it, and its settings."""
     place.mkdir()
     (place / "model").symlink_to(model)
     (place / "metrics.jsonl").write_text("")
     settings = dict(
-        data="blocks", data_cache="c", task="transformation", max_new_tokens=2, min_pixels=0,
-        max_pixels=900, method="answer",
-    )  # fmt: skip
+        data="blocks",
+        data_cache="c",
+        task="transformation",
+        max_new_tokens=2,
+        min_pixels=0,
+        max_pixels=900,
+        method="answer",
+    )
     (place / "config.json").write_text(json.dumps(settings | config))
     return place / "model"
 
@@ -331,15 +331,25 @@ def test_a_runs_model_is_asked_as_the_run_says(random_model_dir, tmp_path, monke
     run(monkeypatch, model, "--states", 2, "--rollout", "transformers")
     said = capsys.readouterr()
     assert [line.split()[0] for line in said.out.splitlines()[1:-1]] == [
-        "transformation-id", "transformation-left", "transformation-right",
-    ]  # fmt: skip
+        "transformation-id",
+        "transformation-left",
+        "transformation-right",
+    ]
     used = json.loads((tmp_path / "run" / "predictions" / "settings.json").read_text())
-    asked = {name: used[name] for name in ("data", "mode", "max_new_tokens", "min_pixels", "max_pixels")}  # fmt: skip
+    asked = {
+        name: used[name] for name in ("data", "mode", "max_new_tokens", "min_pixels", "max_pixels")
+    }
     assert asked == dict(
         data="blocks", mode="answer", max_new_tokens=2, min_pixels=None, max_pixels=900
     )
     (told,) = [line for line in said.err.splitlines() if "config.json" in line]
-    for flag in ("--data blocks", "--sets transformation-id", "--mode answer", "--max-new-tokens 2", "--max-pixels 900"):  # fmt: skip
+    for flag in (
+        "--data blocks",
+        "--sets transformation-id",
+        "--mode answer",
+        "--max-new-tokens 2",
+        "--max-pixels 900",
+    ):
         assert flag in told
 
 
@@ -368,7 +378,12 @@ def test_a_flag_or_a_protocol_counts_more_than_the_run(random_model_dir, tmp_pat
     assert (args.max_new_tokens, args.temperature, args.top_p) == (9, 0.0, 0.9)
     for method, mode in (("cot", "reason"), ("bare", "bare")):
         assert beside_a_run(method=method)[0].mode == mode
-    for bad in (dict(data=3), dict(task="cooking"), dict(max_new_tokens="7"), dict(max_pixels=None)):  # fmt: skip
+    for bad in (
+        dict(data=3),
+        dict(task="cooking"),
+        dict(max_new_tokens="7"),
+        dict(max_pixels=None),
+    ):
         with pytest.raises(console.UserError, match=next(iter(bad))):
             beside_a_run(**bad)
 
@@ -429,19 +444,13 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
         (tmp_path / name / "predictions").mkdir(parents=True)
         said = lines_of(predictions / "counting-id.jsonl")
         for i, record in enumerate(said):
-            record["text"] = (
-                f"<think> so </think> <answer> {record['answer'] if i < right else 'none'} </answer>"
-            )
+            answer = record["answer"] if i < right else "none"
+            record["text"] = f"<think> so </think> <answer> {answer} </answer>"
         (tmp_path / name / "predictions" / "counting-id.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in said)
         )
-    run(
-        monkeypatch,
-        "table",
-        *(tmp_path / name for name in ("A-seed0", "A-seed1", "B")),
-        "--out",
-        tmp_path / "table",
-    )
+    runs = [tmp_path / name for name in ("A-seed0", "A-seed1", "B")]
+    run(monkeypatch, "table", *runs, "--out", tmp_path / "table")
     text = (tmp_path / "table.md").read_text()
     assert (
         "| A | 50.0 ± 23.6 |" in text
@@ -465,14 +474,8 @@ def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsy
             ROOT / "experiments" / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl"
         )
     shutil.copytree(predictions, tmp_path / "ekipl-seed0" / "predictions")
-    run(
-        monkeypatch,
-        "figures",
-        tmp_path / "ekipl-seed0",
-        tmp_path / "grpo-seed0",
-        "--out",
-        tmp_path / "figures",
-    )
+    runs = [tmp_path / name for name in ("ekipl-seed0", "grpo-seed0")]
+    run(monkeypatch, "figures", *runs, "--out", tmp_path / "figures")
     assert "counting-id: ekipl reaches the end of grpo" in capsys.readouterr().out
     for number in (3, 4, 5):
         assert (tmp_path / "figures" / f"figure{number}.png").read_bytes().startswith(b"\x89PNG")
@@ -484,22 +487,9 @@ def test_reason_rft_is_evaluated_by_the_same_command(
     data = miniature.make(tmp_path / "data", size=5)
     out = tmp_path / "predictions"
     sets = ["counting-id", "transformation-left"]
-    run(
-        monkeypatch,
-        random_model_dir,
-        "--data",
-        data,
-        "--sets",
-        *sets,
-        "--mode",
-        "answer",
-        "--max-new-tokens",
-        3,
-        "--out",
-        out,
-        "--data-cache",
-        tmp_path / "c",
-    )
+    command = [random_model_dir, "--data", data, "--sets", *sets]
+    command += "--mode answer --max-new-tokens 3".split()
+    run(monkeypatch, *command, "--out", out, "--data-cache", tmp_path / "c")
     said = capsys.readouterr()
     assert [len(storage.read(out / f"{name}.jsonl")) for name in sets] == [
         5,
@@ -507,56 +497,44 @@ def test_reason_rft_is_evaluated_by_the_same_command(
     ] and "counting-id: 5 of 5 records" in said.err
     truths = {p["kind"]: p["answer"] for name in sets for p in storage.read(out / f"{name}.jsonl")}
     assert truths.keys() == {"discrete", "function"} and truths["function"].startswith("change_")
-    run(
-        monkeypatch,
-        random_model_dir,
-        "--data",
-        data,
-        "--sets",
-        *sets,
-        "--states",
-        2,
-        "--mode",
-        "answer",
-        "--max-new-tokens",
-        3,
-        "--out",
-        tmp_path / "two",
-    )
+    run(monkeypatch, *command, "--states", 2, "--out", tmp_path / "two")
     assert len(storage.read(tmp_path / "two" / "counting-id.jsonl")) == 2
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["{random}", "--sets", "counting-left"], "no set 'counting-left'"),
-    (["{empty}", "--sets", "counting-id"], "cannot load a vision-language model"),
-    (["{random}", "--pass-k", "1,zero"], "--pass-k"),
-    (["{random}", "--pass-k", "0"], "--pass-k"),
-    (["{random}", "--states", "0"], "--states"),
-    (["{random}", "--top-p", "0"], "--top-p"),
-    (["{random}", "--top-k", "-1"], "--top-k"),
-    (["{random}", "--protocol", "theirs"], "--protocol"),
-    (["{random}", "--data", "{empty}", "--sets", "counting-id"], "has no test_jsons"),
-    (["nobody", "--sets", "counting-id"], "nobody"),
-    (["careful", "--sets", "counting-id", "--data", "{empty}"], "knows the blocks world only"),
-    (["{random}", "--sets", "counting-id", "--max-new-tokens", "7", "--out", "{predictions}"], "another max_new_tokens (3, not 7)"),
-    (["score", "{empty}"], "no predictions in"),
-    (["table", "{empty}", "--out", "{empty}/t"], "no predictions in"),
-    (["figures", "{empty}", "--out", "{empty}/f"], "none of these"),
-    (["--nope"], "required"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ("{random} --sets counting-left", "no set 'counting-left'"),
+        ("{empty} SETS", "cannot load a vision-language model"),
+        ("{random} --pass-k 1,zero", "--pass-k"),
+        ("{random} --pass-k 0", "--pass-k"),
+        ("{random} --states 0", "--states"),
+        ("{random} --top-p 0", "--top-p"),
+        ("{random} --top-k -1", "--top-k"),
+        ("{random} --protocol theirs", "--protocol"),
+        ("{random} --data {empty} SETS", "has no test_jsons"),
+        ("nobody SETS", "nobody"),
+        ("careful SETS --data {empty}", "knows the blocks world only"),
+        ("{random} SETS --max-new-tokens 7 --out {predictions}", "max_new_tokens (3, not 7)"),
+        ("score {empty}", "no predictions in"),
+        ("table {empty} --out {empty}/t", "no predictions in"),
+        ("figures {empty} --out {empty}/f", "none of these"),
+        ("--nope", "required"),
+    ],
+)
 def test_a_users_mistake_is_one_line_and_exit_code_2(
     random_model_dir, predictions, tmp_path, monkeypatch, capsys, arguments, message
 ):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     places = dict(random=random_model_dir, empty=tmp_path, predictions=predictions)
     with pytest.raises(SystemExit) as stopped:
-        run(monkeypatch, *(argument.format(**places) for argument in arguments))
+        run(monkeypatch, *arguments.format(**places).replace("SETS", "--sets counting-id").split())
     (line,) = [
         line
         for line in capsys.readouterr().err.splitlines()
         if not line.startswith(("[transformers]", "Loading weights"))
     ]
-    program = "experiments.report" if arguments[0] in report.COMMANDS else "evaluate.py"
+    program = "experiments.report" if arguments.split()[0] in report.COMMANDS else "evaluate.py"
     assert stopped.value.code == 2 and line.startswith(f"{program}: error: ") and message in line
 
 

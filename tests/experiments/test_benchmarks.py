@@ -1,5 +1,4 @@
-"""The benchmarks' own logic, at the smallest size. TRL is not needed: against_trl.py itself compares
-the sides' numbers."""
+"""The benchmarks' own logic, at the smallest size; TRL is not needed."""
 
 import dataclasses
 import json
@@ -93,8 +92,9 @@ def test_sides_that_do_not_compute_the_same_are_told(small_model):
 def test_growth_writes_figures_and_a_picture(in_threads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(growth, "BASE", dataclasses.replace(SMALL, states=1, rollout=False))
     out = tmp_path / "growth.json"
-    flags = "--model tiny --runs 1 --threads 1 --group-size 1 3 --vocabulary --action-tokens --image-tokens --out".split()
-    monkeypatch.setattr(sys, "argv", ["growth.py", *flags, str(out)])
+    flags = "--model tiny --runs 1 --threads 1 --group-size 1 3 --vocabulary --action-tokens"
+    flags = [*flags.split(), "--image-tokens", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", ["growth.py", *flags])
     growth.main()
     points = json.loads(out.read_text())["axes"]["group_size"]
     assert [(point["value"], point["side"]) for point in points] == [
@@ -304,8 +304,6 @@ def test_processes_share_a_batch_and_are_compared_with_others_that_share_nothing
     assert all("--lr 0" in command and "--eval-every 0" in command for command in started)
 
 
-# ---------------------------------------------------------------------------------------------- what README says
-
 HERE = ROOT / "experiments" / "benchmarks"
 SAID = (HERE / "README.md").read_text()
 
@@ -353,15 +351,23 @@ def test_the_readmes_other_figures_are_those_of_the_committed_files():
     )
 
 
-@pytest.mark.parametrize("module, arguments, says", [
-    (against_trl, ["--sides", "theirs"], "no side theirs"), (against_trl, ["--runs", "0"], "--runs"),
-    (growth, [], "--out"), (growth, ["--out", "x", "--sides", "theirs"], "--sides"),
-    (gains, ["--preset", "x"], "--preset"), (gains, ["--runs", "0"], "--runs"), (gains, ["--x"], "--x"),
-    (processes, ["--turns", "x"], "--turns"), (processes, ["--processes", "0"], "--processes"),
-    (rollout, ["--prompts", "0"], "at least 1"), (rollout, ["x"], "x"), (gpu_check, ["--x"], "--x"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "module, arguments, says",
+    [
+        (against_trl, "--sides theirs", "no side theirs"),
+        (against_trl, "--runs 0", "--runs"),
+        (growth, "", "--out"),
+        (growth, "--out x --sides theirs", "--sides"),
+        (gains, "--preset x", "--preset"),
+        (gains, "--runs 0", "--runs"),
+        (processes, "--turns x", "--turns"),
+        (processes, "--processes 0", "--processes"),
+        (rollout, "--prompts 0", "at least 1"),
+        (gpu_check, "--x", "--x"),
+    ],
+)
 def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, module, arguments, says):
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments.split()])
     with pytest.raises(SystemExit) as stopped:
         module.main()
     (line,) = capsys.readouterr().err.splitlines()
@@ -369,13 +375,21 @@ def test_a_mistake_on_the_command_line_is_one_line(monkeypatch, capsys, module, 
     assert line.startswith(f"{module.__name__}: error: ")
 
 
-# ---------------------------------------------------------------------------------------------- the check on a GPU
-
 ENGINE = {
-    "device": "cuda", "dtype": "bfloat16", "tolerance": 0.1, "start, s": 60.0, "parity": [0.02, 0.03], "sync, s": [1.0, 1.1],
-    "rollout, tokens/s": 9000.0, "update, bytes": 10e9, "planned, bytes": 11e9, "before the engine": 20e9,
-    "with the engine": 60e9, "awake": 62e9, "asleep": 23e9,
-}  # fmt: skip
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "tolerance": 0.1,
+    "start, s": 60.0,
+    "parity": [0.02, 0.03],
+    "sync, s": [1.0, 1.1],
+    "rollout, tokens/s": 9000.0,
+    "update, bytes": 10e9,
+    "planned, bytes": 11e9,
+    "before the engine": 20e9,
+    "with the engine": 60e9,
+    "awake": 62e9,
+    "asleep": 23e9,
+}
 RESUMED = {
     "stopped": 130,
     "resumed": 0,

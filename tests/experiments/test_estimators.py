@@ -1,4 +1,4 @@
-"""estimators.py: its expectations are exact, Eq 10 holds where it must, and what is committed is what it computes."""
+"""estimators.py: expectations are exact, Eq 10 holds where it must, results are committed."""
 
 import json
 import random
@@ -42,7 +42,7 @@ def test_the_probabilities_are_those_of_a_sequence_of_draws(shuffled):
 
 @pytest.mark.parametrize("stage", estimators.STAGES)
 def test_the_expectations_are_those_of_many_sampled_groups(stage):
-    """Sampled, weighted and estimated by other code, with select_top_g's own random ties: within 4 standard errors."""
+    """Within 4 standard errors, by other code, with select_top_g's own random ties."""
     n, rng, densities = 2, random.Random(0), estimators.sources(2, 1.0).tolist()
     q, f, r = (
         [sum(p) / 3 for p in zip(*densities, strict=True)],
@@ -140,7 +140,6 @@ def test_readme_says_what_the_numbers_say():
     assert f"TV = {before['largest_bias'] * before['tv'] / before['bound_uncentred']:.3f}" in text
     assert f"off by {alone['bias_A']:.2f} and B by {alone['bias_B']:.2f}" in text
     assert f"{alone['mean_B']:.2f} for {alone['target_B']:.2f}" in text
-    assert (
-        f"{alone['bound_estimated']:.2f} to {far['bound_estimated']:.2f} where the bias is {alone['bias_A']:.2f} to {far['bias_A']:.2f}"
-        in text
-    )
+    bounds = f"{alone['bound_estimated']:.2f} to {far['bound_estimated']:.2f}"
+    biases = f"{alone['bias_A']:.2f} to {far['bias_A']:.2f}"
+    assert f"{bounds} where the bias is {biases}" in text

@@ -1,4 +1,4 @@
-"""report.py, figures.py: what the table and the figures say follows from the numbers by their formulas."""
+"""report.py, figures.py: table and figures follow from the numbers by their formulas."""
 
 import pytest
 
@@ -51,13 +51,16 @@ def test_seeds_are_one_method_with_mean_and_standard_deviation(tmp_path):
     assert (tmp_path / "t.csv").read_text().splitlines()[1] == "A,counting-id,0.50000,0.14142,2"
 
 
-@pytest.mark.parametrize("curve, target, share", [
-    ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.6, 0.75),  # half-way between the last two
-    ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.4, 0.5),
-    ([(0, 0.5), (10, 0.4), (20, 0.8)], 0.5, 0.0),  # it starts there
-    ([(0, 0.2), (10, 0.9), (20, 0.1)], 0.55, 0.25),  # the first time counts
-    ([(0, 0.2), (10, 0.4), (20, 0.5)], 0.6, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "curve, target, share",
+    [
+        ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.6, 0.75),  # half-way between the last two
+        ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.4, 0.5),
+        ([(0, 0.5), (10, 0.4), (20, 0.8)], 0.5, 0.0),  # it starts there
+        ([(0, 0.2), (10, 0.9), (20, 0.1)], 0.55, 0.25),  # the first time counts
+        ([(0, 0.2), (10, 0.4), (20, 0.5)], 0.6, None),
+    ],
+)
 def test_the_share_of_the_data_that_reaches_a_target(curve, target, share):
     assert figures.share_to_reach(curve, target) == (
         None if share is None else pytest.approx(share)
@@ -75,10 +78,13 @@ def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method
     tmp_path,
 ):
     histories = {
-        "ekipl-seed0": history({0: 0.2, 40: 0.6, 80: 0.9}, 0.5), "ekipl-seed1": history({0: 0.2, 40: 0.8, 80: 0.7}, 0.5),
-        "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],  # no method of RL: nobody is compared with it
-        "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0), "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
-    }  # fmt: skip
+        "ekipl-seed0": history({0: 0.2, 40: 0.6, 80: 0.9}, 0.5),
+        "ekipl-seed1": history({0: 0.2, 40: 0.8, 80: 0.7}, 0.5),
+        # No method of RL: nothing is compared with it.
+        "sft": [{"states": x, "eval/counting-id": 0.3} for x in (0, 80)],
+        "grpo-seed0": history({0: 0.2, 40: 0.4, 80: 0.4}, 0.0),
+        "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
+    }
     said = figures.data_efficiency(histories, tmp_path / "3.png")
     assert (
         said == "counting-id: ekipl reaches the end of grpo (45.0 %) after 25 % of its states"

@@ -1,4 +1,4 @@
-"""The committed results: the READMEs of experiments/ say what the files say, by commands that exist."""
+"""The committed results: the READMEs of experiments/ agree with the files and the programs."""
 
 import csv
 import dataclasses

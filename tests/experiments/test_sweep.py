@@ -1,4 +1,4 @@
-"""sweep.py: every row of Table 1 by its command, nothing twice, and after an interruption only what is missing."""
+"""sweep.py: every row of Table 1 by its command, nothing twice, after an interruption the rest."""
 
 import json
 import shlex
@@ -22,13 +22,21 @@ from training import checkpointing, rundir, storage
 from training.console import UserError
 
 MAINS = {"ekipl.py": ekipl.main, "sft.py": sft.main, "evaluate.py": evaluate.main}
-REAL = "--limit 2 --batch-size 2 --num-samples 1 --group-size 1 --max-new-tokens 3 --eval-every 1 --eval-states 1 --rollout transformers".split()
-SHORT = "--states 8 --batch-size 4 --max-new-tokens 6 --eval-every 4 --eval-states 2 --save-every 1 --rollout transformers".split()
+REAL = """
+    --limit 2 --batch-size 2 --num-samples 1 --group-size 1 --max-new-tokens 3
+    --eval-every 1 --eval-states 1 --rollout transformers
+""".split()
+SHORT = """
+    --states 8 --batch-size 4 --max-new-tokens 6 --eval-every 4 --eval-states 2 --save-every 1
+    --rollout transformers
+""".split()
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Commands run in this process, where everything is imported already. What was run; an entry in `fails` fails once."""
+    """Commands run in this process, where everything is imported: `commands`. An entry in `fails`
+    fails once.
+    """
     said = SimpleNamespace(commands=[], fails=[])
 
     def run(command, stdout, **_):
@@ -57,20 +65,8 @@ def call(monkeypatch, *arguments) -> int:
 
 
 def test_table_1_by_one_command_and_nothing_twice(here, tmp_path, monkeypatch, capsys):
-    arguments = [
-        "table1",
-        "--seeds",
-        "0",
-        "--stage1",
-        4,
-        "--test-states",
-        4,
-        "--pass-k",
-        "1,2",
-        "--runs",
-        tmp_path,
-        *SHORT,
-    ]
+    flags = "--seeds 0 --stage1 4 --test-states 4 --pass-k 1,2".split()
+    arguments = ["table1", *flags, "--runs", tmp_path, *SHORT]
     here.fails.append("--name Reason-RFT-seed0")
     assert call(monkeypatch, *arguments) == 2
     assert (
@@ -138,10 +134,10 @@ def test_table_1_on_real_data_with_experts_behind_apis(
 ):
     monkeypatch.chdir(tmp_path)
     server = fake_api.Server(answer="<think> the API says {i} </think> <answer> 3 </answer>")
-    arguments = [
-        "table1", "--preset", preset, "--data", directory, "--data-cache", tmp_path / "cache", "--model", "tiny",
-        "--experts", f"{server.openai},{server.gemini}", "--cache", tmp_path / "answers.sqlite", "--seeds", "0", "--stage1", 2, "--test-states", 2, "--pass-k", "1", "--runs", "runs", *REAL,
-    ]  # fmt: skip
+    command = f"table1 --preset {preset} --data {directory} --data-cache {tmp_path}/cache"
+    command += f" --model tiny --experts {server.openai},{server.gemini}"
+    command += f" --cache {tmp_path}/answers.sqlite --seeds 0 --stage1 2 --test-states 2"
+    arguments = [*command.split(), "--pass-k", "1", "--runs", "runs", *REAL]
     assert call(monkeypatch, *arguments) == 0, capsys.readouterr().err
     path, task = tmp_path / "runs" / preset, preset.split("-")[0]
     trained = [
@@ -183,7 +179,7 @@ def test_table_1_on_real_data_with_experts_behind_apis(
         (path / f"{name}-seed0" / "left_out.jsonl").exists() == (task == "counting")
         for name in trained
     )  # there the miniature has broken records
-    # Every request showed the pictures of its state, and no answer was asked for twice or kept elsewhere.
+    # Every request showed its state's pictures; no answer was asked for twice or kept elsewhere.
     asked = [body for body in server.bodies if "messages" in body]
     assert {
         sum(
@@ -275,22 +271,9 @@ def test_the_threads_of_a_run_do_not_depend_on_the_jobs(tmp_path, monkeypatch, j
 
 
 def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys):
-    assert (
-        call(
-            monkeypatch,
-            "table1",
-            "--preset",
-            "transformation-2b",
-            "--seeds",
-            "0,1",
-            "--runs",
-            tmp_path,
-            "--processes",
-            8,
-            "--dry-run",
-        )
-        == 0
-    )
+    command = f"table1 --preset transformation-2b --seeds 0,1 --runs {tmp_path}"
+    command += " --processes 8 --dry-run"
+    assert call(monkeypatch, *command.split()) == 0
     said = capsys.readouterr().out.splitlines()
     assert not here.commands and all(
         line.startswith("torchrun --standalone --nproc_per_node 8 ") for line in said
@@ -314,35 +297,32 @@ def test_the_commands_can_be_looked_at_first(here, tmp_path, monkeypatch, capsys
     )
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["table1", "--preset", "counting-2b"], "OPENAI_API_KEY"),
-    (["table1", "--preset", "counting-2b", "--experts", "careful"], "knows the blocks world only"),
-    (["table1", "--experts", "nobody", "--dry-run"], "nobody"), (["table1", "--seed", "3"], "--seed"), (["ablation", "--experts", "none"], "--experts"),
-    (["table2"], "table2"), (["table1", "--seeds", "one"], "--seeds"), (["table1", "--jobs", "0"], "--jobs"), (["table1", "--sates", "8"], "--sates"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        ("table1 --preset counting-2b", "OPENAI_API_KEY"),
+        ("table1 --preset counting-2b --experts careful", "knows the blocks world only"),
+        ("table1 --experts nobody --dry-run", "nobody"),
+        ("table1 --seed 3", "--seed"),
+        ("ablation --experts none", "--experts"),
+        ("table2", "table2"),
+        ("table1 --seeds one", "--seeds"),
+        ("table1 --jobs 0", "--jobs"),
+        ("table1 --sates 8", "--sates"),
+    ],
+)
 def test_mistakes_are_one_line(here, tmp_path, monkeypatch, capsys, arguments, says):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    assert call(monkeypatch, *arguments, "--runs", tmp_path) == 2
+    assert call(monkeypatch, *arguments.split(), "--runs", tmp_path) == 2
     assert says in capsys.readouterr().err.splitlines()[-1] and not here.commands
 
 
 def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second(
     here, tmp_path, monkeypatch, capsys
 ):
-    assert (
-        call(
-            monkeypatch,
-            "stages",
-            "--preset",
-            "blocks-transformation",
-            "--seeds",
-            "0",
-            "--runs",
-            tmp_path,
-            "--dry-run",
-        )
-        == 0
-    )
+    command = f"stages --preset blocks-transformation --seeds 0 --runs {tmp_path}"
+    command += " --dry-run"
+    assert call(monkeypatch, *command.split()) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "evaluate.py" not in line]
     sizes = [int(line.split("--limit ")[1].split()[0]) for line in said if "sft.py" in line]
     assert sizes == [640, 1600, 2560, 3200]  # Reason-RFT's own is the second
@@ -358,7 +338,7 @@ def test_stages_share_the_questions_out_and_give_each_expert_alone_to_the_second
 
 @pytest.mark.parametrize("task", ["counting", "structure", "transformation"])
 def test_rows_of_the_papers_data_are_reason_rfts(monkeypatch, capsys, tmp_path, task):
-    """Stage 2 of structure learns from all samples; zero-shot and ANS-SFT have prompts of their own."""
+    """Stage 2 of structure learns from all samples; zero-shot and ANS-SFT have own prompts."""
     flags = ["--experts", "none", "--dry-run", "--runs", tmp_path]
     assert call(monkeypatch, "table1", "--preset", f"{task}-2b", "--seeds", "0", *flags) == 0
     commands = capsys.readouterr().out.splitlines()
