@@ -65,9 +65,9 @@ def score_predictions(
         "tokens": mean(p.tokens for p in predictions),
         "truncated": mean(p.truncated for p in predictions),
     }
-    if ks:
-        counts = [(len(p.samples), right_samples(p, legacy)) for p in predictions]
-        result |= {f"pass@{k}": mean(pass_at_k(n, c, k) for n, c in counts) for k in ks}
+    counts = [(len(p.samples), right_samples(p, legacy)) for p in predictions if ks]
+    for k in ks:
+        result[f"pass@{k}"] = mean(pass_at_k(n, c, k) for n, c in counts)
     return result
 
 

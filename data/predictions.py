@@ -7,6 +7,7 @@ DIR/settings.json    what the predictions depend on; a directory holds those of 
 import dataclasses
 import json
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -48,7 +49,7 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
     files = {file.stem: file for file in directory.glob("*.jsonl")}
     if not files:
         raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
-    columns = [name for names in SETS.values() for name in names]
+    columns = list(chain.from_iterable(SETS.values()))
     names = [name for name in columns if name in files]
     names += sorted(files.keys() - set(columns))
     found = {}

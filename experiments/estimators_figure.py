@@ -48,7 +48,10 @@ def draw(rows: list[dict], out: Path) -> None:
 
 
 def by_stage(rows: list[dict]) -> Stages:
-    return {stage: [row for row in rows if row["stage"] == stage] for stage in STYLES}
+    stages: Stages = {stage: [] for stage in STYLES}
+    for row in rows:
+        stages[row["stage"]].append(row)
+    return stages
 
 
 def line(axis, rows: list[dict], x: str, y: str, style: str, **options) -> None:

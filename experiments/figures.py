@@ -49,8 +49,10 @@ def finish(figure, out: Path) -> None:
 def mean_curve(curves: list[Curve]) -> Curve:
     """Points (x, mean value) where every curve has one."""
     curves = [dict(curve) for curve in curves]
-    shared = sorted(set.intersection(*map(set, curves)))
-    return [(x, statistics.fmean(curve[x] for curve in curves)) for x in shared]
+    means = []
+    for x in sorted(set.intersection(*map(set, curves))):
+        means.append((x, statistics.fmean(curve[x] for curve in curves)))
+    return means
 
 
 def plot_method(axis, method: str, curves: list[Curve]) -> Curve:
@@ -135,21 +137,24 @@ def sources(histories: dict[str, History], out: Path) -> None:
     methods = by_method(steps_of)
     figure, axes = panels(len(methods), width=6)
     for axis, (method, seeds) in zip(axes, methods.items(), strict=False):
-        count = min(map(len, seeds))
+        steps = list(zip(*seeds))  # the records of each step, one a seed
         names: dict[str, None] = {}  # in order
         for record in seeds[0]:
             names |= dict.fromkeys(key for key in record if key.startswith("share/"))
         shares = []
         for name in names:
-            means = [statistics.fmean(h[i].get(name, 0.0) for h in seeds) for i in range(count)]
-            shares.append(smooth(means))
-        policy = [1 - sum(values[i] for values in shares) for i in range(count)]
+            shares.append(smooth([mean_share(records, name) for records in steps]))
+        policy = [1 - sum(at) for at in zip(*shares, strict=True)]
         labels = ["policy", *(shown(name.removeprefix("share/")) for name in names)]
-        steps = [record["step"] for record in seeds[0][:count]]
-        axis.stackplot(steps, policy, *shares, labels=labels, alpha=0.85)
+        numbers = [first["step"] for first, *_ in steps]
+        axis.stackplot(numbers, policy, *shares, labels=labels, alpha=0.85)
         axis.set(title=f"sources of the kept actions: {shown(method)}")
         axis.set(xlabel="step", ylabel="share", ylim=(0, 1))
     finish(figure, out)
+
+
+def mean_share(records: tuple[dict, ...], name: str) -> float:
+    return statistics.fmean(record.get(name, 0.0) for record in records)
 
 
 def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], out: Path) -> None:
@@ -178,5 +183,7 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], out: Path) -> 
 def pass_curve(questions: list[tuple[int, int]]) -> Curve:
     """Mean Pass@k over the questions, for each k that all have samples for."""
     fewest = min(n for n, _ in questions)
-    ks = [2**i for i in range(20) if 2**i <= fewest]
-    return [(k, statistics.fmean(pass_at_k(n, c, k) for n, c in questions)) for k in ks]
+    curve = []
+    for k in [2**i for i in range(20) if 2**i <= fewest]:
+        curve.append((k, statistics.fmean(pass_at_k(n, c, k) for n, c in questions)))
+    return curve

@@ -37,10 +37,6 @@ from training.console import UserError
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 
 
-def has_checkpoint(path: Path) -> bool:
-    return bool(checkpointing.checkpoints(path)) or os.path.lexists(path / "model")
-
-
 def clear(path: Path) -> None:
     """Removes a run that was stopped before its first checkpoint. UserError for anything else."""
     ours = path.is_dir() and not path.is_symlink()
@@ -81,7 +77,7 @@ def execute(task: Task, command: list[str], processes: int) -> None:
     """Runs a command, or what is left of it. UserError with its last line if it fails."""
     name, *flags = command
     if name != "evaluate.py" and os.path.lexists(task.path):  # it was stopped
-        if has_checkpoint(task.path):
+        if checkpointing.checkpoints(task.path) or os.path.lexists(task.path / "model"):
             flags = ["--resume", str(task.path)]
         else:
             clear(task.path)

@@ -7,6 +7,7 @@ beside which the model lies, else from DEFAULTS.
 import hashlib
 import math
 import re
+from itertools import chain
 from pathlib import Path
 
 from data.state import MODES, SETS
@@ -14,7 +15,7 @@ from training import rundir
 from training.console import Parser, UserError
 from training.settings import CACHE, ROLLOUTS
 
-ALL_SETS = [name for names in SETS.values() for name in names]
+ALL_SETS = list(chain.from_iterable(SETS.values()))
 DEFAULTS = {
     "data": "blocks",
     "data_cache": CACHE,

@@ -42,31 +42,28 @@ def take_turns(
     together: bool,
     profile: bool = False,
 ) -> Records:
-    """together: all processes live at once, else one at a time."""
+    """together: all processes live at once, else each turn is a process of its own."""
     last = ["memory", "profile"] if profile else ["memory"]
+    rounds, groups = [["warm-up", *["time"] * runs, *last]], [sides]
+    if not together:
+        rounds = [["warm-up", "time"]] * (runs - 1) + [["warm-up", "time", *last]]
+        groups = [[side] for side in sides]
     records: Records = {side: [] for side in sides}
-    if together:
-        steps = ["warm-up", *["time"] * runs, *last]
-        workers = {side: Worker(side, work, path, steps, threads) for side in sides}
-        for number in range(len(steps)):
-            for side in sides:
-                records[side].append(workers[side].step())
-                report(side, number, records[side][-1])
-        for worker in workers.values():
-            worker.close()
-        return records
-    for number in range(runs):
-        steps = ["warm-up", "time", *(last if number == runs - 1 else [])]
-        for side in sides:
-            worker = Worker(side, work, path, steps, threads)
+    for steps in rounds:
+        for group in groups:
+            workers = {side: Worker(side, work, path, steps, threads) for side in group}
             for _ in steps:
-                records[side].append(worker.step())
-                report(side, number, records[side][-1])
-            worker.close()
+                for side, worker in workers.items():
+                    records[side].append(worker.step())
+                    report(side, records[side])
+            for worker in workers.values():
+                worker.close()
     return records
 
 
-def report(side: str, number: int, record: dict) -> None:
+def report(side: str, records: list[dict]) -> None:
+    """A line on stderr about the last step of a side."""
+    record, number = records[-1], len(records) - 1
     seconds = ", ".join(f"{name} {value:.2f} s" for name, value in record["seconds"].items())
     line = f"  {number} {side:5} {record['kind']:7} {seconds}, gradient {record['grad_norm']:.6f}"
     print(line, file=sys.stderr, flush=True)
@@ -109,7 +106,9 @@ def summary(work: Workload, path: Path, records: Records, prompt: int, device: s
         timed[side] = [record["seconds"] for record in made if record["kind"] == "time"]
     tokens = work.states * work.group_size * work.action_tokens
     for side, seconds in timed.items():
-        row = {phase: spread([step[phase] for step in seconds]) for phase in PHASES}
+        row = {}
+        for phase in PHASES:
+            row[phase] = spread([step[phase] for step in seconds])
         rollout, train = row["rollout"]["median"], row["train"]["median"]
         peaks = [record["bytes"] for record in records[side] if record["kind"] == "memory"][-1]
         cost = once if side == "ours" else repeated

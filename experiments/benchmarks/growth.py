@@ -25,16 +25,8 @@ from experiments.benchmarks.workload import Workload
 from training import console, curves
 from training.console import Parser, UserError
 
-BASE = Workload(
-    "mid",
-    states=1,
-    micro_batch=1,
-    group_size=4,
-    image_tokens=196,
-    action_tokens=64,
-    vocabulary=8192,
-    rollout=False,
-)
+# One state in a forward pass, G = 4, 196 image tokens, T = 64.
+BASE = Workload("mid", 1, 1, 4, 196, 64, 8192, rollout=False)
 AXES = {
     "group_size": ([1, 2, 4, 8, 16], "G, actions of a state"),
     "image_tokens": ([64, 196, 400, 784], "image tokens of a state"),

@@ -96,8 +96,9 @@ def run(argv: list[str]) -> None:
         turns = [turn(Path(folder) / str(i), args, rest) for i in tqdm(range(args.turns))]
     names = ("processes", "batch_size", "steps", "turns")
     result = measuring.machine() | {name: getattr(args, name) for name in names}
-    ways = ("one", "shared", "apart")
-    result["seconds"] = {way: spread([turn[way] for turn in turns]) for way in ways}
+    result["seconds"] = {}
+    for way in ("one", "shared", "apart"):
+        result["seconds"][way] = spread([turn[way] for turn in turns])
     result["speed_up"] = spread([turn["one"] / turn["shared"] for turn in turns])
     result["efficiency"] = spread([turn["apart"] / turn["shared"] for turn in turns])
     for name in ("seconds", "speed_up", "efficiency"):

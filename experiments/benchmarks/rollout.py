@@ -39,12 +39,11 @@ def measure(samplers: dict[str, Sampler], prompts, n: int, repeats: int) -> dict
     for seed in range(repeats + 1):
         for name, sampler in samplers.items():
             rates[name].append(tokens_per_second(sampler, prompts, n, seed))
-    row: dict = {"prompts": len(prompts)}
-    for name, values in rates.items():
-        row[name] = round(statistics.median(values[1:]))
-    row["ratio"] = round(row["vllm"] / row["transformers"], 2)
-    row["all"] = {name: [round(rate) for rate in values[1:]] for name, values in rates.items()}
-    return row
+    row, calls = {"prompts": len(prompts)}, {}
+    for name, (_, *counted) in rates.items():
+        row[name] = round(statistics.median(counted))
+        calls[name] = [round(rate) for rate in counted]
+    return row | {"ratio": round(row["vllm"] / row["transformers"], 2), "all": calls}
 
 
 def run(argv: list[str]) -> None:

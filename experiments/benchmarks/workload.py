@@ -74,35 +74,10 @@ def changed(work: Workload, args, *names: str) -> Workload:
     return dataclasses.replace(work, **{name: value for name, value in changes.items() if value})
 
 
-WORKLOADS = {
-    "tiny": Workload(
-        "tiny",
-        states=8,
-        micro_batch=8,
-        group_size=8,
-        image_tokens=16,
-        action_tokens=40,
-        vocabulary=256,
-    ),
-    "mid": Workload(
-        "mid",
-        states=1,
-        micro_batch=1,
-        group_size=8,
-        image_tokens=400,
-        action_tokens=128,
-        vocabulary=8192,
-    ),
-    "2b": Workload(
-        "2b",
-        states=2,
-        micro_batch=1,
-        group_size=8,
-        image_tokens=1225,
-        action_tokens=512,
-        vocabulary=151936,
-        gradient_checkpointing=True,
-    ),
+WORKLOADS = {  # states, micro-batch, G, image tokens, T, vocabulary
+    "tiny": Workload("tiny", 8, 8, 8, 16, 40, 256),
+    "mid": Workload("mid", 1, 1, 8, 400, 128, 8192),
+    "2b": Workload("2b", 2, 1, 8, 1225, 512, 151936, gradient_checkpointing=True),
 }
 
 
