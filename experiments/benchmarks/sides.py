@@ -173,17 +173,7 @@ class Plain:
         self.advantages = group_advantages(rewards)  # (B, G)
 
     def inputs(self, states):
-        text, images = [], []
-        for state in states:
-            messages = state.messages()
-            text.append(
-                self.processor.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=True
-                )
-            )
-            images += state.images
-        batch = self.processor(text=text, images=images, padding=True, return_tensors="pt")
-        return batch.to(self.device)
+        return workload.inputs_of(states, self.processor).to(self.device)
 
     def logps(self, network, prompts, ids: torch.Tensor) -> torch.Tensor:
         """Log-probs of b prompts' actions, (b, G, T); each prompt is there G times. ids: alike."""

@@ -167,13 +167,18 @@ def make_states(work: Workload, processor) -> list[State]:
     return states
 
 
+def inputs_of(states: list[State], processor):
+    """A model's inputs for the prompts, one a row."""
+    template, text, images = processor.apply_chat_template, [], []
+    for state in states:
+        text.append(template(state.messages(), tokenize=False, add_generation_prompt=True))
+        images += state.images
+    return processor(text=text, images=images, padding=True, return_tensors="pt")
+
+
 def prompt_tokens(state: State, processor) -> int:
     """Of one prompt, with its image tokens."""
-    text = processor.apply_chat_template(
-        state.messages(), tokenize=False, add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=list(state.images), return_tensors="pt")
-    return inputs["input_ids"].shape[1]
+    return inputs_of([state], processor)["input_ids"].shape[1]
 
 
 def make_actions(work: Workload, tokenizer) -> list[list[list[int]]]:

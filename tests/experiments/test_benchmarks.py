@@ -137,10 +137,7 @@ def test_the_law_counts_the_operations_of_a_real_forward_pass(small_model):
         workload.make_states(work, processor)[0],
         torch.tensor(workload.make_actions(work, processor.tokenizer)[0]),
     )
-    text = processor.apply_chat_template(
-        state.messages(), tokenize=False, add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=list(state.images), return_tensors="pt")
+    inputs = workload.inputs_of([state], processor)
     P, T = inputs["input_ids"].shape[1], work.action_tokens
     inputs["input_ids"] = torch.cat([inputs["input_ids"], actions], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
