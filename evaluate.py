@@ -82,8 +82,8 @@ def score(states, actions: list[Action]) -> dict[str, float]:
     predictions = []
     for state, action in zip(states, actions, strict=True):
         text, length = state.reading(action.text), len(action.tokens)
-        made = Prediction("", state.answer, state.kind, text, length, action.truncated)
-        predictions.append(made)
+        p = Prediction("", state.answer, state.kind, text, length, action.truncated)
+        predictions.append(p)
     return score_predictions(predictions)
 
 
@@ -221,17 +221,17 @@ def open_answers(args, world: World, out: Path) -> tuple[dict, ModelAnswers | Ex
             settings = ExpertSettings(
                 cache=args.cache, offline=args.offline, expert_tokens=args.expert_tokens
             )
-            asked = roster.make_experts(args.model, settings)[0]
+            answerer = roster.make_experts(args.model, settings)[0]
         else:
-            asked = Policy.load(args.place, **pixels).to(world.device).requires_grad_(False)
+            answerer = Policy.load(args.place, **pixels).to(world.device).requires_grad_(False)
     except ValueError as error:
         raise UserError(str(error)) from None
     world.first(lambda: claim(out, asking.settings_of(args)))
     if expert:
-        return sets, ExpertAnswers(asked, args.samples)
+        return sets, ExpertAnswers(answerer, args.samples)
     sampler = make_sampler(
         args.rollout,
-        asked,
+        answerer,
         args.place,
         args.max_new_tokens,
         bf16=True,

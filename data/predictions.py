@@ -34,11 +34,11 @@ class Prediction:
 
 def prediction(record: dict) -> Prediction:
     """The prediction of a line. TypeError if the line holds something else."""
-    made = Prediction(**record)
-    texts = (made.id, made.answer, made.kind, made.text, *made.samples)
-    if not all(isinstance(text, str) for text in texts) or made.kind not in KINDS:
+    p = Prediction(**record)
+    texts = (p.id, p.answer, p.kind, p.text, *p.samples)
+    if not all(isinstance(text, str) for text in texts) or p.kind not in KINDS:
         raise TypeError(f"no prediction: {record}")
-    return made
+    return p
 
 
 def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
@@ -57,8 +57,8 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
         answers: dict[str, Prediction] = {}
         try:
             for record in storage.read(files[name]):
-                made = prediction(record)
-                answers.setdefault(made.id, made)
+                answer = prediction(record)
+                answers.setdefault(answer.id, answer)
         except TypeError:
             raise UserError(f"{directory} holds other lines than predictions") from None
         if answers:
@@ -111,7 +111,7 @@ def predict(
         shard = world.mine(chunk)
         predictions = world.gather(answers(shard) if shard else [])
         if world.rank == 0:
-            records = [dataclasses.asdict(made) for made in predictions if made is not None]
+            records = [dataclasses.asdict(p) for p in predictions if p is not None]
             storage.append(file, records)
         bar.update(len(chunk))
     bar.close()

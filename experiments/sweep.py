@@ -28,7 +28,7 @@ from tqdm import tqdm
 import ekipl
 from experiments.rows import LISTS
 from experiments.summary import summarise
-from experiments.tasks import Task, program, tasks
+from experiments.tasks import Task, program, tasks_of
 from rollouts.asking import samples_for
 from training import checkpointing, console, presets, storage
 from training.console import UserError
@@ -100,12 +100,12 @@ def drop_optimizer(task: Task) -> None:
     (task.path / "model" / "trainer.pt").unlink(missing_ok=True)
 
 
-def carry_all_out(made: list[Task], jobs: int, processes: int) -> list[str]:
+def carry_all_out(tasks: list[Task], jobs: int, processes: int) -> list[str]:
     """`jobs` tasks at a time, each after the one it starts from. Returns what went wrong."""
     problems, futures = [], {}
     with ThreadPoolExecutor(jobs) as pool:
         # A task comes after the one it waits for, so that one of them is always running.
-        for task in made:
+        for task in tasks:
             before = futures.get(task.waits_for)
             futures[task.name] = pool.submit(carry_out, task, before, processes)
         bar = tqdm(as_completed(futures.values()), total=len(futures), desc="sweep")
@@ -135,7 +135,7 @@ FLAGS = {
     ),
     "--test-states": dict(type=int, default=300, help="questions of each test set (default 300)"),
     "--pass-k": dict(default="", metavar="K,K", help="also Pass@k, as in evaluate.py"),
-    "--runs": dict(default="runs/sweep", help="where the runs are made (default runs/sweep)"),
+    "--runs": dict(default="runs/sweep", help="where the runs go (default runs/sweep)"),
     "--out": dict(
         type=Path, help="where tables, figures and metrics go (default RUNS/PRESET/results)"
     ),
@@ -177,11 +177,11 @@ def arguments(argv: list[str]):
 
 def run(argv: list[str]) -> None:
     args, extra = arguments(argv)
-    made = tasks(LISTS[args.list](args.config, args.stage1), args, extra)
+    tasks = tasks_of(LISTS[args.list](args.config, args.stage1), args, extra)
     if args.dry_run:
         torchrun = f"torchrun --standalone --nproc_per_node {args.processes}"
         start = torchrun if args.processes > 1 else "python"
-        for task in made:
+        for task in tasks:
             for command in task.commands:
                 print(start, shlex.join(command))
         return
@@ -191,13 +191,13 @@ def run(argv: list[str]) -> None:
         with storage.writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
     storage.hold(root, "wait until that sweep has ended, or choose another --runs")
-    problems = carry_all_out(made, args.jobs, args.processes)
-    finished = [task for task in made if task.finished]
+    problems = carry_all_out(tasks, args.jobs, args.processes)
+    finished = [task for task in tasks if task.finished]
     if any(task.listed for task in finished):
         summarise(args.list, finished, out)
     storage.let_go(root)
     if problems:
-        failed = f"{len(problems)} of {len(made)} runs failed, the first one: {problems[0]}"
+        failed = f"{len(problems)} of {len(tasks)} runs failed, the first one: {problems[0]}"
         raise UserError(f"{failed}; the same command tries them again")
 
 

@@ -36,12 +36,12 @@ class Task:
         return all(mark.exists() for mark in self.marks)
 
 
-def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
+def tasks_of(rows: list[Row], args, extra: list[str]) -> list[Task]:
     """A task for each row and seed; a row that trains nothing has one task.
 
-    args: those of the sweep. extra: flags for the training runs.
+    args: the flags of the sweep. extra: flags for the training runs.
     """
-    root, made = Path(args.runs) / args.preset, []
+    root, tasks = Path(args.runs) / args.preset, []
     for row in rows:
         for seed in args.seeds if row.program else args.seeds[:1]:
             name = f"{row.name}-seed{seed}" if row.program else row.name
@@ -55,8 +55,8 @@ def tasks(rows: list[Row], args, extra: list[str]) -> list[Task]:
                 commands.append(command)
             if row.listed:
                 commands.append(evaluation(row, root / name, args))
-            made.append(Task(name, root / name, commands, before, row.listed))
-    return made
+            tasks.append(Task(name, root / name, commands, before, row.listed))
+    return tasks
 
 
 def evaluation(row: Row, path: Path, args) -> list[str]:

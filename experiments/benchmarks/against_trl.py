@@ -102,8 +102,8 @@ def summary(work: Workload, path: Path, records: Records, prompt: int, device: s
         "ratios": {},
     }
     timed = {}
-    for side, made in records.items():
-        timed[side] = [record["seconds"] for record in made if record["kind"] == "time"]
+    for side, steps in records.items():
+        timed[side] = [record["seconds"] for record in steps if record["kind"] == "time"]
     tokens = work.states * work.group_size * work.action_tokens
     for side, seconds in timed.items():
         row = {}
@@ -155,8 +155,8 @@ def table(result: dict) -> str:
 
 def profile_table(records: Records, rows: int = 12) -> str:
     lines = []
-    for side, made in records.items():
-        operators = made[-1]["operators"]
+    for side, steps in records.items():
+        operators = steps[-1]["operators"]
         total = sum(operators.values())
         lines += ["", f"{side}, train: {total:.2f} s in operators"]
         for name, seconds in sorted(operators.items(), key=lambda item: -item[1])[:rows]:
@@ -167,11 +167,11 @@ def profile_table(records: Records, rows: int = 12) -> str:
 def heading(result: dict) -> str:
     """On what, and what was measured."""
     work, versions = result["workload"], ("torch", "transformers", "trl")
-    said = [result["machine"], result["date"], *(f"{n} {result.get(n)}" for n in versions)]
+    where = [result["machine"], result["date"], *(f"{n} {result.get(n)}" for n in versions)]
     size = f"{work['model']}: {result['parameters'] / 1e6:.1f} M parameters"
     prompt = f"{result['prompt_tokens']} prompt tokens, {work['image_tokens']} of them image"
     actions = f"{work['group_size']} actions of {work['action_tokens']} tokens"
-    lines = [", ".join(said), f"{size}, {work['states']} states of {prompt}, {actions}"]
+    lines = [", ".join(where), f"{size}, {work['states']} states of {prompt}, {actions}"]
     return "\n".join([*lines, f"matrix products: {result['matrix_tflops']:.2f} TFLOP/s"])
 
 

@@ -162,13 +162,13 @@ def measure(step: Step, runs: int) -> list[dict]:
     """A row for each variant: how many times the seconds of the step as it is."""
     rows = []
     for phase, variants in (("rollout", ROLLOUT), ("update", UPDATE)):
-        part, made = getattr(step, phase), {name: [] for name in ["", *variants]}
+        part, seconds = getattr(step, phase), {name: [] for name in ["", *variants]}
         for seed in tqdm(range(runs + 1), desc=phase):
-            for name in made:
+            for name in seconds:
                 with variants[name](step) if name else nullcontext():
-                    made[name].append(part(seed))
+                    seconds[name].append(part(seed))
         for name in variants:
-            ratios = [other / ours for ours, other in zip(made[""][1:], made[name][1:])]
+            ratios = [other / ours for ours, other in zip(seconds[""][1:], seconds[name][1:])]
             rows.append({"phase": phase, "measure": name, "ratio": spread(ratios)})
     same = math.isclose(min(step.norms), max(step.norms), rel_tol=1e-4)
     assert same, f"the variants' gradients differ: {step.norms}"

@@ -196,19 +196,19 @@ def resume_part(work: Workload, path: Path, folder: Path) -> dict:
         stopped = first.wait()
         command = [*ekipl_py, "--resume", str(folder / "run")]
         resumed = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
-    said = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
+    lines = [line for line in (folder / "log.txt").read_text().splitlines() if line.strip()]
     records = storage.read(folder / "run" / "metrics.jsonl")
-    return {"stopped": stopped, "resumed": resumed, "records": records, "last": said[-1:]}
+    return {"stopped": stopped, "resumed": resumed, "records": records, "last": lines[-1:]}
 
 
 def resume_checks(found: dict) -> list[Check]:
     done = [record["step"] for record in found["records"]]
     complete = found["resumed"] == 0 and done == list(range(1, STEPS + 1))
-    said = f"steps {done}" if complete else f"steps {done}; {''.join(found['last'])}"
+    text = f"steps {done}" if complete else f"steps {done}; {''.join(found['last'])}"
     stopped = found["stopped"]
     checks = [
         Check("a run with the engine, interrupted", f"exit code {stopped}", "130", stopped == 130),
-        Check("and resumed", said, f"all {STEPS}", complete),
+        Check("and resumed", text, f"all {STEPS}", complete),
     ]
     if complete:
         checks += [Check("its parity", f"{found['records'][SAVED]['parity']:.1e} nats a token")]
@@ -235,8 +235,8 @@ def trl_checks(found: dict | None) -> list[Check]:
     for phase in ("train", "rollout"):
         ratio = found["ratios"]["trl"][phase]["median"]
         checks.append(Check(f"TRL's seconds, {phase}", f"{ratio:.2f} times ours"))
-    said = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
-    return [*checks, Check("TRL's peak of a training step", said)]
+    text = f"{peaks['trl']:.2f} GB, ours {peaks['ours']:.2f}"
+    return [*checks, Check("TRL's peak of a training step", text)]
 
 
 def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
@@ -252,9 +252,9 @@ def parts(work: Workload, folder: Path) -> tuple[dict, list[Check]]:
         try:
             figures[name] = measure()
             checks += judge(figures[name])
-        except Exception as error:  # whatever it is belongs into the report
-            said = (str(error).splitlines() or [""])[0]
-            checks.append(Check(name, f"{type(error).__name__}: {said}", "no error", False))
+        except Exception as error:  # the report has it
+            text = (str(error).splitlines() or [""])[0]
+            checks.append(Check(name, f"{type(error).__name__}: {text}", "no error", False))
     return figures, checks
 
 

@@ -44,10 +44,10 @@ def start(
     )
 
 
-def seconds(out: Path, made: dict[str, subprocess.Popen]) -> float:
+def seconds(out: Path, runs: dict[str, subprocess.Popen]) -> float:
     """Of a step of the slowest run, when all have ended. UserError if one failed."""
     medians = []
-    for name, process in made.items():
+    for name, process in runs.items():
         errors = process.communicate()[1]
         if process.returncode:
             raise UserError(f"{name}: {errors[-700:]}")

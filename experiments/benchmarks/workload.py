@@ -119,15 +119,15 @@ def suppressed_ids(path: Path) -> list[int]:
 
 
 def made_config(work: Workload, tokenizer) -> Qwen2VLConfig:
-    made = MADE[work.model]
+    sizes = MADE[work.model]
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in IDS.items()}
     text = dict(
-        made["text"],
-        rope_parameters=dict(made["rope"], rope_type="default"),
+        sizes["text"],
+        rope_parameters=dict(sizes["rope"], rope_type="default"),
         num_key_value_heads=2,
         rms_norm_eps=1e-6,
         vocab_size=work.vocabulary,
-        initializer_range=made["initializer_range"],
+        initializer_range=sizes["initializer_range"],
         max_position_embeddings=32768,
         attention_dropout=0.0,
         bos_token_id=None,
@@ -135,9 +135,9 @@ def made_config(work: Workload, tokenizer) -> Qwen2VLConfig:
         pad_token_id=tokenizer.pad_token_id,
     )
     vision = dict(
-        made["vision"],
+        sizes["vision"],
         hidden_size=text["hidden_size"],
-        initializer_range=made["initializer_range"],
+        initializer_range=sizes["initializer_range"],
         mlp_ratio=4,
         patch_size=14,
         spatial_merge_size=2,
@@ -161,9 +161,9 @@ def make_states(work: Workload, processor) -> list[State]:
     questions, side = BlocksSet("counting-train", work.states), pixels(work, processor)
     states = []
     for i in range(work.states):
-        asked = questions[i]
-        picture = asked.images[0].resize((side, side))
-        states.append(State(asked.id, (picture,), asked.question, asked.answer, asked.kind))
+        state = questions[i]
+        picture = state.images[0].resize((side, side))
+        states.append(State(state.id, (picture,), state.question, state.answer, state.kind))
     return states
 
 
