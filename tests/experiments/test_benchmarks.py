@@ -6,6 +6,7 @@ import sys
 import threading
 from multiprocessing import Pipe
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from experiments.benchmarks import (
     processes,
     rollout,
     sides,
+    trl_side,
     workload,
 )
 from rollouts import transformers_sampler
@@ -79,6 +81,52 @@ def test_ours_and_the_plain_forward_take_turns_and_make_the_same_steps(in_thread
     )
     assert 0 < low <= middle <= high
     assert "| plain | " in against_trl.table(result)
+
+
+class FakeTrainer:
+    """The methods of TRL's trainer that its side replaces; a log-prob is the token's number."""
+
+    def __init__(self):
+        self.accelerator = SimpleNamespace(backward=lambda loss: loss)
+
+    def _generate_single_turn(self):
+        return [[0] * SMALL.action_tokens], None
+
+    def _generate(self):
+        return self._generate_single_turn()
+
+    def _get_per_token_logps_and_entropies(self, model, input_ids):
+        return input_ids[:, -SMALL.action_tokens :].float(), None
+
+    def compute_loss(self, rows):
+        return self._get_per_token_logps_and_entropies(None, rows)
+
+    def _clip_grad_norm(self, model):
+        return 2.0
+
+
+def test_trls_side_trains_on_the_fixed_actions_and_reports_them_in_order():
+    kept = []
+    turns = SimpleNamespace(
+        begin=lambda kind: measuring.Recorder("cpu", kind),
+        end=lambda recorder, *figures: kept.append((recorder.record(), *figures)),
+    )
+    tokenizer = workload.AutoProcessor.from_pretrained(workload.TINY).tokenizer
+    tokens, trainer = workload.make_actions(SMALL, tokenizer), FakeTrainer()
+    turn = trl_side.Turn(["time"], turns, tokens)
+    turn.watch(trainer, SMALL)
+    turn.on_step_begin(None, SimpleNamespace(global_step=0), None)
+    rows, _ = trainer._generate()
+    assert rows == [*tokens[0], *tokens[1]]
+    trainer.compute_loss(torch.tensor(rows[::-1]))  # the trainer shuffles
+    trainer.accelerator.backward(0.0)
+    trainer._clip_grad_norm(None)
+    turn.on_pre_optimizer_step()
+    turn.on_optimizer_step()
+    turn.on_step_end(None, SimpleNamespace(global_step=1), None)
+    ((record, logps, norm),) = kept
+    assert torch.equal(logps, torch.tensor(tokens).float()) and norm == 2.0
+    assert record["seconds"].keys() == {"rollout", "train", "step"}
 
 
 def test_sides_that_do_not_compute_the_same_are_told(small_model):
