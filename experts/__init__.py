@@ -1,8 +1,8 @@
 """Experts: the external models pi_1 .. pi_m whose actions join the policy's (Eq 5).
 
-An expert has a name, samples n texts for each state, and gives the log-density of an action, or None
-if that is unknown (`Expert` in sampling.py). The scripted ones are in blocks/scripted.py; those here
-are models behind APIs. In the order to read:
+An expert has a name, samples n texts for each state, and gives the log-density of an action, or
+None if that is unknown (`Expert` in sampling.py). blocks/scripted.py has the scripted ones; those
+here are models behind APIs. In the order to read:
 
     settings.py, roster.py                   which experts a run has, and their requests ahead of it
     api_expert.py, workers.py                a model behind an API as an expert: deadline, failures

@@ -82,7 +82,7 @@ def collect(config: CollectSettings, budget: float | None) -> None:
 
 
 def stats(cache: Cache) -> None:
-    """By expert: calls, answers, finish reasons, tokens, seconds, dollars by the table of prices."""
+    """By expert: calls, answers, finish reasons, tokens, seconds, dollars by the price table."""
     all_calls, all_entries = cache.calls(), cache.entries()
     for expert in dict.fromkeys(call["expert"] for call in all_calls):
         calls = [call for call in all_calls if call["expert"] == expert]

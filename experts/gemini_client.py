@@ -1,7 +1,7 @@
 """The client of Google's models: google-generativeai 0.8.6 over REST, whose support has ended.
 
 The SDK builds and sends the request. The answer is read from the JSON, since newer models answer
-what the SDK cannot hold. No log-probs of its samples are told.
+what the SDK cannot hold. It gives no log-probs of its samples.
 """
 
 from __future__ import annotations

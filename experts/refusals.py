@@ -97,8 +97,8 @@ def said(status: int | None, body: object) -> str:
             if isinstance(body.get("loc"), list):
                 place = ".".join(map(str, body["loc"])) + ": "
             within = body["metadata"] if isinstance(body.get("metadata"), dict) else {}
-            told = [within.get("raw"), *(body.get(key) for key in SENTENCES)]
-            body = next((text for text in told if text and isinstance(text, (str, list, dict))), "")
+            texts = [within.get("raw"), *(body.get(key) for key in SENTENCES)]
+            body = next((text for text in texts if text and isinstance(text, (str, list, dict))), "")
         elif isinstance(body, str) and body[:1] in ("{", "[") and parsed(body) != body:
             body = parsed(body)  # the server passes on another server's reply
     text = body if isinstance(body, str) else ""
@@ -159,20 +159,20 @@ def lasting(status: int | None, body: object) -> bool:
 def pause(headers, body: object) -> float | None:
     """The seconds that a server asks to wait: Retry-After, as a number or a date, and the RetryInfo
     of Google's replies ("8.5s"); the longer of both. None if it does not say."""
-    told = []
+    pauses = []
     after = str(headers.get("Retry-After", "")).strip()
     if re.fullmatch(r"\d+(\.\d+)?", after):
-        told.append(float(after))
+        pauses.append(float(after))
     elif after:
         try:
-            told.append(email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+            pauses.append(email.utils.parsedate_to_datetime(after).timestamp() - time.time())
         except (ValueError, OverflowError, OSError):
             pass
     for delay in leaves(body, "retryDelay"):
         if number := re.fullmatch(r"(\d{1,5}(\.\d+)?)s?", delay):  # nanoseconds are longer
-            told.append(float(number[1]))
-    told = [seconds for seconds in told if 0 < seconds < math.inf]
-    return max(told, default=None)
+            pauses.append(float(number[1]))
+    pauses = [seconds for seconds in told if 0 < seconds < math.inf]
+    return max(pauses, default=None)
 
 
 # ------------------------------------------------------------------ for people

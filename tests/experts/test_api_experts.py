@@ -418,7 +418,8 @@ def test_no_more_requests_at_a_time_than_allowed(serve, ask):
 def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
     server = serve("hang")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from experts import *; from types import SimpleNamespace; from blocks import BlocksSet\n"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from experts import make_experts\n"
+        "from types import SimpleNamespace; from blocks import BlocksSet\n"
         "s = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=9, expert_requests=2, expert_deadline=600, expert_failures=5, price='')\n"
         "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); time.sleep(0.5)"
     )
@@ -483,8 +484,9 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
 
 
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path):
-    code = f"import sys, ekipl; settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
-    code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    ekipl.make_experts(names, settings)\n"
+    code = "import sys, ekipl; from experts import make_experts\n"
+    code += f"settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
+    code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    make_experts(names, settings)\n"
     code += "    print([name for name in ('openai', 'google.generativeai', 'vllm') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -716,6 +718,7 @@ def command(*arguments, **settings) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        cwd=ROOT,
         env=environment,
         **settings,
     )

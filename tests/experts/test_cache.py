@@ -221,7 +221,8 @@ def test_two_processes_that_fill_one_cache_at_once_pay_for_each_entry_once(tmp_p
 
 
 def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from cache import *\ncache = Cache(sys.argv[2])\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    code += "from experts.cache import Answer, Cache, Reply\ncache = Cache(sys.argv[2])\n"
     code += (
         "n, two = 0, Reply([Answer('a' * 5000, 'stop'), Answer('b', 'stop')], 'm-1', 10, 20, 0.5)\n"
     )
@@ -294,7 +295,8 @@ def test_the_last_one_to_close_it_brings_the_answers_into_the_one_file(filled):
 
 
 PROBE = (
-    "import sys; sys.path.insert(0, sys.argv[1])\nfrom cache import *\n"
+    "import sys; sys.path.insert(0, sys.argv[1])\n"
+    "from experts.cache import Cache\nfrom training.console import UserError\n"
     "try:\n    cache = Cache(sys.argv[2], read_only=sys.argv[3] == 'read')\n"
     "    print(len(cache.entries())); cache.close()\n"
     "except UserError as error: print(error)\n"

@@ -29,7 +29,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from experts import api_expert, collect
+from experts import api_expert, collect, collection, integrity
 from experts.cache import Cache
 from sampling import first_tokens
 
@@ -55,7 +55,12 @@ def program(*arguments) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=ROOT,
     )
 
 
@@ -169,7 +174,7 @@ def test_an_api_that_stays_down_is_given_up_with_one_line_and_nothing_is_lost(
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("experts.collect: error:") and "again and again: " in last
     assert "what arrived is in" in last and "Traceback" not in err
-    assert time.monotonic() - started > collect.WAITS * 0.2
+    assert time.monotonic() - started > collection.WAITS * 0.2
     with sqlite3.connect(tmp_path / "c.sqlite") as database:
         assert database.execute("SELECT count(*) FROM answers").fetchone() == (8,)
 
@@ -224,7 +229,7 @@ def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number)
 
 
 def collect_as(arguments: list) -> None:
-    """In one of two processes: `python experts.py collect ...`."""
+    """In one of two processes: `python -m experts.collect ...`."""
     sys.argv = ["experts.collect", *map(str, arguments)]
     collect.main()
 
@@ -241,7 +246,7 @@ def test_a_full_disk_ends_it_with_one_line(serve, tell, tmp_path, monkeypatch):
     def full(*arguments):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Cache, "_sign", full)
+    monkeypatch.setattr(integrity, "sign", full)
     code, _, err = tell(*flags(tmp_path, serve().openai, 4))
     assert code == 2 and "disk is full" in err.strip().splitlines()[-1] and "Traceback" not in err
 
