@@ -98,7 +98,8 @@ def said(status: int | None, body: object) -> str:
                 place = ".".join(map(str, body["loc"])) + ": "
             within = body["metadata"] if isinstance(body.get("metadata"), dict) else {}
             texts = [within.get("raw"), *(body.get(key) for key in SENTENCES)]
-            body = next((text for text in texts if text and isinstance(text, (str, list, dict))), "")
+            texts = [text for text in texts if text and isinstance(text, (str, list, dict))]
+            body = texts[0] if texts else ""
         elif isinstance(body, str) and body[:1] in ("{", "[") and parsed(body) != body:
             body = parsed(body)  # the server passes on another server's reply
     text = body if isinstance(body, str) else ""
@@ -171,7 +172,7 @@ def pause(headers, body: object) -> float | None:
     for delay in leaves(body, "retryDelay"):
         if number := re.fullmatch(r"(\d{1,5}(\.\d+)?)s?", delay):  # nanoseconds are longer
             pauses.append(float(number[1]))
-    pauses = [seconds for seconds in told if 0 < seconds < math.inf]
+    pauses = [seconds for seconds in pauses if 0 < seconds < math.inf]
     return max(pauses, default=None)
 
 
