@@ -1,4 +1,4 @@
-"""rollout_vllm.py, with the real engine: it samples from what the policy scores, before and after updates, or says that it does not."""
+"""Rollouts by vLLM, with the real engine: it samples from what the policy scores, before and after updates, or says that it does not."""
 
 import math
 import os
@@ -27,9 +27,10 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := why_no_engine(DEVICE):
     pytest.skip(f"no engine can run here: {reason}", allow_module_level=True)
 
-from rollouts import vllm_sampler
+from rollouts import parity as parity_check
+from rollouts import vllm_engine
 from rollouts.vllm_sampler import VLLMSampler
-from training import distributed, storage
+from training import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -298,7 +299,7 @@ def test_a_breach_after_the_first_check_is_told_in_one_line_and_the_run_goes_on(
 
 
 def test_the_tolerance_of_bfloat16_leaves_healthy_engines_alone():
-    assert vllm_sampler.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
+    assert parity_check.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def untied_gaps(path: Path) -> list[float]:
@@ -468,8 +469,8 @@ def test_an_engine_that_cannot_start_gives_one_line(sampler, random_model_dir):
 
 
 def test_max_model_len_holds_images_words_and_action_within_what_the_model_knows(sampler):
-    assert vllm_sampler.derived_max_model_len(sampler.policy, 2, 80) == 2 * 16 + 1024 + 80
-    assert vllm_sampler.derived_max_model_len(sampler.policy, 2, 4000) == 2048
+    assert vllm_engine.derived_max_model_len(sampler.policy, 2, 80) == 2 * 16 + 1024 + 80
+    assert vllm_engine.derived_max_model_len(sampler.policy, 2, 4000) == 2048
 
 
 def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
@@ -484,10 +485,10 @@ def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
     )
     free, keeps = [64], [True]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0] * 2**30, 80 * 2**30))
-    monkeypatch.setattr(distributed, "keeps_gradients", lambda policy: keeps[0])
+    monkeypatch.setattr(vllm_engine, "keeps_gradients", lambda policy: keeps[0])
 
     def share():
-        return vllm_sampler.derived_gpu_memory_utilization(policy)
+        return vllm_engine.derived_gpu_memory_utilization(policy)
 
     assert share() == pytest.approx((64 - 24) / 80 - 0.05)  # 12 bytes for each trained one
     keeps[0] = False  # gradients are gone when the engine wakes
@@ -538,7 +539,8 @@ def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
 
 
 def test_the_check_for_a_gpu_runs_here_with_the_tiny_model(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_check.py", "--model", "tiny", "--states", "2"]
+    command = [sys.executable, "-m", "experiments.benchmarks.gpu_check"]
+    command += ["--model", "tiny", "--states", "2"]
     sizes = ["--group-size", "3", "--action-tokens", "6", "--out", str(tmp_path / "check")]
     done = subprocess.run(
         [*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=1000, check=False

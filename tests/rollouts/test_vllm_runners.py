@@ -17,7 +17,7 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 from vllm.v1.worker.gpu.sample import sampler as v2_sampler
 
-from rollouts.vllm_sampler import suppressing
+from rollouts.vllm_engine import suppressing
 
 IDS, CPU = [0, 3, 9], torch.device("cpu")
 
