@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 import torch
 from tqdm import tqdm
-from transformers import AttentionInterface, StoppingCriteria
+from transformers import AttentionInterface, DynamicLayer, StoppingCriteria
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import attention
@@ -85,6 +85,9 @@ def pack_with_equal_actions(prompts, actions):
 ROLLOUT = {
     "finished rows leave as soon as half have finished": lambda step: patch.object(
         sampling, "HalfFinished", NeverEarly
+    ),
+    "keys and values have room for the next tokens": lambda step: patch.object(
+        sampling, "RoomyLayer", DynamicLayer
     ),
     "query heads share their keys": lambda step: patch.dict(
         AttentionInterface._global_mapping, {attention.SHARED_PREFIX: repeated_keys}

@@ -1,5 +1,5 @@
-"""Collecting: never dearer than the budget, patient with an API's bad minute, and all that was bought in one file; and answers of
-any length."""
+"""Collecting: never dearer than the budget, patient with an API's bad minute, and everything bought
+is in one file; and answers of any length."""
 
 import json
 import os
@@ -46,9 +46,23 @@ def planted_key(monkeypatch):
 
 def flags(tmp_path, name: str, states: int, *more) -> list:
     return [
-        "collect", "--states", 64, "--limit", states, "--cache", tmp_path / "c.sqlite", "--experts", name,
-        "--num-samples", 4, "--expert-tokens", 10, "--price", "1000,1000", *more,
-    ]  # fmt: skip
+        "collect",
+        "--states",
+        64,
+        "--limit",
+        states,
+        "--cache",
+        tmp_path / "c.sqlite",
+        "--experts",
+        name,
+        "--num-samples",
+        4,
+        "--expert-tokens",
+        10,
+        "--price",
+        "1000,1000",
+        *more,
+    ]
 
 
 def program(*arguments) -> subprocess.Popen:
@@ -64,7 +78,7 @@ def program(*arguments) -> subprocess.Popen:
     )
 
 
-# ---------------------------------------------------------------------------------------------- the budget
+# ------------------------------------------------------------------ the budget
 
 
 def told(vendor: str, texts: list, tokens: tuple | None, **more) -> dict:
@@ -102,10 +116,11 @@ BILLS = {
     "cut in the middle": lambda v, b: ((200, {}, "cut"), MOST(b)),
     "no JSON": lambda v, b: ((200, {}, "<html>"), MOST(b)),
     "an error that is billed": lambda v, b: (
-        (500, {}, {**error(500, "x")[2], **told(v, [], MOST(b))}), MOST(b),
+        (500, {}, {**error(500, "x")[2], **told(v, [], MOST(b))}),
+        MOST(b),
     ),
     "dearer than anyone thinks": lambda v, b: (told(v, ["x"] * number(b), (600, 90)), (600, 90)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("vendor", ["openai", "gemini"])
@@ -148,7 +163,7 @@ def test_what_no_server_told_is_said(serve, tell, tmp_path):
     assert code == 0 and "of it assumed" in out
 
 
-# ---------------------------------------------------------------------------------------------- a bad minute
+# ------------------------------------------------------------------ a bad minute
 
 
 @pytest.mark.parametrize("good_before", [0, 3])
@@ -190,7 +205,7 @@ def test_a_key_withdrawn_and_a_server_that_is_not_there_are_not_waited_for(serve
     assert time.monotonic() - started < api_expert.PAUSE
 
 
-# ---------------------------------------------------------------------------------------------- the one file
+# ------------------------------------------------------------------ the one file
 
 
 def bought(path: Path) -> int:
@@ -279,7 +294,7 @@ def test_a_damaged_cache_is_told_in_one_line(serve, tell, tmp_path):
                 json.loads(line)
 
 
-# ---------------------------------------------------------------------------------------------- long answers
+# ------------------------------------------------------------------ long answers
 
 
 def byte_level_bpe():
@@ -309,9 +324,9 @@ def byte_level_bpe():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
 
 
-WORDS = "the red cube, left of 12 blue spheres.\n<think> a </think> é e\u0301 数数 😀 \t  - --- 'll ".split(
-    " "
-)
+WORDS = "the red cube, left of 12 blue spheres.\n<think> a </think>"
+WORDS += " é e\u0301 数数 😀 \t  - --- 'll "
+WORDS = WORDS.split(" ")
 LONG = {
     "words": lambda draw: " ".join(draw.choices(WORDS, k=3000)),
     "one word": lambda draw: "".join(draw.choices("abcdeé", k=9000)),

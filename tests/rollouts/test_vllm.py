@@ -1,4 +1,5 @@
-"""Rollouts by vLLM, with the real engine: it samples from what the policy scores, before and after updates, or says that it does not."""
+"""Rollouts by vLLM, with the real engine: it samples from what the policy scores, before and after
+updates, or says that it does not."""
 
 import math
 import os
@@ -37,7 +38,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="session")
 def sampler(random_model_dir):
-    """One engine for all tests, in float32, beside its policy, whose weights are not those of the engine's directory."""
+    """One engine for all tests, in float32, beside its policy, whose weights are not those of the
+    engine's directory."""
     policy = Policy.load(random_model_dir).to(DEVICE)
     with (
         torch.no_grad()
@@ -107,7 +109,7 @@ def train_a_step(policy: Policy, learner=None, lr: float = 3e-3) -> None:
     assert not still, still
 
 
-# ---------------------------------------------------------------------------------------------- what it samples
+# ------------------------------------------------------------------ what it samples
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -235,7 +237,7 @@ def test_actions_end_with_eos_or_are_marked_truncated(sampler):
         assert action.text == " ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------- in step with the policy
+# ------------------------------------------------------------------ in step with the policy
 
 
 def perturb(policy: Policy, part: str) -> None:
@@ -276,7 +278,8 @@ def test_parity_holds_after_a_sync_and_not_after_an_update_without(sampler):
     train_a_step(sampler.policy, lr=1e-3)
     with pytest.raises(
         UserError,
-        match=r"differ by .* a token .*largest .*allowed in float32: 0.0001.*weights that were not synced",
+        match=r"differ by .* a token .*largest .*allowed in float32: 0.0001.*weights that were "
+        r"not synced",
     ) as error:
         parity(sampler)
     assert "\n" not in str(error.value)
@@ -425,12 +428,13 @@ def test_parity_catches_other_pixel_limits_and_other_prompts(sampler, monkeypatc
         sampler.check_parity(groups)
     with pytest.raises(
         UserError,
-        match=r"state one has another prompt in vLLM \(\d+ tokens, 16 of images\).*4\).*pixel limits",
+        match=r"state one has another prompt in vLLM \(\d+ tokens, 16 of images\).*4\).*pixel "
+        r"limits",
     ):
         sampled(sampler, STATES[:1])
 
 
-# ---------------------------------------------------------------------------------------------- limits and mistakes
+# ------------------------------------------------------------------ limits and mistakes
 
 
 def test_a_prompt_longer_than_max_model_len_gives_a_clear_error(sampler):
@@ -439,7 +443,8 @@ def test_a_prompt_longer_than_max_model_len_gives_a_clear_error(sampler):
     for act in (lambda prompts: sampler.sample(prompts, 2, 0), sampler.greedy):
         with pytest.raises(
             UserError,
-            match=r"state long: its prompt of 12\d\d tokens and an action of 12 do not fit --max-model-len 1068: raise it",
+            match=r"state long: its prompt of 12\d\d tokens and an action of 12 do not fit "
+            r"--max-model-len 1068: raise it",
         ):
             act(sampler.policy.encode([STATES[0], long]))
     assert parity(sampler)["parity"] < 1e-5  # and the engine is whole
@@ -501,7 +506,7 @@ def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
     assert share() == 0.9
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------ whole runs
 
 
 def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
@@ -509,7 +514,10 @@ def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
     } | {"OMP_NUM_THREADS": "1"}
-    flags = "--states 8 --batch-size 4 --num-samples 2 --group-size 3 --eval-states 4 --eval-every 2 --parity-every 1 --rollout vllm --name run".split()
+    flags = (
+        "--states 8 --batch-size 4 --num-samples 2 --group-size 3 --eval-states 4 --eval-every 2"
+    )
+    flags = f"{flags} --parity-every 1 --rollout vllm --name run".split()
     done = subprocess.run(
         [sys.executable, *command, *flags, "--runs", str(tmp_path)],
         cwd=ROOT,
