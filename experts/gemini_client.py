@@ -69,11 +69,8 @@ class Gemini(Api):
             self.here.lost -= 1
 
     def parameters(self, n, without):
-        wanted = {
-            "candidate_count": n,
-            "temperature": TEMPERATURE,
-            "max_output_tokens": self.max_tokens,
-        }
+        wanted = {"candidate_count": n, "temperature": TEMPERATURE}
+        wanted["max_output_tokens"] = self.max_tokens
         return {name: value for name, value in wanted.items() if name not in without}
 
     def call(self, state, parameters):

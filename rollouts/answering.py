@@ -26,12 +26,7 @@ class ModelAnswers:
     """
 
     def __init__(
-        self,
-        sampler: Sampler,
-        temperature: float,
-        samples: int,
-        top_p: float = 1.0,
-        top_k: int = 0,
+        self, sampler: Sampler, temperature: float, samples: int, top_p: float = 1.0, top_k: int = 0
     ):
         self.sampler, self.temperature, self.samples = sampler, temperature, samples
         self.top_p, self.top_k = top_p, top_k

@@ -22,19 +22,14 @@ TEXT_TOKENS = 1024  # what max_model_len leaves for a prompt's words
 
 
 def start_engine(
-    policy: Policy,
-    model: str,
-    dtype: torch.dtype,
-    max_model_len: int,
-    images: int,
-    gpu_memory_utilization: float,
+    policy: Policy, model: str, dtype: torch.dtype, max_model_len: int, images: int, share: float
 ) -> LLM:
     """The engine on the policy's device, with the weights of `model`. UserError if it cannot start.
 
-    The arguments are those of `VLLMSampler`; gpu_memory_utilization 0: what the trainer will leave.
+    As `VLLMSampler` explains them; share: of the GPU, 0: what the trainer will leave.
     """
     if policy.suppressed_ids.device.type == "cuda":
-        share = gpu_memory_utilization or derived_gpu_memory_utilization(policy)
+        share = share or derived_gpu_memory_utilization(policy)
         device_settings = dict(gpu_memory_utilization=share, enable_sleep_mode=True)
     else:
         device_settings = cpu_settings(max_model_len)
@@ -66,6 +61,7 @@ def start_engine(
 
 
 def cpu_settings(max_model_len: int) -> dict:
+    """What a CPU needs. Turns compiling by torch._dynamo off in this process."""
     # Compiling vLLM's helpers in the first call would take longer than it saves.
     torch._dynamo.config.disable = True
     return dict(
