@@ -73,7 +73,7 @@ def storable(text: str) -> str:
 
 
 class Cache(CacheFile):
-    """The answers in a cache file: `get` and `put` them, claim a request, list what there is."""
+    """The answers in a cache file: `get` and `put` them, claim a request, list them."""
 
     def __init__(self, path: str | Path, read_only: bool = False):
         super().__init__(path, read_only)
@@ -82,7 +82,7 @@ class Cache(CacheFile):
             threading.Thread(target=self._renew, daemon=True).start()
 
     def get(self, request: str, n: int) -> list[Answer]:
-        """The answers 0 .. n - 1 to a request, as far as they are there. They have no gaps."""
+        """The first n answers to a request, or fewer. Their indices have no gaps."""
         query = "SELECT text, finish, logp FROM answers"
         query += ' WHERE request = ? AND "index" < ? ORDER BY "index"'
         with self.lock, self.problems():
@@ -107,7 +107,7 @@ class Cache(CacheFile):
                     row = request, index, text, storable(answer.finish), answer.logp, call
                     db.execute("INSERT INTO answers VALUES (?, ?, ?, ?, ?, ?)", row)
                 integrity.sign(db, request, call)
-            # Moves it into the file itself, if nobody reads: a copy of the file then has it all.
+            # Into the file itself, unless another process reads: a copy of it then has everything.
             with suppress(sqlite3.Error):
                 db.execute("PRAGMA wal_checkpoint(PASSIVE)")
 
@@ -115,7 +115,7 @@ class Cache(CacheFile):
 
     @contextmanager
     def claimed(self, request: str, patience: float):
-        """While inside, nobody else asks this request. Waits while somebody else does:
+        """While inside, no other process or thread asks this request. Waits while one does:
         TimeoutError after `patience` seconds."""
         owner, deadline = uuid.uuid4().hex, time.monotonic() + patience
         while not self._claim(request, owner):

@@ -6,7 +6,7 @@
     answers    the index-th answer to a request: text, finish reason, log-prob if given, and the
                call that brought it
     digests    the signature of each call (integrity.py)
-    claims     which requests somebody is asking at this moment
+    claims     which requests are being asked at this moment
 
 While it is open there are two files beside it, -wal and -shm. What was written moves from -wal into
 the file after each call of an API, and all of it when the last process closes the file. WAL needs
@@ -137,7 +137,7 @@ class CacheFile:
             if not writable(self.file):  # SQLite would only say so at the first answer
                 raise self._unusable(f"it is read-only{ADVICE[sqlite3.SQLITE_READONLY]}")
             with self.transaction():
-                if self._version() == 0:  # nobody else was quicker
+                if self._version() == 0:  # no other process was quicker
                     for statement in TABLES.strip().split(";\n"):
                         self.db.execute(statement)
                     self.db.execute(f"PRAGMA user_version = {SCHEMA}")
@@ -181,7 +181,7 @@ class CacheFile:
             if not self.read_only:
                 self.db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         except sqlite3.ProgrammingError:
-            pass  # somebody closed the connection
+            pass  # the connection is closed already
         except sqlite3.OperationalError as error:  # such as a full disk
             LOG.warning(f"answers are left in {self.path}-wal, keep it: {error}")
         finally:

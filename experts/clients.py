@@ -22,7 +22,7 @@ from experts.cache import Answer, Reply
 LOG = logging.getLogger("experts")
 RETRIES = 2  # by the SDK, after a first attempt
 PATIENCE = 16  # refusals of a parameter before a request is given up
-NO_LIMIT = "nothing limits how long, and how dear, an answer is"
+NO_LIMIT = "nothing limits the length, and the cost, of an answer"
 REFUSED = {  # what it means if a server takes no such parameter
     "logprobs": "the density of its answers is unknown",
     "temperature": "it samples at its own temperature, and the density of its answers is unknown",
@@ -30,7 +30,7 @@ REFUSED = {  # what it means if a server takes no such parameter
     "max_output_tokens": NO_LIMIT,
     "max_completion_tokens": "max_tokens takes its place",
 }
-Tokens = tuple[int | None, int | None]  # in and out; None if the server does not tell
+Tokens = tuple[int | None, int | None]  # in and out; None if unknown
 
 
 class ApiError(Exception):
@@ -130,7 +130,7 @@ class Api:
                 self.waste(used)
 
     def failed(self, used: Tokens) -> None:
-        """An attempt ended with an error. It is not billed, unless the reply tells tokens."""
+        """An attempt ended with an error. It is not billed, unless the reply names tokens."""
         self.here.lost -= 1
         if None not in used:
             self.waste(used)

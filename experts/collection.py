@@ -107,7 +107,7 @@ class Collection:
         self.row[expert] = []
 
     def wait_out(self) -> None:
-        """While an API is left alone nobody is asked. Then the states that failed are."""
+        """While an API is left alone no API is asked. Then the states that failed are."""
         for expert in self.experts:
             if expert.off and not self.over:
                 while self.running:

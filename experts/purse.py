@@ -20,14 +20,14 @@ class Purse:
 
     Before a request the most that it can cost is put aside, and given back when its cost is known.
     An unknown cost counts as the most. The most is estimated from the prompt and the length limit
-    of the answers; once a request is dearer, the next ones are expected to be as much dearer.
+    of the answers; once a request costs more, the next ones are expected to cost as much more.
     """
 
     def __init__(self, budget: float | None):
         self.budget = math.inf if budget is None else budget
         self.spent = self.assumed = 0.0  # USD; assumed: for requests of unknown cost
         self.aside: dict[object, float] = {}
-        self.dearer, self.known = 1.0, False  # known: whether the cost of any request is
+        self.factor, self.known = 1.0, False  # known: whether the cost of any request is
         self.change = threading.Condition()
 
     def hold(self, key: object, most: float, attempts: int) -> bool:
@@ -37,7 +37,7 @@ class Purse:
         """
         with self.change:
             while True:
-                one = most * self.dearer
+                one = most * self.factor
                 left = self.budget - self.spent - sum(self.aside.values())
                 alone = not self.aside
                 if self.known or alone or self.budget == math.inf:
@@ -53,9 +53,9 @@ class Purse:
         """A request's cost: `cost`, and `unknown` attempts for at most `most` each."""
         with self.change:
             if most > 0:
-                self.dearer = max(self.dearer, cost / most)
+                self.factor = max(self.factor, cost / most)
             self.known = self.known or cost > 0 or unknown > 0
-            assumed = unknown * most * self.dearer
+            assumed = unknown * most * self.factor
             self.spent, self.assumed = self.spent + cost + assumed, self.assumed + assumed
             self.aside.pop(key, None)
             self.change.notify_all()

@@ -24,7 +24,7 @@ from experts import apis
 
 REFUSING = {400, 403, 422, 500, 501}  # statuses that servers give a parameter they do not take
 PASSING = {408, 409, 425, 429}  # of 4xx: asking again may help
-LONGEST = 120.0  # seconds: after a longer pause nobody asks again, as in OpenAI's SDK
+LONGEST = 120.0  # seconds: no retry after a longer pause, as in OpenAI's SDK
 SENTENCES = ("error", "message", "detail", "msg", "errors", "error_description")
 ECHOES = {"input", "request", "messages", "body", "url"}  # under these servers repeat a request
 

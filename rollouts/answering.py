@@ -62,7 +62,7 @@ class ModelAnswers:
         return actions
 
     def sample(self, prompts: list[Prompt], n: int, purpose: str) -> list[list[Action]]:
-        """n actions for each prompt, which depend on its state alone, whoever is in the batch."""
+        """n actions for each prompt, which depend on its state alone, not on the batch."""
         if self.sampler.seeds_each_state:
             return self.sampler.sample(prompts, n, seed_of(purpose))
         groups = []
