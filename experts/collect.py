@@ -145,7 +145,7 @@ def parser() -> Parser:
 
 
 def run(argv: list[str]) -> None:
-    if not argv or argv[0] not in (*LOOKS, "collect", "-h", "--help"):
+    if argv and argv[0] not in (*LOOKS, "collect", "-h", "--help"):
         argv = ["collect", *argv]
     args, rest = parser().parse_known_args(argv)
     if args.command == "collect":

@@ -27,7 +27,8 @@ class Purse:
         self.budget = math.inf if budget is None else budget
         self.spent = self.assumed = 0.0  # USD; assumed: for requests of unknown cost
         self.aside: dict[object, float] = {}
-        self.factor, self.known = 1.0, False  # known: whether the cost of any request is
+        # factor: how many times `most` a request has cost; known: whether the cost of any one is
+        self.factor, self.known = 1.0, False
         self.change = threading.Condition()
 
     def hold(self, key: object, most: float, attempts: int) -> bool:
