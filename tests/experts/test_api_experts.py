@@ -2,6 +2,7 @@
 says, what the cache holds, for each fault."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -683,6 +684,13 @@ def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(
     assert all(record["weight_q95"] <= 2 + 1e-6 for record in records)
 
 
+def flags_of(settings: dict, kind: type) -> list[str]:
+    """The settings as flags, as far as a program has them."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    kept = {name: value for name, value in settings.items() if name in known}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in kept.items()]
+
+
 def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog):
     calls = iter(range(1000))
 
@@ -695,15 +703,13 @@ def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog)
         )
 
     server = serve(echo)
-    flags = [
-        f"--{k.replace('_', '-')}={v}"
-        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()
-    ]
+    settings = {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
     for main, command in (
         (ekipl.main, ["ekipl.py"]),
         (collect.main, ["experts.collect", "collect"]),
     ):
+        flags = flags_of(settings, ekipl.Config if main is ekipl.main else collect.CollectSettings)
         monkeypatch.setattr(sys, "argv", [*command, *flags, "--experts", names])
         try:
             main()
@@ -769,10 +775,8 @@ def command(*arguments, **settings) -> subprocess.Popen:
 
 def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):
     server = serve()
-    flags = [
-        f"--{k.replace('_', '-')}={v}"
-        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}.items()
-    ]
+    settings = {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}
+    flags = flags_of(settings, collect.CollectSettings)
     code, out, err = tell("collect", *flags, "--experts", server.openai, "--limit", 5)
     assert (
         (code, len(server.bodies)) == (0, 5)
