@@ -1,4 +1,4 @@
-"""TODO experts.answering"""
+"""An expert's predictions in an evaluation."""
 
 from pathlib import Path
 
@@ -10,37 +10,33 @@ from rollouts.answering import EVAL_SEED
 
 
 class ExpertAnswers:
-    """An expert's predictions: its first response counts. Length in words, since an expert's tokens are its own.
+    """An expert's predictions: its first response counts.
 
-    A question that an API does not answer has no prediction; the same command asks it again.
+    Length is in words, since an expert's tokens are its own. A question that an API does not answer
+    has no prediction; the same command asks it again.
     """
 
     def __init__(self, expert, samples: int):
         self.expert, self.samples = expert, samples
 
     def __call__(self, states: list[State]) -> list[Prediction | None]:
-        predictions = []
-        for state, said in zip(
-            states, self.expert.sample(states, max(1, self.samples), EVAL_SEED), strict=True
-        ):
-            samples = [state.reading(sample.text) for sample in said] if self.samples else []
-            prediction = (
-                Prediction(
-                    state.id,
-                    state.answer,
-                    state.kind,
-                    state.reading(said[0].text),
-                    len(said[0].text.split()),
-                    said[0].truncated,
-                    samples,
-                )
-                if said
-                else None
-            )
-            predictions.append(prediction)
-        return predictions
+        responses = self.expert.sample(states, max(1, self.samples), EVAL_SEED)
+        pairs = zip(states, responses, strict=True)
+        return [self.prediction(state, texts) if texts else None for state, texts in pairs]
+
+    def prediction(self, state: State, responses: list) -> Prediction:
+        first, samples = responses[0], responses if self.samples else []
+        return Prediction(
+            state.id,
+            state.answer,
+            state.kind,
+            state.reading(first.text),
+            len(first.text.split()),
+            first.truncated,
+            [state.reading(sample.text) for sample in samples],
+        )
 
 
 def is_expert(name: str) -> bool:
-    """Whether a name is an expert's and not a model's: "careful", "openai:MODEL", and no directory."""
+    """Whether a name is that of an expert ("careful", "openai:MODEL") and of no directory."""
     return not Path(name).is_dir() and (name in ACCURACY or name.partition(":")[0] in VENDORS)

@@ -1,18 +1,12 @@
-"""Experts: the external auxiliary models pi_1 .. pi_m whose actions join the policy's (Eq 5).
+"""An expert that is a model behind an API (Eq 5).
 
-    careful, quick                           scripted, for the blocks world (scripted.py)
-    openai:MODEL, gemini:MODEL               APIs with their vendors' SDKs (clients.py); keys from the environment only
-    openai:MODEL@http://host:port/v1         any server that speaks OpenAI's chat completions
+    openai:MODEL, gemini:MODEL             by their vendors' SDKs; keys from the environment only
+    openai:MODEL@http://host:port/v1       any server that speaks OpenAI's chat completions
 
-An expert has a name, samples n texts for each state, and tells the log-density of an action, or None if it cannot (the weights of
-Appendix A need it). It gets the policy's own prompt, nothing more.
-
-An API costs money and fails. So every answer is bought once and kept (cache.py), requests run ahead of the training, and a state
-whose answers do not come in time goes on with the policy's actions alone: counted, logged, and never waited for longer than the
-deadline. An API that fails again and again is left alone for a while.
-
-    python experts.py collect --preset blocks --experts openai:MODEL --dry-run     # what it would cost; without --dry-run: buys
-    python experts.py stats CACHE                                                  # also export, verify
+It gets the policy's own prompt, nothing more. An API costs money and fails. So every answer is
+bought once and kept (cache.py), and requests run ahead of the training. A state whose answers do
+not come by the deadline goes on with the policy's actions alone, and is counted and logged. An API
+that fails again and again is left alone for a while.
 """
 
 from __future__ import annotations
@@ -22,75 +16,47 @@ import math
 import threading
 import time
 from concurrent.futures import Future, wait
-from queue import SimpleQueue
 
 from data.state import State
 from experts import apis, clients, refusals
 from experts.apis import parse_price
 from experts.cache import Answer, Cache, Reply, request_id
-from experts.clients import CUT, ApiError
+from experts.clients import ApiError
+from experts.gemini_client import Gemini
+from experts.openai_client import OpenAI
+from experts.replies import BLOCKED, CUT
+from experts.workers import Workers
 from sampling import Action, Sample
 from training.console import UserError
 
 LOG = logging.getLogger("experts")
 PAUSE = 120.0  # seconds that a failing API is left alone
-VENDORS = {"openai": clients.OpenAI, "gemini": clients.Gemini}
-BLOCKED = {  # finish reasons of answers that the API withheld, whole or in part
-    "content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii", "language", "image_safety",
-}  # fmt: skip
-
-
-class Workers:
-    """Threads for waiting. Unlike an executor's they do not keep the process from ending."""
-
-    def __init__(self, count: int):
-        self.queue = SimpleQueue()
-        for _ in range(count):
-            threading.Thread(target=self._work, daemon=True).start()
-
-    def submit(self, work, *arguments) -> Future:
-        job = Future()
-        self.queue.put((job, work, arguments))
-        return job
-
-    def _work(self) -> None:
-        while True:
-            job, work, arguments = self.queue.get()
-            if job.set_running_or_notify_cancel():
-                try:
-                    job.set_result(work(*arguments))
-                except BaseException as error:
-                    job.set_exception(error)
+VENDORS = {"openai": OpenAI, "gemini": Gemini}
 
 
 class ApiExpert:
     """A model behind an API, through the cache.
 
-    settings (those of the run): expert_tokens, expert_deadline and expert_failures as `ekipl.Config` explains them, expert_requests,
-    price, offline. densities: an answer that comes without its log-prob is no use to the estimator and left out.
+    settings: the run's (`ExpertSettings`). densities: leave out answers without log-prob, which are
+    of no use to the estimator.
 
-    Which answers a state gets depends on the cache alone, never on a seed: those of index 0 .. n - 1. A blocked answer is kept in
-    the cache, so that it is not paid for again, and is no action.
+    The cache alone decides which answers a state gets, never a seed: those of index 0 .. n - 1. A
+    blocked answer stays in the cache, so that it is not paid for again, and is no action.
     """
 
     def __init__(self, spec: str, cache: Cache, settings, densities: bool = False):
         self.vendor, self.model, url = apis.split_name(spec)
-        self.name, self.identity = (
-            f"{self.vendor}:{self.model}",
-            f"{self.vendor}:{self.model}@{url}",
-        )
+        self.name = f"{self.vendor}:{self.model}"
+        self.identity = f"{self.name}@{url}"
         self.cache, self.densities, self.offline = cache, densities, settings.offline
-        self.max_tokens, self.deadline, self.patience = (
-            settings.expert_tokens,
-            settings.expert_deadline,
-            settings.expert_failures,
-        )
+        self.max_tokens, self.deadline = settings.expert_tokens, settings.expert_deadline
+        self.patience = settings.expert_failures
         self.price = apis.price_of(self.model, parse_price(settings.price))
         self.lock = threading.Lock()
         self.jobs: dict[str, Future] = {}  # by request, from its prefetch until its step
         self.answered = False  # ever; before, an error that lasts is the user's to mend
         self.in_a_row, self.off_until = 0, 0.0
-        self.spoken, self.cut_in_a_row = False, 0  # see hear
+        self.spoken, self.cut_in_a_row = False, 0  # see notice_cuts
         self.dense = True  # until an answer came without a density that is needed
         self.counts: dict[str, float] = {}
         self.models: set[str] = set()
@@ -102,9 +68,9 @@ class ApiExpert:
             self.workers = Workers(settings.expert_requests)
 
     def connect(self, url: str) -> None:
-        """Makes the SDK's client. UserError if it cannot be made, as with a proxy that it does not know."""
+        """Makes the SDK's client. UserError if that fails, such as for an unknown kind of proxy."""
         if ending := apis.retirement(self.model, url):
-            LOG.warning("%s: %s", self.name, ending[1])
+            LOG.warning(f"{self.name}: {ending[1]}")
         key = apis.key_of(self.vendor, url)
         try:
             self.api = VENDORS[self.vendor](self.model, url, key, self.max_tokens, self.deadline)
@@ -112,16 +78,17 @@ class ApiExpert:
             why = refusals.one_line(refusals.cause(error, url, self.deadline), key)
             raise UserError(f"{self.identity} cannot be asked: {why}") from None
 
-    # ------------------------------------------------------------------------------------------ as an expert
+    # ------------------------------------------------------------------ as an expert
 
     def prefetch(self, states: list[State], n: int) -> None:
-        """Requests for these states, which are sampled soon, begin. Returns at once."""
+        """Begins the requests for states that are sampled soon. Returns at once."""
         if not self.offline:
             for state in states:
                 self.job(state, n)
 
     def introduce(self, state: State, n: int) -> None:
-        """Asks for the first state, and waits until the SDK has given up. UserError if nobody answers."""
+        """Asks for the first state and waits until the SDK has given up. UserError if there is no
+        answer."""
         job = None if self.offline else self.job(state, n)
         if job is None:
             return
@@ -132,53 +99,60 @@ class ApiExpert:
             raise UserError(f"{self.identity} does not answer: {problem}")
 
     def sample(self, states: list[State], n: int, seed: int = 0) -> list[list[Sample]]:
-        """Waits for at most the deadline. UserError if offline and the cache lacks an answer; if the cache cannot be written;
-        and if the API's first words are that it will never answer (a wrong key, an unknown model)."""
-        if self.offline:
-            found = [self.cache.get(request_id(self.content(state)), n) for state in states]
-            for state, answers in zip(states, found, strict=True):
-                if len(answers) < n:
-                    raise UserError(
-                        f"--offline: {self.cache.path} has no answer {len(answers)} of {self.identity} to state {state.id}: collect it first"
-                    )
-            self.count(cache_hits=n * len(states))
-        else:
-            jobs = [self.job(state, n) for state in states]
-            wait([job for job in jobs if job is not None], timeout=self.deadline)
-            problems = [self.problem(job) for job in jobs]
-            found = []
-            for state, job in zip(states, jobs, strict=True):
-                request = request_id(self.content(state))
-                self.jobs.pop(request, None)
-                found.append(self.cache.get(request, n))
-                self.count(cache_hits=n if job is None else 0)
-            if any(found):
-                self.answered = True
-            if without := [
-                problem
-                for problem, answers in zip(problems, found, strict=True)
-                if problem and len(answers) < n
-            ]:
-                self.count(states_without=len(without))
-                LOG.warning(
-                    "%s: %d of %d states go on without its actions: %s",
-                    self.name,
-                    len(without),
-                    len(states),
-                    without[0],
+        """Up to n samples for each state, after the deadline at the latest.
+
+        UserError if offline and the cache lacks an answer; if the cache cannot be written; and if
+        the API's first reply is that it will never answer (a wrong key, an unknown model).
+        """
+        replies = self.cached(states, n) if self.offline else self.fetched(states, n)
+        samples = []
+        for answers in replies:
+            self.notice_cuts(answers)
+            usable = [self.usable(answer) for answer in answers]
+            samples.append([sample for sample in usable if sample])
+        return samples
+
+    def cached(self, states: list[State], n: int) -> list[list[Answer]]:
+        """The answers in the cache. UserError if it lacks one."""
+        replies = [self.cache.get(request_id(self.content(state)), n) for state in states]
+        for state, answers in zip(states, replies, strict=True):
+            if len(answers) < n:
+                raise UserError(
+                    f"--offline: {self.cache.path} has no answer {len(answers)} of {self.identity} "
+                    f"to state {state.id}: collect it first"
                 )
-        for answers in found:
-            self.hear(answers)
-        return [
-            [sample for answer in answers if (sample := self.usable(answer))] for answers in found
-        ]
+        self.count(cache_hits=n * len(states))
+        return replies
+
+    def fetched(self, states: list[State], n: int) -> list[list[Answer]]:
+        """The answers that are there by the deadline, asked for where the cache lacks them."""
+        jobs = [self.job(state, n) for state in states]
+        wait([job for job in jobs if job is not None], timeout=self.deadline)
+        problems = [self.problem(job) for job in jobs]
+        replies, without = [], []
+        for state, job, problem in zip(states, jobs, problems, strict=True):
+            request = request_id(self.content(state))
+            self.jobs.pop(request, None)
+            answers = self.cache.get(request, n)
+            replies.append(answers)
+            self.count(cache_hits=n if job is None else 0)
+            if problem and len(answers) < n:
+                without.append(problem)
+        if any(replies):
+            self.answered = True
+        if without:
+            self.count(states_without=len(without))
+            several = f"{len(without)} of {len(states)} states"
+            LOG.warning(f"{self.name}: {several} go on without its actions: {without[0]}")
+        return replies
 
     def logp(self, state: State, action: Action) -> float | None:
-        """What the API told of its own sample; other actions it is taken never to say, the approximation of A.5 for unknown densities."""
+        """What the API says of its own sample. Other actions count as ones that it never says: the
+        approximation of A.5 for unknown densities."""
         return action.logp if action.source == self.name else -math.inf
 
     def usable(self, answer: Answer) -> Sample | None:
-        """The answer as an action's text, as it is; None if it was blocked, or cut before it began."""
+        """The answer as an action's text, unchanged; None if it was blocked or cut to nothing."""
         cut = answer.finish in CUT
         if answer.text is None or answer.finish in BLOCKED or spent(answer):
             self.count(blocked=1)
@@ -188,27 +162,28 @@ class ApiExpert:
             if self.dense:
                 self.dense = False
                 LOG.warning(
-                    "%s: answers whose density is unknown are left out, as the estimator needs it",
-                    self.name,
+                    f"{self.name}: answers whose density is unknown are left out, as the estimator "
+                    "needs it"
                 )
             return None
         return Sample(answer.text, answer.logp, cut)
 
-    def hear(self, answers: list[Answer]) -> None:
-        """Tells when a model thinks its whole limit away: at the first state, else after as many in a
-        row as failures would be told."""
+    def notice_cuts(self, answers: list[Answer]) -> None:
+        """Warns when a model thinks until its limit: at the first state, later after as many states
+        in a row as failures switch it off."""
         if any(not spent(answer) for answer in answers):
             self.spoken, self.cut_in_a_row = True, 0
         elif answers:
             self.cut_in_a_row += 1
             if self.cut_in_a_row == (self.patience if self.spoken else 1):
+                limit = f"the limit of {self.max_tokens} tokens; raise --expert-tokens"
                 LOG.warning(
-                    "%s: all %d answers to a state were cut before they began: it thinks until the limit "
-                    "of %d tokens; raise --expert-tokens", self.name, len(answers), self.max_tokens,
-                )  # fmt: skip
+                    f"{self.name}: all {len(answers)} answers to a state were cut before they "
+                    f"began: it thinks until {limit}"
+                )
 
     def meet(self, model: str) -> None:
-        """Tells, once, that a model answers that is not the one asked for, or not the one so far."""
+        """Warns, once, of a model that is not the one asked for, or not the one so far."""
         with self.lock:
             if model in self.models or model == self.model:
                 return
@@ -216,23 +191,19 @@ class ApiExpert:
             several = len(self.models) > 1
         where = f"{self.cache.path} keeps which answer is whose"
         if not apis.same_model(self.model, model):
-            LOG.warning(
-                "%s: %s answers, which is not the model asked for; %s", self.name, model, where
-            )
+            LOG.warning(f"{self.name}: {model} answers, which is not the model asked for; {where}")
         elif several:
-            LOG.warning(
-                "%s: its answers are of several models: %s; %s", self.name,
-                ", ".join(sorted(self.models)), where,
-            )  # fmt: skip
+            models = ", ".join(sorted(self.models))
+            LOG.warning(f"{self.name}: its answers are of several models: {models}; {where}")
 
     def metrics(self) -> dict[str, float]:
-        """Counts since the last time: requests, answers, cache_hits, failures, states_without, blocked, seconds of the requests, and
-        cost in USD where the price is known."""
+        """Counts since the last time: requests, answers, cache_hits, failures, states_without,
+        blocked, seconds of the requests, and cost in USD where the price is known."""
         with self.lock:
             counts, self.counts = self.counts, {}
         return counts if self.price is None else {"cost": 0.0, **counts}
 
-    # ------------------------------------------------------------------------------------------ asking
+    # ------------------------------------------------------------------ asking
 
     def content(self, state: State) -> dict:
         return apis.request_content(self.identity, state, self.max_tokens)
@@ -242,7 +213,8 @@ class ApiExpert:
         return len(self.cache.get(request_id(self.content(state)), n)) == n
 
     def job(self, state: State, n: int) -> Future | None:
-        """The request for what the cache lacks of this state's n answers, begun if it is not; None if it lacks nothing."""
+        """The request for the answers that the cache lacks, begun if it is not; None if it lacks
+        none of n."""
         content = self.content(state)
         request = request_id(content)
         if request in self.jobs:
@@ -258,6 +230,10 @@ class ApiExpert:
         job = self.jobs[request] = self.workers.submit(self.fetch, content, state, n)
         return job
 
+    def forget(self, state: State) -> None:
+        """Drops a job that is done, so that the state can be asked again."""
+        self.jobs.pop(request_id(self.content(state)), None)
+
     def fetch(self, content: dict, state: State, n: int) -> None:
         """Asks until the cache holds n answers. ApiError if the API does not give them."""
         if self.off:
@@ -269,13 +245,8 @@ class ApiExpert:
                     reply = self.ask(state, missing)
                     self.cache.put(content, reply)
                     self.meet(reply.model)
-                    cost = apis.dollars(self.price, reply.input_tokens, reply.output_tokens)
-                    self.count(
-                        requests=1,
-                        answers=len(reply.answers),
-                        seconds=reply.seconds,
-                    )
-                    self.pay(cost)
+                    self.count(requests=1, answers=len(reply.answers), seconds=reply.seconds)
+                    self.pay(apis.dollars(self.price, reply.input_tokens, reply.output_tokens))
         except UserError:  # the cache cannot be written: no more is bought
             raise
         except Exception as error:
@@ -288,16 +259,12 @@ class ApiExpert:
             raise error from None
         self.answered, self.in_a_row = True, 0
 
-    def forget(self, state: State) -> None:
-        """A job that is done makes room for another try."""
-        self.jobs.pop(request_id(self.content(state)), None)
-
     def ask(self, state: State, n: int) -> Reply:
-        """Up to n answers for one request. ApiError if there is none."""
+        """Up to n answers from one request. ApiError if there is none."""
         return self.api.ask(state, n)
 
     def problem(self, job: Future | None) -> str | None:
-        """Why a job brought nothing; None if it did. Gives it up if it is not done."""
+        """Why a job brought nothing; None if it did. A job that is not done is given up."""
         if job is None:
             return None
         if not job.done():
@@ -325,16 +292,11 @@ class ApiExpert:
             if self.in_a_row < self.patience or self.off:
                 return
             self.off_until = time.monotonic() + PAUSE
-        LOG.warning(
-            "%s: switched off for %g s after %d failures in a row, the last: %s",
-            self.name,
-            PAUSE,
-            self.in_a_row,
-            reason,
-        )
+        failures = f"{self.in_a_row} failures in a row, the last: {reason}"
+        LOG.warning(f"{self.name}: switched off for {PAUSE:g} s after {failures}")
 
     def pay(self, cost: float | None) -> None:
-        """Counts what a reply costs, or, where tokens have a price, that nobody told how many."""
+        """Counts the cost of a reply, or, where tokens have a price, that it is unknown."""
         if cost is not None:
             self.count(cost=cost)
         elif self.price:

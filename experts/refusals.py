@@ -1,14 +1,15 @@
 """What a server says when it gives no answer, for people and for the program.
 
-For people: one line of printable characters, without a key, that tells the innermost cause.
+For people: one line of printable characters, without a key, that names the innermost cause.
 For the program: which parameter is refused, whether the prompt is, how long to wait. Servers word
-all this differently; so names are looked for wherever a reply may hold them, and the rest is kept.
+all this differently, so names are looked for wherever a reply may hold them.
 """
 
 from __future__ import annotations
 
 import email.utils
 import http.client
+import itertools
 import json
 import math
 import os
@@ -23,15 +24,9 @@ from experts import apis
 
 REFUSING = {400, 403, 422, 500, 501}  # statuses that servers give a parameter they do not take
 PASSING = {408, 409, 425, 429}  # of 4xx: asking again may help
-LONGEST = 120.0  # seconds: who asks for a longer pause is not asked again, as OpenAI's SDK has it
+LONGEST = 120.0  # seconds: no retry after a longer pause, as in OpenAI's SDK
 SENTENCES = ("error", "message", "detail", "msg", "errors", "error_description")
-ECHOES = {
-    "input",
-    "request",
-    "messages",
-    "body",
-    "url",
-}  # keys under which servers repeat a request
+ECHOES = {"input", "request", "messages", "body", "url"}  # under these servers repeat a request
 
 # How servers name what they refuse. n stands alone: not in "\n", "N/A", "in".
 COUNT = (
@@ -40,14 +35,19 @@ COUNT = (
 )
 LENGTH = r"max_?(completion_?|output_?|new_?)?tokens"
 WORDINGS = {
-    "n": COUNT, "candidate_count": COUNT, "logprobs": r"log[_ -]?prob", "temperature": r"\btemperature\b",
-    "max_completion_tokens": LENGTH, "max_tokens": LENGTH, "max_output_tokens": LENGTH,
-}  # fmt: skip
+    "n": COUNT,
+    "candidate_count": COUNT,
+    "logprobs": r"log[_ -]?prob",
+    "temperature": r"\btemperature\b",
+    "max_completion_tokens": LENGTH,
+    "max_tokens": LENGTH,
+    "max_output_tokens": LENGTH,
+}
 UNKNOWN = r"un(supported|known|recogni[sz]ed|expected)|not (supported|permitted|allowed)|extra"
 VALUE = r"too (large|long|high|big|small|low)|exceed|maximum|minimum|at (most|least)|[<>]|context"
 REFUSAL = rf"{UNKNOWN}|support|allow|permit|must|only|implement|at most|too many|\binvalid\b"
 
-# How servers say that they will not answer this prompt, as a code and in words.
+# How servers refuse a prompt for its content, as a code and in words.
 FILTER_CODES = (
     r"content_?filter|content_?policy|invalid_prompt|responsible_?ai|moderation|prohibited_content"
     r"|data_?inspection|safety|sensitive|guardrail"
@@ -60,11 +60,11 @@ FILTER_WORDS = (
 ACCOUNT = r"\baccount|deactivated|suspended|terminated|organi[sz]ation|quota|billing"
 
 
-# ---------------------------------------------------------------------------------------------- reading a reply
+# ------------------------------------------------------------------ reading a reply
 
 
 def parsed(text: str) -> object:
-    """A reply's body: what it means as JSON, else the text itself."""
+    """A reply's body as JSON, else the text itself."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -78,10 +78,8 @@ def leaves(body: object, *names: str) -> list[str]:
     while waiting:
         value, wanted = waiting.pop()
         if isinstance(value, dict):
-            inside = [
-                (item, wanted or key in names) for key, item in value.items() if key not in ECHOES
-            ]
-            waiting += reversed(inside)
+            own = {key: item for key, item in value.items() if key not in ECHOES}
+            waiting += [(item, wanted or key in names) for key, item in reversed(own.items())]
         elif isinstance(value, list):
             waiting += [(item, wanted) for item in reversed(value)]
         elif wanted and isinstance(value, (str, int, float)):
@@ -90,7 +88,7 @@ def leaves(body: object, *names: str) -> list[str]:
 
 
 def said(status: int | None, body: object) -> str:
-    """The sentence of a reply that is meant for people."""
+    """The sentence of a reply that people are to read."""
     place = ""
     for _ in range(9):
         if isinstance(body, list):
@@ -99,10 +97,11 @@ def said(status: int | None, body: object) -> str:
             if isinstance(body.get("loc"), list):
                 place = ".".join(map(str, body["loc"])) + ": "
             within = body["metadata"] if isinstance(body.get("metadata"), dict) else {}
-            told = [within.get("raw"), *(body.get(key) for key in SENTENCES)]
-            body = next((text for text in told if text and isinstance(text, (str, list, dict))), "")
+            texts = [within.get("raw"), *(body.get(key) for key in SENTENCES)]
+            texts = [text for text in texts if text and isinstance(text, (str, list, dict))]
+            body = texts[0] if texts else ""
         elif isinstance(body, str) and body[:1] in ("{", "[") and parsed(body) != body:
-            body = parsed(body)  # a reply of somebody behind the server
+            body = parsed(body)  # the server passes on another server's reply
     text = body if isinstance(body, str) else ""
     title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
     text = title[1] if title else re.sub(r"<[a-z/!][^>]*>", " ", text, flags=re.IGNORECASE)
@@ -130,7 +129,7 @@ def refused_parameter(status: int | None, body: object, sent: list[str]) -> str 
 
 
 def most_answers(body: object, asked: int) -> int:
-    """How many answers to ask for after `asked` were too many: as many as the server names, else half."""
+    """How many answers to ask for after `asked` were too many: the server's number, else half."""
     text = " ".join(leaves(body))
     numbers = [int(digits) for digits in re.findall(r"(?<![\w.])\d{1,4}(?!\.?\w)", text)]
     if re.search(r"\b(one|single)\b", text, re.IGNORECASE):
@@ -139,47 +138,45 @@ def most_answers(body: object, asked: int) -> int:
 
 
 def filtered(status: int | None, body: object) -> bool:
-    """Whether the prompt itself is refused for what it holds, however often one asks."""
+    """Whether the prompt itself is refused for its content, however often one asks."""
     if status not in (400, 403, 422, 451):
         return False
     codes = " ".join(leaves(body, "code", "type", "reason", "reasons", "blockReason"))
     text = " ".join(leaves(body))
     if re.search(FILTER_CODES, codes, re.IGNORECASE):
         return True
-    return bool(re.search(FILTER_WORDS, text, re.IGNORECASE)) and not re.search(
-        ACCOUNT, text, re.IGNORECASE
-    )
+    words = re.search(FILTER_WORDS, text, re.IGNORECASE)
+    return words is not None and not re.search(ACCOUNT, text, re.IGNORECASE)
 
 
 def lasting(status: int | None, body: object) -> bool:
     """Whether asking again will not help: a wrong key, an unknown model, an empty account."""
     if status is None:
         return False
-    return (300 <= status < 500 and status not in PASSING) or "insufficient_quota" in leaves(
-        body, "code", "type"
-    )
+    empty = "insufficient_quota" in leaves(body, "code", "type")
+    return empty or (300 <= status < 500 and status not in PASSING)
 
 
 def pause(headers, body: object) -> float | None:
     """The seconds that a server asks to wait: Retry-After, as a number or a date, and the RetryInfo
     of Google's replies ("8.5s"); the longer of both. None if it does not say."""
-    told = []
+    pauses = []
     after = str(headers.get("Retry-After", "")).strip()
     if re.fullmatch(r"\d+(\.\d+)?", after):
-        told.append(float(after))
+        pauses.append(float(after))
     elif after:
         try:
-            told.append(email.utils.parsedate_to_datetime(after).timestamp() - time.time())
+            pauses.append(email.utils.parsedate_to_datetime(after).timestamp() - time.time())
         except (ValueError, OverflowError, OSError):
             pass
     for delay in leaves(body, "retryDelay"):
         if number := re.fullmatch(r"(\d{1,5}(\.\d+)?)s?", delay):  # nanoseconds are longer
-            told.append(float(number[1]))
-    told = [seconds for seconds in told if 0 < seconds < math.inf]
-    return max(told, default=None)
+            pauses.append(float(number[1]))
+    pauses = [seconds for seconds in pauses if 0 < seconds < math.inf]
+    return max(pauses, default=None)
 
 
-# ---------------------------------------------------------------------------------------------- for people
+# ------------------------------------------------------------------ for people
 
 
 def one_line(text: str, key: str = "") -> str:
@@ -190,11 +187,13 @@ def one_line(text: str, key: str = "") -> str:
 
 
 def redacted(text: str, key: str = "") -> str:
-    """Without keys: those of the environment and the one given, whole, encoded, or as the parts that
-    servers show of them ("sk-...abcd"); and without what else looks like one."""
-    names = [name for names in apis.KEYS.values() for name in names]
-    keys = {key, *(os.environ.get(name, "").strip() for name in (*names, apis.OTHERS_KEY))}
-    for secret in sorted((k for k in keys - {apis.NO_KEY} if len(k) >= 6), key=len, reverse=True):
+    """Without keys: the given one and the environment's, whole, encoded, or as the parts that
+    servers show of them ("sk-...abcd"); and without anything else that looks like one."""
+    names = [*itertools.chain(*apis.KEYS.values()), apis.OTHERS_KEY]
+    keys = {key, *(os.environ.get(name, "").strip() for name in names)} - {apis.NO_KEY}
+    for secret in sorted(keys, key=len, reverse=True):
+        if len(secret) < 6:
+            break
         for form in (secret, quote(secret, safe=""), quote(secret)):
             text = re.sub(re.escape(form), "[key]", text, flags=re.IGNORECASE)
         text = re.sub(r"[^\s'\"`<>()\[\]{},;=]+", lambda word: masked(word[0], secret), text)
@@ -217,20 +216,18 @@ def masked(word: str, secret: str) -> str:
 
 
 def cause(error: BaseException, url: str, seconds: float) -> str:
-    """Why no reply came: the innermost cause, once. url: of the server. seconds: an attempt's limit."""
+    """Why no reply came: the innermost cause. url: the server's. seconds: an attempt's limit."""
     chain = [error]
     while len(chain) < 20 and (inner := chain[-1].__cause__ or chain[-1].__context__):
         chain.append(inner)
     names = " ".join(type(link).__name__ for link in chain)
-    via = " by way of the proxy that the environment names" if proxied(url) else ""
+    via = " by way of the proxy in the environment" if proxied(url) else ""
     host = urlsplit(url).hostname
     if "SOCKS" in (text := " ".join(map(str, chain))) or "proxy URL" in text:
         why = str(chain[-1])
         if re.search("socksio|dependencies", why):
             why = "a SOCKS proxy needs the package socksio (openai) or pysocks (gemini)"
-        return (
-            f"the proxy that the environment names (ALL_PROXY and the like) cannot be used: {why}"
-        )
+        return f"the proxy in the environment (ALL_PROXY and the like) cannot be used: {why}"
     for link in reversed(chain):
         if isinstance(link, ConnectionRefusedError):
             return f"connection refused{via}"

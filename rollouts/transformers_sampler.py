@@ -1,4 +1,9 @@
-"""TODO rollouts.transformers_sampler"""
+"""Rollouts by transformers' `generate` (Eq 4), on any device.
+
+It samples from the distribution that policy.py scores. Left to itself, `generate` encodes prompt
+and images N times, and computes ended rows until the last one ends. So prompts are encoded here,
+once for their N actions, and ended rows leave on the way.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +11,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
-from transformers import Cache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from attention import RoomyLayer
 from policy import Policy, Prompt
 from sampling import Action, Sampler
 from training.distributed import autocast, reshard, unshard
@@ -16,9 +20,10 @@ from training.metrics import POLICY
 
 
 class TransformersSampler(Sampler):
-    """Rollouts with transformers' `generate`, on any device. rows: how many responses are generated at a time.
+    """Rollouts by `generate`, `rows` responses at a time.
 
-    Of a sharded policy every process gathers all parameters until `sleep`, since responses differ in length from process to process.
+    Responses differ in length from process to process. So every process gathers all parameters of
+    a sharded policy, and keeps them until `sleep`.
     """
 
     def __init__(self, policy: Policy, max_new_tokens: int, rows: int = 512, bf16: bool = False):
@@ -33,21 +38,16 @@ class TransformersSampler(Sampler):
         unshard(self.policy)
 
     def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
-        """n actions for each prompt (Eq 4), at the policy's temperature. The same seed gives the same actions."""
+        """n actions for each prompt (Eq 4). The same seed gives the same actions."""
         return self._generate(prompts, n, seed)
 
     def greedy(self, prompts: list[Prompt]) -> list[Action]:
-        """The most probable token each time: one action for each prompt."""
+        """One action for each prompt: the most probable token each time."""
         return [actions[0] for actions in self._generate(prompts, 1, None)]
 
     def _generate(self, prompts: list[Prompt], n: int, seed: int | None) -> list[list[Action]]:
         policy, per_call = self.policy, max(1, self.rows // n)
-        # Everything is said here, since what is not would come from the checkpoint's own settings (Qwen2-VL: top_k 1).
-        settings = GenerationConfig(
-            max_length=None, num_return_sequences=1, num_beams=1, repetition_penalty=1.0,
-            suppress_tokens=policy.suppressed_ids.tolist() or None, eos_token_id=policy.eos_id, pad_token_id=policy.eos_id,
-            **(dict(do_sample=True, temperature=policy.temperature, top_k=self.top_k, top_p=self.top_p) if seed is not None else dict(do_sample=False)),
-        )  # fmt: skip
+        settings = self._settings(greedy=seed is None)
         groups = []
         with generating(policy, seed), autocast(policy.suppressed_ids.device, self.bf16):
             for start in range(0, len(prompts), per_call):
@@ -56,42 +56,52 @@ class TransformersSampler(Sampler):
                 groups += [actions[i : i + n] for i in range(0, len(actions), n)]
         return groups
 
+    def _settings(self, greedy: bool) -> GenerationConfig:
+        """Every option is set: unset ones come from the checkpoint (Qwen2-VL: top_k 1)."""
+        draw = dict(do_sample=False)
+        if not greedy:
+            draw = dict(temperature=self.policy.temperature, top_k=self.top_k, top_p=self.top_p)
+            draw["do_sample"] = True
+        return GenerationConfig(
+            max_length=None,
+            num_return_sequences=1,
+            num_beams=1,
+            repetition_penalty=1.0,
+            suppress_tokens=self.policy.suppressed_ids.tolist() or None,
+            eos_token_id=self.policy.eos_id,
+            pad_token_id=self.policy.eos_id,
+            **draw,
+        )
+
     def _continue(self, inputs: dict, settings: GenerationConfig) -> list[list[int]]:
         """The responses of `prefilled` rows: tokens up to EOS, its padding, or the length limit.
 
-        `generate` computes finished rows on until the last one ends. So it stops whenever half of them have, and goes on
-        with the others alone.
+        `generate` stops whenever half of the rows have ended, and goes on with the others alone.
         """
         responses = [[] for _ in inputs["input_ids"]]
-        rows = torch.arange(
-            len(responses), device=inputs["input_ids"].device
-        )  # which responses are still being written
+        rows = torch.arange(len(responses), device=inputs["input_ids"].device)  # not ended
         left = self.max_new_tokens
         while len(rows):
             width = inputs["input_ids"].shape[1]
             settings.max_new_tokens = left
             half = StoppingCriteriaList([HalfFinished(width, settings.eos_token_id)])
-            # synced_gpus: the parameters of a sharded policy are all here, and other processes need not keep step.
+            # synced_gpus: all parameters are here, so other processes need not keep step.
             ids = self.policy.model.generate(
                 **inputs, generation_config=settings, stopping_criteria=half, synced_gpus=False
             )  # (rows, width + t)
-            written = ids[:, width:]
+            written = ids[:, width:]  # (rows, t)
             for row, tokens in zip(rows.tolist(), written.tolist(), strict=True):
                 responses[row] += tokens
-            left -= written.shape[1]
+            t = written.shape[1]
+            left -= t
             keep = (written != settings.eos_token_id).all(-1).nonzero()[:, 0] if left else rows[:0]
-            rows, cache, positions = (
-                rows[keep],
-                inputs["past_key_values"],
-                inputs["position_ids"][:, keep],
-            )
+            rows, cache = rows[keep], inputs["past_key_values"]
             cache.batch_select_indices(keep)
-            ahead = torch.arange(1, written.shape[1] + 1, device=rows.device)
+            positions = inputs["position_ids"][:, keep]  # (4, rows, width)
+            ahead = torch.arange(1, t + 1, device=rows.device)  # (t,)
             inputs = {
                 "input_ids": ids[keep],
-                "attention_mask": F.pad(
-                    inputs["attention_mask"][keep], (0, written.shape[1]), value=1
-                ),
+                "attention_mask": F.pad(inputs["attention_mask"][keep], (0, t), value=1),
                 "position_ids": torch.cat([positions, positions[..., -1:] + ahead], dim=-1),
                 "past_key_values": cache,
             }
@@ -101,16 +111,12 @@ class TransformersSampler(Sampler):
         truncated = self.policy.eos_id not in tokens
         if not truncated:  # what follows EOS is padding
             tokens = tokens[: tokens.index(self.policy.eos_id) + 1]
-        return Action(
-            tokens,
-            self.policy.tokenizer.decode(tokens, skip_special_tokens=True),
-            POLICY,
-            truncated,
-        )
+        text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
+        return Action(tokens, text, POLICY, truncated)
 
 
 class HalfFinished(StoppingCriteria):
-    """Ends all rows as soon as half of them have ended: said EOS after the first `width` tokens."""
+    """Stops all rows as soon as half of them have an EOS after the first `width` tokens."""
 
     def __init__(self, width: int, eos_id: int):
         self.width, self.eos_id = width, eos_id
@@ -122,12 +128,10 @@ class HalfFinished(StoppingCriteria):
 
 @contextmanager
 def generating(policy: Policy, seed: int | None):
-    """Without gradients, in eval mode (checkpointing forbids the KV cache), with random numbers of its own."""
+    """No gradients, eval mode (checkpointing forbids the KV cache), random numbers from `seed`."""
     device = policy.suppressed_ids.device
     training, own = policy.training, policy.model.generation_config
-    policy.model.generation_config = (
-        GenerationConfig()
-    )  # `generate` takes from there what it is not told
+    policy.model.generation_config = GenerationConfig()  # else its options fill in for unset ones
     policy.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -139,10 +143,11 @@ def generating(policy: Policy, seed: int | None):
 
 
 def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
-    """Inputs for `generate` that continue each prompt n times, with the prompts' keys and values already computed.
+    """Inputs for `generate` that continue each of B prompts n times, with keys and values computed.
 
-    Left to itself, `generate` would encode prompt and images n times. The prompts are padded on the left, since it continues
-    all rows from the last column; their last token is left to it.
+    Prompts are padded on the left, since `generate` continues all rows from the last column. It
+    also wants a plain order of the tokens in front of the three M-RoPE positions. The last token
+    of a prompt is left to it.
     """
     device, width = policy.suppressed_ids.device, max(len(prompt.input_ids) for prompt in prompts)
     ids = torch.full((len(prompts), width), policy.eos_id)  # (B, W)
@@ -150,26 +155,20 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
     positions = torch.zeros(3, len(prompts), width, dtype=torch.long)  # (3, B, W)
     for row, prompt in enumerate(prompts):
         pad = width - len(prompt.input_ids)
-        ids[row, pad:], mask[row, pad:], positions[:, row, pad:] = (
-            prompt.input_ids,
-            1,
-            prompt.position_ids,
-        )
-    order = (mask.cumsum(-1) - 1).clamp(min=0)[
-        None
-    ]  # (1, B, W): `generate` wants the plain order in front
-    inputs = {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "position_ids": torch.cat([order, positions]),
-    }
+        ids[row, pad:] = prompt.input_ids
+        mask[row, pad:] = 1
+        positions[:, row, pad:] = prompt.position_ids
+    order = (mask.cumsum(-1) - 1).clamp(min=0)[None]  # (1, B, W)
+    positions = torch.cat([order, positions])  # (4, B, W)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
     inputs = {name: value.to(device) for name, value in inputs.items()}
     images = {}
     for name in ("pixel_values", "image_grid_thw"):
-        if parts := [value for prompt in prompts if (value := getattr(prompt, name)) is not None]:
+        parts = [getattr(prompt, name) for prompt in prompts]
+        if parts := [part for part in parts if part is not None]:
             images[name] = torch.cat(parts).to(device)
     start = {name: value[..., :-1] for name, value in inputs.items()}
-    cache = Cache(layer_class_to_replicate=RoomyLayer)
+    cache = DynamicCache()
     policy.model.model(**start, **images, past_key_values=cache, use_cache=True)
     cache.batch_repeat_interleave(n)
     repeated = {name: value.repeat_interleave(n, dim=-2) for name, value in inputs.items()}

@@ -1,9 +1,10 @@
-"""The network's far end: a server on loopback that speaks OpenAI's and Gemini's HTTP, and does what a test tells it to.
+"""The network's far end: a server on loopback that speaks OpenAI's and Gemini's HTTP, and does
+what a test tells it to.
 
-`server.script` is a list of behaviours, one a request, the last one repeated: a dict is the JSON to answer with, (status, headers,
-body) any answer, "hang" never answers, "cut" closes the connection in the middle, "drip" sends a byte now and then, for ever, a number
-waits so many seconds and then answers,
-a function gets the request's body and returns any of these. By default n good answers.
+`server.script` is a list of behaviours, one a request, the last one repeated: a dict is the JSON to
+answer with, (status, headers, body) any answer, "hang" never answers, "cut" closes the connection
+in the middle, "drip" sends a byte now and then, for ever, a number waits so many seconds and then
+answers, a function gets the request's body and returns any of these. By default n good answers.
 """
 
 import itertools

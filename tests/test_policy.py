@@ -1,4 +1,5 @@
-"""policy.py: the packed forward equals the ordinary one, and scores the distribution that rollouts sample from."""
+"""policy.py: the packed forward equals the ordinary one, and scores the distribution that rollouts
+sample from."""
 
 import copy
 import json
@@ -73,7 +74,8 @@ def random_actions(
 
 
 def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
-    """(T,) log-probs of one action: Hugging Face's own forward on one sequence, and nothing of policy.py."""
+    """(T,) log-probs of one action: Hugging Face's own forward on one sequence, and nothing of
+    policy.py."""
     processor, model = policy.processor, policy.model
     text = processor.apply_chat_template(
         state.messages(), tokenize=False, add_generation_prompt=True
@@ -177,13 +179,22 @@ def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case):
 
 
 def test_packed_equals_plain_for_qwen2_5_vl(random_model_dir, tmp_path):
-    """Its vision tower attends in windows and its configuration has other names; our code is the same."""
+    """Its vision tower attends in windows and its configuration has other names; our code is the
+    same."""
     other = Policy.load(random_model_dir)
     config = other.model.config.to_dict()
     vision = dict(
-        depth=2, hidden_size=64, out_hidden_size=128, num_heads=2, intermediate_size=96, patch_size=8, window_size=32,
-        fullatt_block_indexes=[1], spatial_merge_size=2, initializer_range=0.3,
-    )  # fmt: skip
+        depth=2,
+        hidden_size=64,
+        out_hidden_size=128,
+        num_heads=2,
+        intermediate_size=96,
+        patch_size=8,
+        window_size=32,
+        fullatt_block_indexes=[1],
+        spatial_merge_size=2,
+        initializer_range=0.3,
+    )
     ids = {
         name: config[name] for name in ("image_token_id", "video_token_id", "vision_start_token_id")
     }
@@ -373,7 +384,8 @@ def test_no_cache_of_keys_and_values_is_built(policy):
 
 
 def test_train_and_eval_mode_give_the_same_numbers(policy):
-    """The model's own configuration may ask for dropout; two passes of one policy must not differ by chance."""
+    """The model's own configuration may ask for dropout; two passes of one policy must not differ
+    by chance."""
     batch = pack(policy.encode([ONE_IMAGE]), random_actions(policy, [[5, 3]]))
     assert policy.training
     with torch.no_grad():
@@ -540,70 +552,128 @@ def with_tensors(path, change) -> None:
 LAYER = "model.layers.1.mlp.up_proj.weight"
 CODE = {"AutoConfig": "evil.Evil", "AutoProcessor": "evil.Evil", "AutoImageProcessor": "evil.Evil"}
 REFUSED = {  # what is done to a good directory, and what the one line says
-    "another model type": (lambda d: (d / "config.json").write_text('{"model_type": "llama"}'), "'llama'"),
-    "config not JSON": (lambda d: (d / "config.json").write_text("{"), "config.json is not readable JSON"),
+    "another model type": (
+        lambda d: (d / "config.json").write_text('{"model_type": "llama"}'),
+        "'llama'",
+    ),
+    "config not JSON": (
+        lambda d: (d / "config.json").write_text("{"),
+        "config.json is not readable JSON",
+    ),
     "config a list": (lambda d: (d / "config.json").write_text("[1]"), "config.json holds a list"),
-    "config null": (lambda d: (d / "config.json").write_text("null"), "config.json holds a NoneType"),
+    "config null": (
+        lambda d: (d / "config.json").write_text("null"),
+        "config.json holds a NoneType",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json"),
     "an adapter": (lambda d: (d / "config.json").rename(d / "adapter_config.json"), "adapter"),
-    "a type of another type": (lambda d: edit(d / "config.json", model_type=["qwen2_vl"]), "model type"),
-    "quantised": (
-        lambda d: edit(d / "config.json", quantization_config={"quant_method": "awq"}), "quantised",
+    "a type of another type": (
+        lambda d: edit(d / "config.json", model_type=["qwen2_vl"]),
+        "model type",
     ),
-    "text config of another type": (lambda d: edit(d / "config.json", text_config=[]), "text_config"),
-    "no text config": (lambda d: edit(d / "config.json", text_config=None), "describes .* parameters"),
+    "quantised": (
+        lambda d: edit(d / "config.json", quantization_config={"quant_method": "awq"}),
+        "quantised",
+    ),
+    "text config of another type": (
+        lambda d: edit(d / "config.json", text_config=[]),
+        "text_config",
+    ),
+    "no text config": (
+        lambda d: edit(d / "config.json", text_config=None),
+        "describes .* parameters",
+    ),
     "heads": (lambda d: edit(d / "config.json", text_config__num_attention_heads=3), "3 heads"),
-    "key heads": (lambda d: edit(d / "config.json", text_config__num_key_value_heads=3), "3 key heads"),
-    "no key heads": (lambda d: edit(d / "config.json", text_config__num_key_value_heads=0), "0 key heads"),
-    "vision heads": (lambda d: edit(d / "config.json", vision_config__num_heads=5), "scoring a small state"),
+    "key heads": (
+        lambda d: edit(d / "config.json", text_config__num_key_value_heads=3),
+        "3 key heads",
+    ),
+    "no key heads": (
+        lambda d: edit(d / "config.json", text_config__num_key_value_heads=0),
+        "0 key heads",
+    ),
+    "vision heads": (
+        lambda d: edit(d / "config.json", vision_config__num_heads=5),
+        "scoring a small state",
+    ),
     "rotary sections": (
         lambda d: edit(d / "config.json", text_config__rope_parameters__mrope_section=[4, 6, 5]),
         "scoring a small state",
     ),
-    "vocabulary": (lambda d: edit(d / "config.json", text_config__vocab_size=10**12), "describes .* parameters"),
-    "vocabulary beyond numbers": (
-        lambda d: edit(d / "config.json", text_config__vocab_size=10**30), "config.json does not work",
+    "vocabulary": (
+        lambda d: edit(d / "config.json", text_config__vocab_size=10**12),
+        "describes .* parameters",
     ),
-    "vocabulary too small": (lambda d: edit(d / "config.json", text_config__vocab_size=20), "20 embeddings"),
-    "width": (lambda d: edit(d / "config.json", text_config__intermediate_size=10**12), "describes"),
-    "layers": (lambda d: edit(d / "config.json", text_config__num_hidden_layers=10**9), "more than 1000"),
+    "vocabulary beyond numbers": (
+        lambda d: edit(d / "config.json", text_config__vocab_size=10**30),
+        "config.json does not work",
+    ),
+    "vocabulary too small": (
+        lambda d: edit(d / "config.json", text_config__vocab_size=20),
+        "20 embeddings",
+    ),
+    "width": (
+        lambda d: edit(d / "config.json", text_config__intermediate_size=10**12),
+        "describes",
+    ),
+    "layers": (
+        lambda d: edit(d / "config.json", text_config__num_hidden_layers=10**9),
+        "more than 1000",
+    ),
     "image token": (lambda d: edit(d / "config.json", image_token_id=3), "image token"),
     "sliding window": (
         lambda d: edit(
-            d / "config.json", text_config__use_sliding_window=True, text_config__sliding_window=8,
+            d / "config.json",
+            text_config__use_sliding_window=True,
+            text_config__sliding_window=8,
             text_config__layer_types=["full_attention", "sliding_attention"],
-        ), "sliding",
+        ),
+        "sliding",
     ),
     "code of its own": (
-        lambda d: edit(d / "config.json", model_type="evil", auto_map=CODE), "never run code",
+        lambda d: edit(d / "config.json", model_type="evil", auto_map=CODE),
+        "never run code",
     ),
     "code of its processor": (
         lambda d: edit(
-            d / "processor_config.json", image_processor__image_processor_type="Evil",
+            d / "processor_config.json",
+            image_processor__image_processor_type="Evil",
             image_processor__auto_map=CODE,
-        ), "which is never run",
+        ),
+        "which is never run",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors"),
     "a pointer in place of the weights": (
-        lambda d: (d / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1"),
+        lambda d: (d / "model.safetensors").write_text(
+            "version https://git-lfs.github.com/spec/v1"
+        ),
         "header",
     ),
     "weights cut short": (
-        lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]),
+        lambda d: (d / "model.safetensors").write_bytes(
+            (d / "model.safetensors").read_bytes()[:-9]
+        ),
         "header",
     ),
     "pickled weights": (
-        lambda d: (torch.save(Pickled(), d / "pytorch_model.bin"), (d / "model.safetensors").unlink()),
+        lambda d: (
+            torch.save(Pickled(), d / "pytorch_model.bin"),
+            (d / "model.safetensors").unlink(),
+        ),
         "pickles",
     ),
     "an index that leads away": (
         lambda d: (
             (d / "model.safetensors").rename(d.parent / "away.safetensors"),
-            (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../away.safetensors"}}'),
-        ), "no file '../away.safetensors'",
+            (d / "model.safetensors.index.json").write_text(
+                '{"weight_map": {"a": "../away.safetensors"}}'
+            ),
+        ),
+        "no file '../away.safetensors'",
     ),
     "a weight is missing": (
-        lambda d: with_tensors(d, lambda t: t.pop(LAYER)), "1 weights are missing.*layers.1.mlp.up_proj",
+        lambda d: with_tensors(d, lambda t: t.pop(LAYER)),
+        "1 weights are missing.*layers.1.mlp.up_proj",
     ),
     "a weight has another shape": (
         lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER][:5].clone()})),
@@ -615,30 +685,55 @@ REFUSED = {  # what is done to a good directory, and what the one line says
     ),
     "NaN": (lambda d: with_tensors(d, lambda t: t[LAYER].fill_(torch.nan)), "no finite numbers"),
     "integers": (
-        lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})), "of I8",
+        lambda d: with_tensors(d, lambda t: t.update({LAYER: t[LAYER].to(torch.int8)})),
+        "of I8",
     ),
-    "no processor": (lambda d: (d / "processor_config.json").unlink(), "no preprocessor_config.json"),
-    "other patches": (lambda d: edit(d / "processor_config.json", image_processor__patch_size=14), "patch_size 14"),
+    "no processor": (
+        lambda d: (d / "processor_config.json").unlink(),
+        "no preprocessor_config.json",
+    ),
+    "other patches": (
+        lambda d: edit(d / "processor_config.json", image_processor__patch_size=14),
+        "patch_size 14",
+    ),
     "pixel limits": (
-        lambda d: edit(d / "processor_config.json", image_processor__size={"shortest_edge": 9, "longest_edge": 1}),
+        lambda d: edit(
+            d / "processor_config.json",
+            image_processor__size={"shortest_edge": 9, "longest_edge": 1},
+        ),
         "limits of pixels",
     ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "no tokenizer.json"),
-    "an empty tokenizer": (lambda d: (d / "tokenizer.json").write_text("{}"), "its processor does not work"),
-    "no end of a response": (lambda d: edit(d / "tokenizer_config.json", eos_token=None), "no eos_token"),
+    "an empty tokenizer": (
+        lambda d: (d / "tokenizer.json").write_text("{}"),
+        "its processor does not work",
+    ),
+    "no end of a response": (
+        lambda d: edit(d / "tokenizer_config.json", eos_token=None),
+        "no eos_token",
+    ),
     "no chat template": (lambda d: (d / "chat_template.jinja").unlink(), "its chat template"),
-    "a broken template": (lambda d: (d / "chat_template.jinja").write_text("{% for %}"), "its chat template"),
+    "a broken template": (
+        lambda d: (d / "chat_template.jinja").write_text("{% for %}"),
+        "its chat template",
+    ),
     "a template that looks around": (
-        lambda d: (d / "chat_template.jinja").write_text("{{ ''.__class__ }}"), "its chat template",
+        lambda d: (d / "chat_template.jinja").write_text("{{ ''.__class__ }}"),
+        "its chat template",
     ),
     "a template without images": (
-        lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}"), "leaves out",
+        lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}"),
+        "leaves out",
     ),
-    "generation settings a list": (lambda d: (d / "generation_config.json").write_text("[]"), "holds a list"),
+    "generation settings a list": (
+        lambda d: (d / "generation_config.json").write_text("[]"),
+        "holds a list",
+    ),
     "generation settings that nothing can do": (
-        lambda d: edit(d / "generation_config.json", num_return_sequences=4), "num_return_sequences",
+        lambda d: edit(d / "generation_config.json", num_return_sequences=4),
+        "num_return_sequences",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED)
@@ -739,9 +834,13 @@ def test_without_the_hub_one_line_tells_what_to_download_and_who_takes_it(tmp_pa
         ("evaluate.py", [model, "--sets", "counting-id", "--states", "2"]),
     ):
         done = subprocess.run(
-            [sys.executable, ROOT / program, *more], cwd=tmp_path, capture_output=True, text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}, timeout=280,
-        )  # fmt: skip
+            [sys.executable, ROOT / program, *more],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+            timeout=280,
+        )
         assert done.returncode == 2, done.stderr
         (line,) = done.stderr.strip().splitlines()
         assert f"{program}: error:" in line and f"hf download {model} --local-dir DIR" in line
@@ -758,7 +857,8 @@ def test_a_place_that_is_none_is_told_without_asking_the_hub(name, monkeypatch):
 
 
 def test_the_shared_prefix_takes_any_scale_and_changes_its_type_with_its_inputs():
-    """A prompt of 3 tokens, actions of 2 and 1: softmax(scale q k) over what each token may see, written out."""
+    """A prompt of 3 tokens, actions of 2 and 1: softmax(scale q k) over what each token may see,
+    written out."""
     layout = SharedPrefix(
         prompt_at=torch.tensor([[0, 1, 2]]),
         action_at=torch.tensor([[3, 4], [5, 0]]),

@@ -8,7 +8,6 @@ import pytest
 
 import ekipl
 import sft
-from experts import apis
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -70,25 +69,3 @@ def test_its_commands_use_flags_and_presets_that_exist(module, files):
             assert flag in flags or flag.replace("--no-", "--") in flags, flag
         for preset in re.findall(r"--preset (\S+)", command):
             assert preset in module.PRESETS
-
-
-def test_what_the_experts_cost_follows_from_the_price_table():
-    header, *rows = re.findall(
-        r"^\| (?:task|counting|structure|transformation) \| (?:states|[\d,]+) \|.*$",
-        README,
-        re.MULTILINE,
-    )
-    models = [cell.strip() for cell in header.split("|")[4:-2]]
-    assert len(rows) == 3 and len(models) == 4 and apis.PRICES_OF in README
-    for row in rows:
-        states, prompt, *cells = (
-            int(cell.strip().replace(",", "")) for cell in row.split("|")[2:-1]
-        )
-        expected = [
-            apis.dollars(apis.price_of(model), states * prompt, states * 8 * 200)
-            for model in models
-        ]
-        expected.append(
-            apis.dollars(apis.price_of("gpt-4o"), states * 8 * prompt, states * 8 * 200)
-        )  # the prompt paid N times
-        assert cells == [round(value) for value in expected]

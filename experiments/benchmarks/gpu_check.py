@@ -109,7 +109,7 @@ def engine_part(work: Workload, path: Path) -> dict:
     optimizer = torch.optim.AdamW(policy.parameters(), lr=work.lr, weight_decay=0.0)
     states = workload.make_states(work, policy.processor)
     found |= {"dtype": str(sampler.dtype).removeprefix("torch."), "parity": [], "sync, s": []}
-    from rollouts.vllm_sampler import PARITY_TOLERANCE  # imports vLLM
+    from rollouts.parity import PARITY_TOLERANCE
 
     found["tolerance"] = PARITY_TOLERANCE[sampler.dtype]
     for number in range(2):  # the second has the moments, and weights that were synced

@@ -1,6 +1,8 @@
-"""Experts behind APIs, with the vendors' SDKs over loopback: what the trainer gets, what the log says, what the cache holds, for each fault."""
+"""Experts behind APIs, with the vendors' SDKs over loopback: what the trainer gets, what the log
+says, what the cache holds, for each fault."""
 
 import base64
+import dataclasses
 import io
 import json
 import math
@@ -75,7 +77,7 @@ def good(count: int, start: int = 0) -> list[str]:
     return [f"<think> {i} </think> <answer> 3 </answer>" for i in range(start, start + count)]
 
 
-# ---------------------------------------------------------------------------------------------- success
+# ------------------------------------------------------------------ success
 
 
 @vendors
@@ -156,10 +158,13 @@ def test_what_an_answer_depends_on_is_its_key(serve, ask):
     repainted = picture.copy()
     repainted.putpixel((63, 63), (1, 2, 3))
     contents = [
-        ask(server.openai).content(replace(STATE, images=(repainted,))), ask(server.openai).content(replace(STATE, question="why ?")),
-        ask(server.openai).content(COUNTING[1]), ask(other.openai).content(STATE), ask(server.gemini).content(STATE),
+        ask(server.openai).content(replace(STATE, images=(repainted,))),
+        ask(server.openai).content(replace(STATE, question="why ?")),
+        ask(server.openai).content(COUNTING[1]),
+        ask(other.openai).content(STATE),
+        ask(server.gemini).content(STATE),
         ask(server.openai, expert_tokens=65).content(STATE),
-    ]  # fmt: skip
+    ]
     assert (
         all(content != base for content in contents)
         and ask(server.openai, expert_deadline=1.0).content(STATE) == base
@@ -178,10 +183,15 @@ def test_fewer_candidates_than_asked_are_made_up_for(serve, ask, vendor):
     assert len(expert.cache.calls()) == 3 and len(expert.cache.entries()) == 3
 
 
-@pytest.mark.parametrize("vendor, message, refusals", [
-    ("gemini", "Multiple candidates is not enabled for this model", 2), ("gemini", "Only one candidate can be specified", 1),
-    ("openai", "Invalid value for 'n': only 1 is supported", 1), ("openai", "n is too large", 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vendor, message, refusals",
+    [
+        ("gemini", "Multiple candidates is not enabled for this model", 2),
+        ("gemini", "Only one candidate can be specified", 1),
+        ("openai", "Invalid value for 'n': only 1 is supported", 1),
+        ("openai", "n is too large", 2),
+    ],
+)
 def test_models_that_take_fewer_candidates_are_asked_again_for_the_rest(
     serve, ask, vendor, message, refusals
 ):
@@ -219,7 +229,7 @@ def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(ser
     assert told.logp(STATE, own) == -2.0 and told.logp(STATE, others) == -math.inf
 
 
-# ---------------------------------------------------------------------------------------------- faults
+# ------------------------------------------------------------------ faults
 
 
 @vendors
@@ -292,13 +302,23 @@ def test_a_key_that_is_withdrawn_later_does_not_stop_the_run(serve, ask, caplog,
     )
 
 
-@pytest.mark.parametrize("vendor, behaviour, finish", [
-    ("openai", chat([None, None], finish="content_filter"), "content_filter"),
-    ("openai", chat(["", ""], finish="length"), "length"),
-    ("gemini", content(["", ""], finish="SAFETY"), "safety"),
-    ("gemini", content(["", ""], finish="MAX_TOKENS"), "max_tokens"),
-    ("gemini", {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}, "usageMetadata": {"promptTokenCount": 9, "totalTokenCount": 9}}, "prompt_prohibited_content"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "vendor, behaviour, finish",
+    [
+        ("openai", chat([None, None], finish="content_filter"), "content_filter"),
+        ("openai", chat(["", ""], finish="length"), "length"),
+        ("gemini", content(["", ""], finish="SAFETY"), "safety"),
+        ("gemini", content(["", ""], finish="MAX_TOKENS"), "max_tokens"),
+        (
+            "gemini",
+            {
+                "promptFeedback": {"blockReason": "PROHIBITED_CONTENT"},
+                "usageMetadata": {"promptTokenCount": 9, "totalTokenCount": 9},
+            },
+            "prompt_prohibited_content",
+        ),
+    ],
+)
 def test_a_blocked_answer_is_no_action_and_is_never_asked_for_again(
     serve, ask, vendor, behaviour, finish
 ):
@@ -384,7 +404,7 @@ def test_cached_answers_are_used_while_the_expert_is_off(serve, ask):
     assert expert.sample([STATE, COUNTING[1]], 2) == [known[0], []] and len(server.bodies) == 1
 
 
-# ---------------------------------------------------------------------------------------------- running ahead
+# ------------------------------------------------------------------ running ahead
 
 
 def test_prefetched_answers_are_there_when_the_step_comes(serve, ask):
@@ -418,9 +438,12 @@ def test_no_more_requests_at_a_time_than_allowed(serve, ask):
 def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
     server = serve("hang")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from experts import *; from types import SimpleNamespace; from blocks import BlocksSet\n"
-        "s = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=9, expert_requests=2, expert_deadline=600, expert_failures=5, price='')\n"
-        "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); time.sleep(0.5)"
+        "import sys, time; sys.path.insert(0, sys.argv[1]); from experts import make_experts\n"
+        "from types import SimpleNamespace; from blocks import BlocksSet\n"
+        "s = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=9, "
+        "expert_requests=2, expert_deadline=600, expert_failures=5, price='')\n"
+        "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); "
+        "time.sleep(0.5)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai],
@@ -435,7 +458,7 @@ def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
     assert len(server.bodies) == 1 and process.returncode == 0 and time.monotonic() - asked < 60
 
 
-# ---------------------------------------------------------------------------------------------- offline, keys, names
+# ------------------------------------------------------------------ offline, keys, names
 
 
 def test_offline_answers_from_the_cache_and_names_the_first_missing_entry(serve, ask, monkeypatch):
@@ -455,11 +478,20 @@ def test_offline_answers_from_the_cache_and_names_the_first_missing_entry(serve,
         ask(server.openai, offline=True, cache="/nowhere/cache.sqlite")
 
 
-@pytest.mark.parametrize("name, message", [
-    ("openai:gpt-4o", "OPENAI_API_KEY"), ("gemini:gemini-3.8-flash", "GEMINI_API_KEY or GOOGLE_API_KEY"), ("openai:", "no model"),
-    ("openai:@http://h/v1", "no model"), ("openai:m@http:///v1", "no address"), ("openai:m@http://user:secret@h/v1", "environment"),
-    ("openai:m@http://h/v1?key=secret", "environment"), ("openai", "no expert 'openai'"), ("careful,openai:m@http://h/v1,openai:m@http://i/v1", "twice"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("openai:gpt-4o", "OPENAI_API_KEY"),
+        ("gemini:gemini-3.8-flash", "GEMINI_API_KEY or GOOGLE_API_KEY"),
+        ("openai:", "no model"),
+        ("openai:@http://h/v1", "no model"),
+        ("openai:m@http:///v1", "no address"),
+        ("openai:m@http://user:secret@h/v1", "environment"),
+        ("openai:m@http://h/v1?key=secret", "environment"),
+        ("openai", "no expert 'openai'"),
+        ("careful,openai:m@http://h/v1,openai:m@http://i/v1", "twice"),
+    ],
+)
 def test_names_and_keys_are_checked_before_anything_is_loaded(monkeypatch, name, message):
     for variable in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.delenv(variable)
@@ -483,9 +515,13 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
 
 
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path):
-    code = f"import sys, ekipl; settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
-    code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    ekipl.make_experts(names, settings)\n"
-    code += "    print([name for name in ('openai', 'google.generativeai', 'vllm') if name in sys.modules])"
+    code = "import sys, ekipl; from experts import make_experts\n"
+    code += f"settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
+    code += "openai, gemini = 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'\n"
+    code += "packages = ('openai', 'google.generativeai', 'vllm')\n"
+    code += "for names in ('none', 'careful,quick', openai, gemini):\n"
+    code += "    make_experts(names, settings)\n"
+    code += "    print([name for name in packages if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
@@ -504,7 +540,7 @@ def test_two_gemini_experts_keep_their_own_servers(serve, tmp_path):
     assert [expert.sample([STATE], 1)[0][0].text for expert in both] == ["left", "right"]
 
 
-# ---------------------------------------------------------------------------------------------- money
+# ------------------------------------------------------------------ money
 
 
 def test_prices_and_cost():
@@ -529,11 +565,21 @@ def test_prices_and_cost():
             apis.parse_price(wrong)
 
 
-# ---------------------------------------------------------------------------------------------- in training
+# ------------------------------------------------------------------ in training
 
 SMALL = dict(
-    states=12, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=0, save_every=2, lr=1e-3, name="run", beta=0.0,
-)  # fmt: skip
+    states=12,
+    batch_size=4,
+    num_samples=2,
+    group_size=3,
+    micro_batch=2,
+    max_new_tokens=12,
+    eval_every=0,
+    save_every=2,
+    lr=1e-3,
+    name="run",
+    beta=0.0,
+)
 
 
 def config(tmp_path, names: str, **changes) -> ekipl.Config:
@@ -638,6 +684,13 @@ def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(
     assert all(record["weight_q95"] <= 2 + 1e-6 for record in records)
 
 
+def flags_of(settings: dict, kind: type) -> list[str]:
+    """The settings as flags, as far as a program has them."""
+    known = {field.name for field in dataclasses.fields(kind)}
+    kept = {name: value for name, value in settings.items() if name in known}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in kept.items()]
+
+
 def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog):
     calls = iter(range(1000))
 
@@ -650,15 +703,13 @@ def test_no_key_is_written_anywhere(serve, tmp_path, monkeypatch, capfd, caplog)
         )
 
     server = serve(echo)
-    flags = [
-        f"--{k.replace('_', '-')}={v}"
-        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}.items()
-    ]
+    settings = {**SMALL, "runs": tmp_path, "cache": tmp_path / "c.sqlite"}
     names = f"{server.openai},{server.gemini.replace('tiny', 'other')}"
     for main, command in (
         (ekipl.main, ["ekipl.py"]),
         (collect.main, ["experts.collect", "collect"]),
     ):
+        flags = flags_of(settings, ekipl.Config if main is ekipl.main else collect.CollectSettings)
         monkeypatch.setattr(sys, "argv", [*command, *flags, "--experts", names])
         try:
             main()
@@ -705,7 +756,7 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
     assert len(records) == 4 and sum(record["api/states_without"] for record in records) > 0
 
 
-# ---------------------------------------------------------------------------------------------- collecting
+# ------------------------------------------------------------------ collecting
 
 
 def command(*arguments, **settings) -> subprocess.Popen:
@@ -716,6 +767,7 @@ def command(*arguments, **settings) -> subprocess.Popen:
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        cwd=ROOT,
         env=environment,
         **settings,
     )
@@ -723,10 +775,8 @@ def command(*arguments, **settings) -> subprocess.Popen:
 
 def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):
     server = serve()
-    flags = [
-        f"--{k.replace('_', '-')}={v}"
-        for k, v in {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}.items()
-    ]
+    settings = {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}
+    flags = flags_of(settings, collect.CollectSettings)
     code, out, err = tell("collect", *flags, "--experts", server.openai, "--limit", 5)
     assert (
         (code, len(server.bodies)) == (0, 5)
@@ -793,7 +843,8 @@ def test_a_budget_is_never_overspent_and_the_rest_can_follow(serve, tell, tmp_pa
         "--expert-tokens",
         10,
     ]
-    # A call costs 100 in and 20 out; at worst 8 answers of 10 tokens for a prompt of some 270: 0.35 USD at 1000 a million.
+    # A call costs 100 in and 20 out; at worst 8 answers of 10 tokens for a prompt of some 270: 0.35
+    # USD at 1000 a million.
     code, out, _ = tell(*flags, "--price", "1000,1000", "--budget", 1.0)
     assert code == 0 and "stopped at the budget" in out and 0 < len(server.bodies) < 12
     assert 1.0 - 0.36 < 0.12 * len(server.bodies) <= 1.0

@@ -1,4 +1,5 @@
-"""The cache of API answers: whole after any end, one buyer for each request, and no file but its own."""
+"""The cache of API answers: whole after any end, one buyer for each request, and no file but its
+own."""
 
 import os
 import shutil
@@ -91,22 +92,35 @@ def test_a_claim_is_renewed_while_its_owner_lives_and_ends_soon_after(tmp_path, 
             assert time.monotonic() - started < 4.0
 
 
-@pytest.mark.parametrize("damage, says", [
-    ("UPDATE requests SET content = replace(content, 'question', 'other')", "another hash"),
-    ('DELETE FROM answers WHERE "index" = 0', "gaps"),
-    ("DELETE FROM calls", "missing row of calls"),
-    ("UPDATE answers SET text = 'c' WHERE text = 'a'", "call 1 brought was changed"),
-    ("UPDATE answers SET text = NULL WHERE text = 'z'", "call 2 brought was changed"),
-    ("UPDATE answers SET logp = -1.0000001 WHERE text = 'b'", "call 1 brought was changed"),
-    ("UPDATE answers SET finish = 'length' WHERE text = 'b'", "call 1 brought was changed"),
-    ("UPDATE answers SET text = CASE text WHEN 'a' THEN 'b' ELSE 'a' END WHERE call = 1", "call 1 brought"),
-    ("UPDATE answers SET text = CASE text WHEN 'a' THEN 'z' WHEN 'z' THEN 'a' ELSE text END", "call 2 brought"),
-    ("UPDATE answers SET request = (SELECT request FROM calls WHERE id = 2), \"index\" = 1 WHERE text = 'b'", "moved"),
-    ("UPDATE answers SET call = 2 WHERE text = 'b'", "moved"),
-    ("DELETE FROM answers WHERE text = 'b'", "call 1 brought was changed, moved or removed"),
-    ("UPDATE calls SET model = 'm-2'", "call 1 brought was changed"),
-    ("UPDATE calls SET output_tokens = 2", "call 1 brought was changed"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage, says",
+    [
+        ("UPDATE requests SET content = replace(content, 'question', 'other')", "another hash"),
+        ('DELETE FROM answers WHERE "index" = 0', "gaps"),
+        ("DELETE FROM calls", "missing row of calls"),
+        ("UPDATE answers SET text = 'c' WHERE text = 'a'", "call 1 brought was changed"),
+        ("UPDATE answers SET text = NULL WHERE text = 'z'", "call 2 brought was changed"),
+        ("UPDATE answers SET logp = -1.0000001 WHERE text = 'b'", "call 1 brought was changed"),
+        ("UPDATE answers SET finish = 'length' WHERE text = 'b'", "call 1 brought was changed"),
+        (
+            "UPDATE answers SET text = CASE text WHEN 'a' THEN 'b' ELSE 'a' END WHERE call = 1",
+            "call 1 brought",
+        ),
+        (
+            "UPDATE answers SET text = CASE text WHEN 'a' THEN 'z' WHEN 'z' THEN 'a' ELSE text END",
+            "call 2 brought",
+        ),
+        (
+            'UPDATE answers SET request = (SELECT request FROM calls WHERE id = 2), "index" = '
+            "1 WHERE text = 'b'",
+            "moved",
+        ),
+        ("UPDATE answers SET call = 2 WHERE text = 'b'", "moved"),
+        ("DELETE FROM answers WHERE text = 'b'", "call 1 brought was changed, moved or removed"),
+        ("UPDATE calls SET model = 'm-2'", "call 1 brought was changed"),
+        ("UPDATE calls SET output_tokens = 2", "call 1 brought was changed"),
+    ],
+)
 def test_verify_finds_what_is_wrong(tmp_path, monkeypatch, capsys, damage, says):
     cache = Cache(tmp_path / "c.sqlite")
     cache.put(content(0), reply("a", "b"))
@@ -121,16 +135,22 @@ def test_verify_finds_what_is_wrong(tmp_path, monkeypatch, capsys, damage, says)
     assert stop.value.code == 2 and says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("make, says", [
-    (lambda path: path.write_bytes(b"this is no database at all" * 100), "not a database"),
-    (lambda path: sqlite3.connect(path).execute("CREATE TABLE t (x)"), "something else"),
-    (lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 99"), "schema 99"),
-    (lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 2"), "schema 2, this program knows 1"),
-    (lambda path: path.mkdir(), "cannot use the cache.*not a file"),
-    (lambda path: os.mkfifo(path), "not a file"),
-    (lambda path: path.symlink_to(path), "cannot use the cache"),
-    (lambda path: path.symlink_to(path.with_name("none") / "x"), "directory must exist"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda path: path.write_bytes(b"this is no database at all" * 100), "not a database"),
+        (lambda path: sqlite3.connect(path).execute("CREATE TABLE t (x)"), "something else"),
+        (lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 99"), "schema 99"),
+        (
+            lambda path: sqlite3.connect(path).execute("PRAGMA user_version = 2"),
+            "schema 2, this program knows 1",
+        ),
+        (lambda path: path.mkdir(), "cannot use the cache.*not a file"),
+        (lambda path: os.mkfifo(path), "not a file"),
+        (lambda path: path.symlink_to(path), "cannot use the cache"),
+        (lambda path: path.symlink_to(path.with_name("none") / "x"), "directory must exist"),
+    ],
+)
 def test_another_file_is_left_alone_and_told_in_one_line(tmp_path, make, says):
     path = tmp_path / "c.sqlite"
     make(path)
@@ -163,11 +183,12 @@ def test_threads_share_it(tmp_path):
     assert len(cache.entries()) == 160 and cache.faults() == []
 
 
-# ---------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------ two processes
 
 
 def buy(path: str, name: str, rounds: int) -> list:
-    """In one of two processes, which begin each round at the same moment, the first one making the file: what it has got."""
+    """In one of two processes, which begin each round at the same moment, the first one making the
+    file: what it has got."""
     settings = SimpleNamespace(
         cache=path,
         offline=False,
@@ -221,11 +242,13 @@ def test_two_processes_that_fill_one_cache_at_once_pay_for_each_entry_once(tmp_p
 
 
 def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from cache import *\ncache = Cache(sys.argv[2])\n"
+    code = "import sys; sys.path.insert(0, sys.argv[1])\n"
+    code += "from experts.cache import Answer, Cache, Reply\ncache = Cache(sys.argv[2])\n"
     code += (
         "n, two = 0, Reply([Answer('a' * 5000, 'stop'), Answer('b', 'stop')], 'm-1', 10, 20, 0.5)\n"
     )
-    code += "while True:\n    cache.put({'expert': 'm', 'messages': [n]}, two); n += 1; print(n, flush=True)"
+    code += "while True:\n    cache.put({'expert': 'm', 'messages': [n]}, two)\n"
+    code += "    n += 1; print(n, flush=True)"
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(ROOT), str(tmp_path / "c.sqlite")],
         stdout=subprocess.PIPE,
@@ -244,7 +267,7 @@ def test_a_process_killed_while_it_writes_leaves_a_whole_file(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------- the file and its place
+# ------------------------------------------------------------------ the file and its place
 
 
 @pytest.fixture
@@ -294,7 +317,8 @@ def test_the_last_one_to_close_it_brings_the_answers_into_the_one_file(filled):
 
 
 PROBE = (
-    "import sys; sys.path.insert(0, sys.argv[1])\nfrom cache import *\n"
+    "import sys; sys.path.insert(0, sys.argv[1])\n"
+    "from experts.cache import Cache\nfrom training.console import UserError\n"
     "try:\n    cache = Cache(sys.argv[2], read_only=sys.argv[3] == 'read')\n"
     "    print(len(cache.entries())); cache.close()\n"
     "except UserError as error: print(error)\n"
@@ -307,9 +331,19 @@ def as_a_user(path: Path, how: str) -> str:
     if os.getuid() == 0:
         rights = "-all,+dac_read_search"
         command = [
-            "setpriv", "--reuid", "12345", "--clear-groups", "--inh-caps", rights, "--ambient-caps",
-            "+dac_read_search", "--bounding-set", rights, "--", *command,
-        ]  # fmt: skip
+            "setpriv",
+            "--reuid",
+            "12345",
+            "--clear-groups",
+            "--inh-caps",
+            rights,
+            "--ambient-caps",
+            "+dac_read_search",
+            "--bounding-set",
+            rights,
+            "--",
+            *command,
+        ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert not done.stderr
     return done.stdout.strip()
@@ -440,7 +474,7 @@ def test_a_full_disk_when_it_is_closed_is_told_and_fails_nothing(filled, caplog)
     assert "c.sqlite-wal, keep it: database or disk is full" in caplog.text
 
 
-# ---------------------------------------------------------------------------------------------- older files, other clocks
+# ------------------------------------------------------------------ older files, other clocks
 
 
 def test_a_cache_from_before_digests_is_read_and_added_to(filled):

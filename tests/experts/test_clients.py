@@ -1,4 +1,5 @@
-"""clients.py over loopback: what a request does for each thing that a server may do, and what of a key goes where."""
+"""clients.py over loopback: what a request does for each thing that a server may do, and what of a
+key goes where."""
 
 import json
 import logging
@@ -40,8 +41,14 @@ def ask(tmp_path):
 
     def make(name: str, densities: bool = False, **changes) -> api_expert.ApiExpert:
         settings = dict(
-            cache=str(tmp_path / "cache.sqlite"), offline=False, expert_tokens=64, expert_requests=4, expert_deadline=8.0, expert_failures=5, price="",
-        )  # fmt: skip
+            cache=str(tmp_path / "cache.sqlite"),
+            offline=False,
+            expert_tokens=64,
+            expert_requests=4,
+            expert_deadline=8.0,
+            expert_failures=5,
+            price="",
+        )
         return make_experts(name, SimpleNamespace(**{**settings, **changes}), densities)[0]
 
     return make
@@ -57,7 +64,7 @@ def warnings_of(caplog) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-# ---------------------------------------------------------------------------------------------- refused parameters
+# ------------------------------------------------------------------ refused parameters
 
 
 def refusing(*names: str, status: int = 400):
@@ -146,14 +153,20 @@ def test_an_error_in_a_reply_of_status_200_is_an_error(serve, ask):
     assert [sample.logp for sample in started(ask(server.openai))] == [None] * 4
 
 
-# ---------------------------------------------------------------------------------------------- refused prompts
+# ------------------------------------------------------------------ refused prompts
 
 
-FILTERED = (400, {}, {"error": {"message": "triggered the content management policy", "code": "content_filter"}})  # fmt: skip
+FILTERED = (
+    400,
+    {},
+    {"error": {"message": "triggered the content management policy", "code": "content_filter"}},
+)
 BLOCKED = {"promptFeedback": {"blockReason": "PROHIBITED_CONTENT"}}
 
 
-@pytest.mark.parametrize("vendor, behaviour", [("openai", FILTERED), ("gemini", BLOCKED), ("gemini", FILTERED)])  # fmt: skip
+@pytest.mark.parametrize(
+    "vendor, behaviour", [("openai", FILTERED), ("gemini", BLOCKED), ("gemini", FILTERED)]
+)
 @pytest.mark.parametrize("densities", [False, True])
 def test_a_refused_prompt_is_n_blocked_answers_and_never_asked_again(
     serve, ask, caplog, vendor, behaviour, densities
@@ -172,7 +185,7 @@ def test_a_refused_prompt_is_n_blocked_answers_and_never_asked_again(
     assert not [line for line in warnings_of(caplog) if "only the density of its own" not in line]
 
 
-# ---------------------------------------------------------------------------------------------- odd replies of status 200
+# ------------------------------------------------------------------ odd replies of status 200
 
 
 def odd(**fields):
@@ -190,11 +203,24 @@ def odd(**fields):
     return behaviour
 
 
-@pytest.mark.parametrize("fields", [
-    {"usage": "plenty"}, {"usage": None}, {"usage": {"prompt_tokens": -5, "completion_tokens": 10**30}}, {"model": None}, {"model": {"a": 1}}, {"model": "\ud83d"},
-    {"finish_reason": None}, {"finish_reason": {"x": 1}}, {"logprobs": "none"}, {"logprobs": {"content": [{"token": GOOD, "logprob": None}]}},
-    {"message": {"content": [{"type": "text", "text": GOOD}]}}, {"message": {"content": GOOD, "refusal": 3, "reasoning_content": ["x"]}}, {"id": None, "object": 3, "created": "x"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"usage": "plenty"},
+        {"usage": None},
+        {"usage": {"prompt_tokens": -5, "completion_tokens": 10**30}},
+        {"model": None},
+        {"model": {"a": 1}},
+        {"model": "\ud83d"},
+        {"finish_reason": None},
+        {"finish_reason": {"x": 1}},
+        {"logprobs": "none"},
+        {"logprobs": {"content": [{"token": GOOD, "logprob": None}]}},
+        {"message": {"content": [{"type": "text", "text": GOOD}]}},
+        {"message": {"content": GOOD, "refusal": 3, "reasoning_content": ["x"]}},
+        {"id": None, "object": 3, "created": "x"},
+    ],
+)
 def test_odd_replies_are_used_as_far_as_they_can_be(serve, ask, fields):
     expert = ask(serve(odd(**fields)).openai, price="1,1")
     assert [sample.text for sample in started(expert)] == [GOOD] * 4
@@ -203,11 +229,30 @@ def test_odd_replies_are_used_as_far_as_they_can_be(serve, ask, fields):
     assert counts.get("unpriced", 0) == ("usage" in fields) and "failures" not in counts
 
 
-@pytest.mark.parametrize("fields", [
-    {"usageMetadata": "plenty"}, {"usageMetadata": {"promptTokenCount": -5, "totalTokenCount": 10**30}}, {"modelVersion": {"a": 1}}, {"unheardOf": [1]},
-    {"candidates": [{"content": {"parts": [{"text": GOOD}]}, "finishReason": "NEVER_HEARD_OF"}] * 4},
-    {"candidates": [{"content": {"parts": [{"text": "hm", "thought": True}, {"text": GOOD}]}, "finishReason": "STOP"}] * 4},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"usageMetadata": "plenty"},
+        {"usageMetadata": {"promptTokenCount": -5, "totalTokenCount": 10**30}},
+        {"modelVersion": {"a": 1}},
+        {"unheardOf": [1]},
+        {
+            "candidates": [
+                {"content": {"parts": [{"text": GOOD}]}, "finishReason": "NEVER_HEARD_OF"}
+            ]
+            * 4
+        },
+        {
+            "candidates": [
+                {
+                    "content": {"parts": [{"text": "hm", "thought": True}, {"text": GOOD}]},
+                    "finishReason": "STOP",
+                }
+            ]
+            * 4
+        },
+    ],
+)
 def test_geminis_replies_that_its_sdk_cannot_hold_are_used_all_the_same(serve, ask, fields):
     expert = ask(serve({**content([GOOD] * 4), **fields}).gemini)
     assert [sample.text for sample in started(expert)] == [GOOD] * 4
@@ -222,10 +267,25 @@ def test_half_a_surrogate_pair_becomes_the_replacement_character(serve, ask, ven
 
 
 @vendors
-@pytest.mark.parametrize("body", [
-    "", "null", "3", "[]", '"text"', "{}", '{"choices": null, "candidates": null}', '{"choices": [], "candidates": []}', '{"choices": [null, 3], "candidates": [null, 3]}',
-    '{"choices": [{}]}', '{"choices": [{"message": "x"}]}', '{"error": "busy"}', "[" * 3000, '{"choices": {"a": 1}, "candidates": {"a": 1}}',
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "body",
+    [
+        "",
+        "null",
+        "3",
+        "[]",
+        '"text"',
+        "{}",
+        '{"choices": null, "candidates": null}',
+        '{"choices": [], "candidates": []}',
+        '{"choices": [null, 3], "candidates": [null, 3]}',
+        '{"choices": [{}]}',
+        '{"choices": [{"message": "x"}]}',
+        '{"error": "busy"}',
+        "[" * 3000,
+        '{"choices": {"a": 1}, "candidates": {"a": 1}}',
+    ],
+)
 def test_replies_without_an_answer_cost_the_state_and_nothing_more(serve, ask, vendor, body):
     server = serve("good", (200, {}, body))
     expert = ask(getattr(server, vendor))
@@ -276,7 +336,7 @@ def only(expert) -> str:
     return request
 
 
-# ---------------------------------------------------------------------------------------------- the length limit
+# ------------------------------------------------------------------ the length limit
 
 
 def thinking(vendor: str, text: str | None = None):
@@ -308,15 +368,25 @@ def test_a_model_that_begins_to_is_told_after_some_states_in_a_row(serve, ask, c
     assert caplog.text.count("--expert-tokens") == 1
 
 
-# ---------------------------------------------------------------------------------------------- keys
+# ------------------------------------------------------------------ keys
 
 
-@pytest.mark.parametrize("url, variable", [
-    ("https://api.openai.com/v1", "OPENAI_API_KEY"), ("https://eu.api.openai.com/v1", "OPENAI_API_KEY"), ("https://API.OpenAI.com/v1", "OPENAI_API_KEY"),
-    ("https://generativelanguage.googleapis.com", "GEMINI_API_KEY"), ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
-    ("http://api.openai.com/v1", "EXPERT_API_KEY"), ("https://api.openai.com.evil.example/v1", "EXPERT_API_KEY"), ("https://notapi.openai.com/v1", "EXPERT_API_KEY"),
-    ("https://me.openai.azure.com/openai/v1", "EXPERT_API_KEY"), ("https://api.deepseek.com", "EXPERT_API_KEY"), ("http://127.0.0.1:8000/v1", "EXPERT_API_KEY"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "url, variable",
+    [
+        ("https://api.openai.com/v1", "OPENAI_API_KEY"),
+        ("https://eu.api.openai.com/v1", "OPENAI_API_KEY"),
+        ("https://API.OpenAI.com/v1", "OPENAI_API_KEY"),
+        ("https://generativelanguage.googleapis.com", "GEMINI_API_KEY"),
+        ("https://generativelanguage.googleapis.com/v1beta/openai", "GEMINI_API_KEY"),
+        ("http://api.openai.com/v1", "EXPERT_API_KEY"),
+        ("https://api.openai.com.evil.example/v1", "EXPERT_API_KEY"),
+        ("https://notapi.openai.com/v1", "EXPERT_API_KEY"),
+        ("https://me.openai.azure.com/openai/v1", "EXPERT_API_KEY"),
+        ("https://api.deepseek.com", "EXPERT_API_KEY"),
+        ("http://127.0.0.1:8000/v1", "EXPERT_API_KEY"),
+    ],
+)
 def test_a_key_goes_to_its_vendor_only(monkeypatch, url, variable):
     for other in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY", "EXPERT_API_KEY"):
         monkeypatch.setenv(other, f"key-of-{other}")
@@ -339,10 +409,17 @@ def test_another_server_sees_no_key_of_a_vendors(serve, ask, monkeypatch, vendor
     assert KEY in str(server.headers) and VENDORS_KEY not in str(server.headers)
 
 
-@pytest.mark.parametrize("key", ["sk-ab\ncd", "sk-ab cd", "sk-äbcd", "sk-ab\u200bcd", "sk-ab\x00cd", "sk\tab"])  # fmt: skip
-@pytest.mark.parametrize("variable, spec", [
-    ("OPENAI_API_KEY", "openai:gpt-x"), ("GEMINI_API_KEY", "gemini:gemini-x"), ("EXPERT_API_KEY", "openai:m@http://127.0.0.1:9/v1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "key", ["sk-ab\ncd", "sk-ab cd", "sk-äbcd", "sk-ab\u200bcd", "sk-ab\x00cd", "sk\tab"]
+)
+@pytest.mark.parametrize(
+    "variable, spec",
+    [
+        ("OPENAI_API_KEY", "openai:gpt-x"),
+        ("GEMINI_API_KEY", "gemini:gemini-x"),
+        ("EXPERT_API_KEY", "openai:m@http://127.0.0.1:9/v1"),
+    ],
+)
 def test_a_key_with_odd_characters_is_refused_without_being_shown(monkeypatch, key, variable, spec):
     monkeypatch.setattr(os, "environ", {**os.environ, variable: key})
     with pytest.raises(ValueError, match=variable) as told:
@@ -390,45 +467,85 @@ def test_who_sent_no_key_is_told_which_variable_takes_it(serve, ask, monkeypatch
         started(ask(serve(error(401, "who are you?")).openai))
 
 
-# ---------------------------------------------------------------------------------------------- addresses
+# ------------------------------------------------------------------ addresses
 
 
-@pytest.mark.parametrize("spec", [
-    "openai:m@ftp://h", "openai:m@http://h:abc", "openai:m@http://h:99999", "openai:m@http://", "openai:m@http:/h", "openai:m@http:h", "openai:m@//h/v1",
-    "openai:m@h:8000/v1", "openai:m@127.0.0.1", "openai:m@127.0.0.1:80", "openai:m@localhost", "openai:m@api.example.com", "openai:m@", "openai:m@file:///etc/passwd",
-    "openai:m@http://[::1", "openai:m@http://h:0/v1", "openai:m@http://a b/v1", "openai:m@HTTP://h:x", "gemini:m@ws://h", "openai:m@http://h:80:80", "openai:m@:8000",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "openai:m@ftp://h",
+        "openai:m@http://h:abc",
+        "openai:m@http://h:99999",
+        "openai:m@http://",
+        "openai:m@http:/h",
+        "openai:m@http:h",
+        "openai:m@//h/v1",
+        "openai:m@h:8000/v1",
+        "openai:m@127.0.0.1",
+        "openai:m@127.0.0.1:80",
+        "openai:m@localhost",
+        "openai:m@api.example.com",
+        "openai:m@",
+        "openai:m@file:///etc/passwd",
+        "openai:m@http://[::1",
+        "openai:m@http://h:0/v1",
+        "openai:m@http://a b/v1",
+        "openai:m@HTTP://h:x",
+        "gemini:m@ws://h",
+        "openai:m@http://h:80:80",
+        "openai:m@:8000",
+    ],
+)
 def test_an_address_that_is_none_is_refused_and_not_part_of_a_name(spec):
     with pytest.raises(ValueError, match="is no address of a server: write (openai|gemini):MODEL"):
         apis.split_name(spec)
 
 
-@pytest.mark.parametrize("spec", [
-    "openai:m@http://u:secret@h/v1", "openai:m@http://u:secret@h:abc", "openai:m@ftp://u:secret@h", "openai:m@http://h/v1?key=secret", "openai:m@http://h#secret",
-    "openai:m@u:secret@h:80",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "openai:m@http://u:secret@h/v1",
+        "openai:m@http://u:secret@h:abc",
+        "openai:m@ftp://u:secret@h",
+        "openai:m@http://h/v1?key=secret",
+        "openai:m@http://h#secret",
+        "openai:m@u:secret@h:80",
+    ],
+)
 def test_a_secret_in_an_address_is_refused_without_being_shown(spec):
     with pytest.raises(ValueError) as told:
         apis.split_name(spec)
     assert "secret" not in str(told.value)
 
 
-@pytest.mark.parametrize("spec, model, url", [
-    ("openai:gpt-4o", "gpt-4o", "https://api.openai.com/v1"), ("openai:org/m:free@https://h.example/api/v1/", "org/m:free", "https://h.example/api/v1"),
-    ("openai:@cf/org/m@http://h/v1", "@cf/org/m", "http://h/v1"), ("openai:m@001", "m@001", "https://api.openai.com/v1"), ("openai:m:7b@http://[::1]:80", "m:7b", "http://[::1]:80"),
-    ("gemini:m@20240620@https://h", "m@20240620", "https://h"), ("openai:org/m@main", "org/m@main", "https://api.openai.com/v1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "spec, model, url",
+    [
+        ("openai:gpt-4o", "gpt-4o", "https://api.openai.com/v1"),
+        ("openai:org/m:free@https://h.example/api/v1/", "org/m:free", "https://h.example/api/v1"),
+        ("openai:@cf/org/m@http://h/v1", "@cf/org/m", "http://h/v1"),
+        ("openai:m@001", "m@001", "https://api.openai.com/v1"),
+        ("openai:m:7b@http://[::1]:80", "m:7b", "http://[::1]:80"),
+        ("gemini:m@20240620@https://h", "m@20240620", "https://h"),
+        ("openai:org/m@main", "org/m@main", "https://api.openai.com/v1"),
+    ],
+)
 def test_names_with_an_at_sign_stay_names(spec, model, url):
     assert apis.split_name(spec)[1:] == (model, url)
 
 
-# ---------------------------------------------------------------------------------------------- servers that do not answer
+# ------------------------------------------------------------------ servers that do not answer
 
 
-@pytest.mark.parametrize("name, says", [
-    ("openai:m@http://127.0.0.1:1/v1", "connection refused"), ("gemini:m@http://127.0.0.1:1", "connection refused"),
-    ("openai:m@http://no-such.invalid/v1", "unknown host no-such.invalid"), ("gemini:m@http://no-such.invalid", "unknown host no-such.invalid"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, says",
+    [
+        ("openai:m@http://127.0.0.1:1/v1", "connection refused"),
+        ("gemini:m@http://127.0.0.1:1", "connection refused"),
+        ("openai:m@http://no-such.invalid/v1", "unknown host no-such.invalid"),
+        ("gemini:m@http://no-such.invalid", "unknown host no-such.invalid"),
+    ],
+)
 def test_a_server_that_was_never_there_ends_the_run_with_its_innermost_cause(ask, name, says):
     with pytest.raises(UserError) as told:
         started(ask(name))
@@ -455,10 +572,14 @@ def test_a_slow_first_answer_does_not_end_the_run(serve, ask, vendor):
 
 
 @vendors
-@pytest.mark.parametrize("proxy, says", [
-    ("socks://127.0.0.1:1080", "cannot be used"), ("socks5://me:hunter22@127.0.0.1:1080", "SOCKS proxy needs the package"),
-    ("http://me:hunter22@127.0.0.1:1", "connection refused by way of the proxy"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "proxy, says",
+    [
+        ("socks://127.0.0.1:1080", "cannot be used"),
+        ("socks5://me:hunter22@127.0.0.1:1080", "SOCKS proxy needs the package"),
+        ("http://me:hunter22@127.0.0.1:1", "connection refused by way of the proxy"),
+    ],
+)
 def test_a_proxy_that_does_not_work_is_told_in_one_line(ask, monkeypatch, vendor, proxy, says):
     for variable in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.setenv(variable, proxy)
@@ -468,7 +589,15 @@ def test_a_proxy_that_does_not_work_is_told_in_one_line(ask, monkeypatch, vendor
 
 
 def test_the_program_says_it_in_one_line_with_exit_code_2(tmp_path):
-    command = ["ekipl.py", "--experts", "openai:m@http://127.0.0.1:1/v1", "--runs", tmp_path, "--cache", tmp_path / "c"]  # fmt: skip
+    command = [
+        "ekipl.py",
+        "--experts",
+        "openai:m@http://127.0.0.1:1/v1",
+        "--runs",
+        tmp_path,
+        "--cache",
+        tmp_path / "c",
+    ]
     done = subprocess.run(
         [sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=200
     )
@@ -479,7 +608,7 @@ def test_the_program_says_it_in_one_line_with_exit_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- time
+# ------------------------------------------------------------------ time
 
 
 @vendors
@@ -526,16 +655,32 @@ def test_errors_whose_body_is_a_list_or_a_text_are_read_and_retried(serve, ask, 
     assert len(started(ask(getattr(server, vendor)))) == 4 and len(server.bodies) == 3
 
 
-# ---------------------------------------------------------------------------------------------- models
+# ------------------------------------------------------------------ models
 
 
-@pytest.mark.parametrize("asked, answered, same", [
-    ("gpt-4o", "gpt-4o", True), ("gpt-4o", "gpt-4o-2024-08-06", True), ("openai/gpt-4o", "gpt-4o", True), ("gpt-4o", "openai/gpt-4o-2024-08-06", True),
-    ("gpt-4o", "gpt-4o-mini", False), ("gpt-4o-2024-08-06", "gpt-4o-2024-11-20", False), ("gpt-4o-2024-08-06", "gpt-4o", True), ("gpt-4", "gpt-4.1", False),
-    ("gpt-4", "gpt-4-0613", True), ("gemini-2.5-pro", "gemini-3.8-flash", False), ("gemini-2.5-pro", "models/gemini-2.5-pro-preview-06-05", True),
-    ("gemini-2.5-flash", "gemini-2.5-flash-lite", False), ("gemini-2.5-flash", "gemini-2.5-flash-001", True), ("models/m", "M", True), ("org/m:free", "org/m", True),
-    ("Qwen/Qwen2-VL-7B-Instruct", "/models/Qwen2-VL-7B-Instruct/", True), ("deployment", "gpt-4o", False), ("gpt-4o-latest", "gpt-4o-2024-11-20", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "asked, answered, same",
+    [
+        ("gpt-4o", "gpt-4o", True),
+        ("gpt-4o", "gpt-4o-2024-08-06", True),
+        ("openai/gpt-4o", "gpt-4o", True),
+        ("gpt-4o", "openai/gpt-4o-2024-08-06", True),
+        ("gpt-4o", "gpt-4o-mini", False),
+        ("gpt-4o-2024-08-06", "gpt-4o-2024-11-20", False),
+        ("gpt-4o-2024-08-06", "gpt-4o", True),
+        ("gpt-4", "gpt-4.1", False),
+        ("gpt-4", "gpt-4-0613", True),
+        ("gemini-2.5-pro", "gemini-3.8-flash", False),
+        ("gemini-2.5-pro", "models/gemini-2.5-pro-preview-06-05", True),
+        ("gemini-2.5-flash", "gemini-2.5-flash-lite", False),
+        ("gemini-2.5-flash", "gemini-2.5-flash-001", True),
+        ("models/m", "M", True),
+        ("org/m:free", "org/m", True),
+        ("Qwen/Qwen2-VL-7B-Instruct", "/models/Qwen2-VL-7B-Instruct/", True),
+        ("deployment", "gpt-4o", False),
+        ("gpt-4o-latest", "gpt-4o-2024-11-20", False),
+    ],
+)
 def test_a_version_of_a_model_is_the_model(asked, answered, same):
     assert apis.same_model(asked, answered) == same
 
@@ -581,8 +726,10 @@ def test_a_retired_model_is_told_with_its_replacement():
     openai, gemini = apis.ENDPOINTS["openai"], apis.ENDPOINTS["gemini"]
     today = date(2026, 11, 25)
     assert apis.retirement("gemini-1.5-pro-002", gemini, today) == (
-        True, "gemini-1.5-pro-002 is not served since 2025-09-29; its vendor names gemini-3.8-flash in its place",
-    )  # fmt: skip
+        True,
+        "gemini-1.5-pro-002 is not served since 2025-09-29; its vendor names gemini-3.8-flash "
+        "in its place",
+    )
     gone, line = apis.retirement("gpt-4o", openai, today)
     assert not gone and "served until 2027-01-14" in line
     assert apis.retirement("gpt-4o", openai, date(2027, 1, 14))[0]

@@ -1,5 +1,5 @@
-"""Collecting: never dearer than the budget, patient with an API's bad minute, and all that was bought in one file; and answers of
-any length."""
+"""Collecting: never dearer than the budget, patient with an API's bad minute, and everything bought
+is in one file; and answers of any length."""
 
 import json
 import os
@@ -29,7 +29,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from experts import api_expert, collect
+from experts import api_expert, collect, collection, integrity
 from experts.cache import Cache
 from sampling import first_tokens
 
@@ -46,20 +46,39 @@ def planted_key(monkeypatch):
 
 def flags(tmp_path, name: str, states: int, *more) -> list:
     return [
-        "collect", "--states", 64, "--limit", states, "--cache", tmp_path / "c.sqlite", "--experts", name,
-        "--num-samples", 4, "--expert-tokens", 10, "--price", "1000,1000", *more,
-    ]  # fmt: skip
+        "collect",
+        "--states",
+        64,
+        "--limit",
+        states,
+        "--cache",
+        tmp_path / "c.sqlite",
+        "--experts",
+        name,
+        "--num-samples",
+        4,
+        "--expert-tokens",
+        10,
+        "--price",
+        "1000,1000",
+        *more,
+    ]
 
 
 def program(*arguments) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+        command,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        cwd=ROOT,
     )
 
 
-# ---------------------------------------------------------------------------------------------- the budget
+# ------------------------------------------------------------------ the budget
 
 
 def told(vendor: str, texts: list, tokens: tuple | None, **more) -> dict:
@@ -97,10 +116,11 @@ BILLS = {
     "cut in the middle": lambda v, b: ((200, {}, "cut"), MOST(b)),
     "no JSON": lambda v, b: ((200, {}, "<html>"), MOST(b)),
     "an error that is billed": lambda v, b: (
-        (500, {}, {**error(500, "x")[2], **told(v, [], MOST(b))}), MOST(b),
+        (500, {}, {**error(500, "x")[2], **told(v, [], MOST(b))}),
+        MOST(b),
     ),
     "dearer than anyone thinks": lambda v, b: (told(v, ["x"] * number(b), (600, 90)), (600, 90)),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("vendor", ["openai", "gemini"])
@@ -143,7 +163,7 @@ def test_what_no_server_told_is_said(serve, tell, tmp_path):
     assert code == 0 and "of it assumed" in out
 
 
-# ---------------------------------------------------------------------------------------------- a bad minute
+# ------------------------------------------------------------------ a bad minute
 
 
 @pytest.mark.parametrize("good_before", [0, 3])
@@ -169,7 +189,7 @@ def test_an_api_that_stays_down_is_given_up_with_one_line_and_nothing_is_lost(
     last = err.strip().splitlines()[-1]
     assert code == 2 and last.startswith("experts.collect: error:") and "again and again: " in last
     assert "what arrived is in" in last and "Traceback" not in err
-    assert time.monotonic() - started > collect.WAITS * 0.2
+    assert time.monotonic() - started > collection.WAITS * 0.2
     with sqlite3.connect(tmp_path / "c.sqlite") as database:
         assert database.execute("SELECT count(*) FROM answers").fetchone() == (8,)
 
@@ -185,7 +205,7 @@ def test_a_key_withdrawn_and_a_server_that_is_not_there_are_not_waited_for(serve
     assert time.monotonic() - started < api_expert.PAUSE
 
 
-# ---------------------------------------------------------------------------------------------- the one file
+# ------------------------------------------------------------------ the one file
 
 
 def bought(path: Path) -> int:
@@ -224,7 +244,7 @@ def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number)
 
 
 def collect_as(arguments: list) -> None:
-    """In one of two processes: `python experts.py collect ...`."""
+    """In one of two processes: `python -m experts.collect ...`."""
     sys.argv = ["experts.collect", *map(str, arguments)]
     collect.main()
 
@@ -241,7 +261,7 @@ def test_a_full_disk_ends_it_with_one_line(serve, tell, tmp_path, monkeypatch):
     def full(*arguments):
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Cache, "_sign", full)
+    monkeypatch.setattr(integrity, "sign", full)
     code, _, err = tell(*flags(tmp_path, serve().openai, 4))
     assert code == 2 and "disk is full" in err.strip().splitlines()[-1] and "Traceback" not in err
 
@@ -274,7 +294,7 @@ def test_a_damaged_cache_is_told_in_one_line(serve, tell, tmp_path):
                 json.loads(line)
 
 
-# ---------------------------------------------------------------------------------------------- long answers
+# ------------------------------------------------------------------ long answers
 
 
 def byte_level_bpe():
@@ -304,9 +324,9 @@ def byte_level_bpe():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>")
 
 
-WORDS = "the red cube, left of 12 blue spheres.\n<think> a </think> é e\u0301 数数 😀 \t  - --- 'll ".split(
-    " "
-)
+WORDS = "the red cube, left of 12 blue spheres.\n<think> a </think>"
+WORDS += " é e\u0301 数数 😀 \t  - --- 'll "
+WORDS = WORDS.split(" ")
 LONG = {
     "words": lambda draw: " ".join(draw.choices(WORDS, k=3000)),
     "one word": lambda draw: "".join(draw.choices("abcdeé", k=9000)),

@@ -37,13 +37,34 @@ def said(*arguments, thought: bool = False, **settings) -> Answer:
     return openai_answer(choice(*arguments, **settings), thought)
 
 
-@pytest.mark.parametrize("parts, text, thoughts", [
-    (TEXT, TEXT, False), (None, None, False), ([], None, False), ({"type": "text", "text": "a"}, "a", False), (7, None, False),
-    ([{"type": "text", "text": "a"}, {"type": "text", "text": " b"}], "a b", False), (["a", {"type": "output_text", "text": "b"}], "ab", False),
-    ([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "a"}], "a", True),
-    ([{"type": "image_url", "image_url": {}}, None, 3, {"type": "text", "text": None}], None, False), ([{"text": "t", "thought": True}, {"text": "a"}], "a", True),
-    ("\ud83d a \ude00", "\ufffd a \ufffd", False), (json.loads('"\\ud83d\\ude00"'), "\U0001f600", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "parts, text, thoughts",
+    [
+        (TEXT, TEXT, False),
+        (None, None, False),
+        ([], None, False),
+        ({"type": "text", "text": "a"}, "a", False),
+        (7, None, False),
+        ([{"type": "text", "text": "a"}, {"type": "text", "text": " b"}], "a b", False),
+        (["a", {"type": "output_text", "text": "b"}], "ab", False),
+        (
+            [
+                {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+                {"type": "text", "text": "a"},
+            ],
+            "a",
+            True,
+        ),
+        (
+            [{"type": "image_url", "image_url": {}}, None, 3, {"type": "text", "text": None}],
+            None,
+            False,
+        ),
+        ([{"text": "t", "thought": True}, {"text": "a"}], "a", True),
+        ("\ud83d a \ude00", "\ufffd a \ufffd", False),
+        (json.loads('"\\ud83d\\ude00"'), "\U0001f600", False),
+    ],
+)
 def test_an_answers_text_from_any_form(parts, text, thoughts):
     assert joined(parts) == (text, thoughts)
 
@@ -68,7 +89,7 @@ def test_a_choice_without_a_message_or_with_an_error_is_no_answer():
     assert openai_answer({**choice(), "error": {"code": 502}}, False) is None
 
 
-# ---------------------------------------------------------------------------------------------- densities
+# ------------------------------------------------------------------ densities
 
 
 SPELT = tokens("<think>", " two", " é", " </think>", " <answer>", " 3", " </answer>")
@@ -93,20 +114,54 @@ def test_letters_that_tokens_share_are_put_together_by_their_bytes():
     assert density(without, "aéb") == -2.0 and density(without, "aéc") is None
 
 
-@pytest.mark.parametrize("logprobs", [
-    None, [], {}, {"content": None}, {"content": []}, {"content": "x"}, {"content": [None]}, {"content": [3]}, {"tokens": ["a"], "token_logprobs": [-1]},
-    tokens(TEXT, logprob=None), tokens(TEXT, logprob="-1"), tokens(TEXT, logprob=True), tokens(TEXT, logprob=math.nan), tokens(TEXT, logprob=-math.inf),
-    tokens(TEXT, logprob=2.0), tokens(TEXT, logprob=-9999.0), tokens("a", "b"), tokens(TEXT, " and more"), tokens("<think> I see </think>", TEXT),
-    {"content": [*SPELT["content"][:3], {**SPELT["content"][3], "logprob": None}, *SPELT["content"][4:]]}, {"content": SPELT["content"][:-1]},
-    {"content": [{"token": None, "logprob": -1.0}]}, {"content": [{"token": TEXT, "logprob": -1.0, "bytes": [1, 2]}]}, tokens(TEXT, "</answer>", "<|im_end|>"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "logprobs",
+    [
+        None,
+        [],
+        {},
+        {"content": None},
+        {"content": []},
+        {"content": "x"},
+        {"content": [None]},
+        {"content": [3]},
+        {"tokens": ["a"], "token_logprobs": [-1]},
+        tokens(TEXT, logprob=None),
+        tokens(TEXT, logprob="-1"),
+        tokens(TEXT, logprob=True),
+        tokens(TEXT, logprob=math.nan),
+        tokens(TEXT, logprob=-math.inf),
+        tokens(TEXT, logprob=2.0),
+        tokens(TEXT, logprob=-9999.0),
+        tokens("a", "b"),
+        tokens(TEXT, " and more"),
+        tokens("<think> I see </think>", TEXT),
+        {
+            "content": [
+                *SPELT["content"][:3],
+                {**SPELT["content"][3], "logprob": None},
+                *SPELT["content"][4:],
+            ]
+        },
+        {"content": SPELT["content"][:-1]},
+        {"content": [{"token": None, "logprob": -1.0}]},
+        {"content": [{"token": TEXT, "logprob": -1.0, "bytes": [1, 2]}]},
+        tokens(TEXT, "</answer>", "<|im_end|>"),
+    ],
+)
 def test_log_probs_that_are_not_those_of_the_text_are_no_density(logprobs):
     assert said(logprobs=logprobs) == Answer(TEXT, "stop", None)
 
 
-@pytest.mark.parametrize("apart", [
-    {"reasoning_content": "hm"}, {"reasoning": "hm"}, {"reasoning_details": [{"text": "hm"}]}, {"thinking": "hm"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "apart",
+    [
+        {"reasoning_content": "hm"},
+        {"reasoning": "hm"},
+        {"reasoning_details": [{"text": "hm"}]},
+        {"thinking": "hm"},
+    ],
+)
 def test_an_answer_whose_thoughts_are_kept_apart_has_no_density(apart):
     assert said(logprobs=SPELT, **apart).logp is None
     assert said(logprobs=SPELT, **dict.fromkeys(apart)).logp == pytest.approx(-3.5)
@@ -115,22 +170,50 @@ def test_an_answer_whose_thoughts_are_kept_apart_has_no_density(apart):
     assert said(parts, logprobs=SPELT) == Answer(TEXT, "stop", None)
 
 
-# ---------------------------------------------------------------------------------------------- tokens
+# ------------------------------------------------------------------ tokens
 
 
-@pytest.mark.parametrize("value, number", [
-    (3, 3), (0, 0), (3.0, 3), (3.5, None), (-1, None), (10**30, None), (1e30, None), (math.nan, None), (math.inf, None), ("3", None), (None, None), (True, None), ([3], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, number",
+    [
+        (3, 3),
+        (0, 0),
+        (3.0, 3),
+        (3.5, None),
+        (-1, None),
+        (10**30, None),
+        (1e30, None),
+        (math.nan, None),
+        (math.inf, None),
+        ("3", None),
+        (None, None),
+        (True, None),
+        ([3], None),
+    ],
+)
 def test_a_number_of_tokens_is_a_number_or_unknown(value, number):
     assert number_of(value) == number
 
 
-@pytest.mark.parametrize("usage, told", [
-    ({"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}, (9, 4)), ({"prompt_tokens": 9, "completion_tokens": 4}, (9, 4)),
-    ({"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 50}, (9, 41)),  # thoughts in the total only
-    ({"prompt_tokens": 9, "total_tokens": 13}, (9, 4)), ({"prompt_tokens": 9, "completion_tokens": "4"}, (9, None)), ({"prompt_tokens": -1, "completion_tokens": 4}, (None, 4)),
-    ("13 tokens", (None, None)), (None, (None, None)), ([], (None, None)), ({}, (None, None)), ({"prompt_tokens": 10**30, "completion_tokens": 10**30}, (None, None)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "usage, told",
+    [
+        ({"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 13}, (9, 4)),
+        ({"prompt_tokens": 9, "completion_tokens": 4}, (9, 4)),
+        (
+            {"prompt_tokens": 9, "completion_tokens": 4, "total_tokens": 50},
+            (9, 41),
+        ),  # thoughts in the total only
+        ({"prompt_tokens": 9, "total_tokens": 13}, (9, 4)),
+        ({"prompt_tokens": 9, "completion_tokens": "4"}, (9, None)),
+        ({"prompt_tokens": -1, "completion_tokens": 4}, (None, 4)),
+        ("13 tokens", (None, None)),
+        (None, (None, None)),
+        ([], (None, None)),
+        ({}, (None, None)),
+        ({"prompt_tokens": 10**30, "completion_tokens": 10**30}, (None, None)),
+    ],
+)
 def test_usage_of_any_form(usage, told):
     assert usage_of(usage) == (told, False)
 

@@ -2,10 +2,11 @@
 
 hub_model.py makes three directories. What is tried on which:
 
-    qwen2_vl, tied, 2 heads of 128 values      sft.py, ekipl.py from its checkpoint, resume, evaluate.py; vLLM
+    qwen2_vl, tied, 2 heads of 128 values      sft.py, ekipl.py from its checkpoint, resume,
+                                               evaluate.py; vLLM
     qwen2_vl, untied, 4 heads on 2 key heads   two processes (ddp); vLLM
-    qwen2_5_vl, tied, 4 heads on 2 key heads   two processes with shares (fsdp), transformation; vLLM
-    each                                       log-probs and gradients as transformers', the tokenizer
+    qwen2_5_vl, tied, 4 heads on 2 key heads   two processes (fsdp), transformation; vLLM
+    each                                       log-probs and gradients as transformers', tokenizer
 """
 
 import json
@@ -45,14 +46,28 @@ MODELS = {  # family, whether the head is tied, heads
     "2.5": ("qwen2_5_vl", True, 4),
 }
 PICTURES = [  # of geometry sets: size and mode
-    ((24, 20), "RGB"), ((2400, 1800), "RGB"), ((1500, 900), "RGBA"), ((300, 200), "P"),
-    ((800, 620), "L"), ((1280, 720), "LA"), ((300, 300), "1"), ((137, 25), "I;16"),
-]  # fmt: skip
+    ((24, 20), "RGB"),
+    ((2400, 1800), "RGB"),
+    ((1500, 900), "RGBA"),
+    ((300, 200), "P"),
+    ((800, 620), "L"),
+    ((1280, 720), "LA"),
+    ((300, 300), "1"),
+    ((137, 25), "I;16"),
+]
 LIMITS = dict(min_pixels=3136, max_pixels=40 * 784)  # a token is 28 x 28 pixels
 SMALL = dict(
-    batch_size=2, max_new_tokens=6, eval_every=2, eval_states=2, name="run", lr=1e-3,
-    rollout="transformers", micro_batch=1, gradient_checkpointing=True, **LIMITS,
-)  # fmt: skip
+    batch_size=2,
+    max_new_tokens=6,
+    eval_every=2,
+    eval_states=2,
+    name="run",
+    lr=1e-3,
+    rollout="transformers",
+    micro_batch=1,
+    gradient_checkpointing=True,
+    **LIMITS,
+)
 GROUPS = dict(experts="none", num_samples=2, group_size=2, beta=0.04)
 
 
@@ -106,7 +121,7 @@ def settings(directories, data, tmp_path_factory):
     return of
 
 
-# ---------------------------------------------------------------------------------------- the model
+# ------------------------------------------------------------------ the model
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -190,7 +205,7 @@ def test_the_plan_counts_the_parameters_of_a_hub_directory(directories):
     assert pixels == 12845056
 
 
-# ---------------------------------------------------------------------------------------- the programs
+# ------------------------------------------------------------------ the programs
 
 
 def test_it_is_fine_tuned_trained_resumed_and_evaluated(
@@ -237,7 +252,7 @@ def test_two_processes_train_it(settings, tmp_path, name, parallel, task):
     Policy.load(tmp_path / "run" / "model")
 
 
-# ---------------------------------------------------------------------------------------- vLLM
+# ------------------------------------------------------------------ vLLM
 
 engine = pytest.mark.skipif(
     bool(why_no_engine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))),
@@ -280,9 +295,12 @@ def test_a_true_difference_of_pixel_limits_is_noticed_and_another_default_is_non
     (path / "processor_config.json").unlink()
     size = parts.pop("size")
     hub_model.write(
-        path / "preprocessor_config.json", **parts, processor_class="Qwen2VLProcessor",
-        min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"],
-    )  # fmt: skip
+        path / "preprocessor_config.json",
+        **parts,
+        processor_class="Qwen2VLProcessor",
+        min_pixels=size["shortest_edge"],
+        max_pixels=size["longest_edge"],
+    )
     sampler = VLLMSampler(Policy.load(path, max_pixels=32 * 64), str(path), 12)
     assert sampler.pixel_limits() == {"shortest_edge": 32 * 32, "longest_edge": 32 * 64}
     groups = sampled(sampler, STATES[:3])

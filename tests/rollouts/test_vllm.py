@@ -1,4 +1,5 @@
-"""rollout_vllm.py, with the real engine: it samples from what the policy scores, before and after updates, or says that it does not."""
+"""Rollouts by vLLM, with the real engine: it samples from what the policy scores, before and after
+updates, or says that it does not."""
 
 import math
 import os
@@ -27,16 +28,18 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 if reason := why_no_engine(DEVICE):
     pytest.skip(f"no engine can run here: {reason}", allow_module_level=True)
 
-from rollouts import vllm_sampler
+from rollouts import parity as parity_check
+from rollouts import vllm_engine
 from rollouts.vllm_sampler import VLLMSampler
-from training import distributed, storage
+from training import storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
 def sampler(random_model_dir):
-    """One engine for all tests, in float32, beside its policy, whose weights are not those of the engine's directory."""
+    """One engine for all tests, in float32, beside its policy, whose weights are not those of the
+    engine's directory."""
     policy = Policy.load(random_model_dir).to(DEVICE)
     with (
         torch.no_grad()
@@ -106,7 +109,7 @@ def train_a_step(policy: Policy, learner=None, lr: float = 3e-3) -> None:
     assert not still, still
 
 
-# ---------------------------------------------------------------------------------------------- what it samples
+# ------------------------------------------------------------------ what it samples
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -234,7 +237,7 @@ def test_actions_end_with_eos_or_are_marked_truncated(sampler):
         assert action.text == " ".join(words)
 
 
-# ---------------------------------------------------------------------------------------------- in step with the policy
+# ------------------------------------------------------------------ in step with the policy
 
 
 def perturb(policy: Policy, part: str) -> None:
@@ -275,7 +278,8 @@ def test_parity_holds_after_a_sync_and_not_after_an_update_without(sampler):
     train_a_step(sampler.policy, lr=1e-3)
     with pytest.raises(
         UserError,
-        match=r"differ by .* a token .*largest .*allowed in float32: 0.0001.*weights that were not synced",
+        match=r"differ by .* a token .*largest .*allowed in float32: 0.0001.*weights that were "
+        r"not synced",
     ) as error:
         parity(sampler)
     assert "\n" not in str(error.value)
@@ -298,7 +302,7 @@ def test_a_breach_after_the_first_check_is_told_in_one_line_and_the_run_goes_on(
 
 
 def test_the_tolerance_of_bfloat16_leaves_healthy_engines_alone():
-    assert vllm_sampler.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
+    assert parity_check.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
 def untied_gaps(path: Path) -> list[float]:
@@ -424,12 +428,13 @@ def test_parity_catches_other_pixel_limits_and_other_prompts(sampler, monkeypatc
         sampler.check_parity(groups)
     with pytest.raises(
         UserError,
-        match=r"state one has another prompt in vLLM \(\d+ tokens, 16 of images\).*4\).*pixel limits",
+        match=r"state one has another prompt in vLLM \(\d+ tokens, 16 of images\).*4\).*pixel "
+        r"limits",
     ):
         sampled(sampler, STATES[:1])
 
 
-# ---------------------------------------------------------------------------------------------- limits and mistakes
+# ------------------------------------------------------------------ limits and mistakes
 
 
 def test_a_prompt_longer_than_max_model_len_gives_a_clear_error(sampler):
@@ -438,7 +443,8 @@ def test_a_prompt_longer_than_max_model_len_gives_a_clear_error(sampler):
     for act in (lambda prompts: sampler.sample(prompts, 2, 0), sampler.greedy):
         with pytest.raises(
             UserError,
-            match=r"state long: its prompt of 12\d\d tokens and an action of 12 do not fit --max-model-len 1068: raise it",
+            match=r"state long: its prompt of 12\d\d tokens and an action of 12 do not fit "
+            r"--max-model-len 1068: raise it",
         ):
             act(sampler.policy.encode([STATES[0], long]))
     assert parity(sampler)["parity"] < 1e-5  # and the engine is whole
@@ -468,8 +474,8 @@ def test_an_engine_that_cannot_start_gives_one_line(sampler, random_model_dir):
 
 
 def test_max_model_len_holds_images_words_and_action_within_what_the_model_knows(sampler):
-    assert vllm_sampler.derived_max_model_len(sampler.policy, 2, 80) == 2 * 16 + 1024 + 80
-    assert vllm_sampler.derived_max_model_len(sampler.policy, 2, 4000) == 2048
+    assert vllm_engine.derived_max_model_len(sampler.policy, 2, 80) == 2 * 16 + 1024 + 80
+    assert vllm_engine.derived_max_model_len(sampler.policy, 2, 4000) == 2048
 
 
 def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
@@ -484,10 +490,10 @@ def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
     )
     free, keeps = [64], [True]
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0] * 2**30, 80 * 2**30))
-    monkeypatch.setattr(distributed, "keeps_gradients", lambda policy: keeps[0])
+    monkeypatch.setattr(vllm_engine, "keeps_gradients", lambda policy: keeps[0])
 
     def share():
-        return vllm_sampler.derived_gpu_memory_utilization(policy)
+        return vllm_engine.derived_gpu_memory_utilization(policy)
 
     assert share() == pytest.approx((64 - 24) / 80 - 0.05)  # 12 bytes for each trained one
     keeps[0] = False  # gradients are gone when the engine wakes
@@ -500,7 +506,7 @@ def test_the_engine_gets_what_training_leaves_of_a_gpu(monkeypatch):
     assert share() == 0.9
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# ------------------------------------------------------------------ whole runs
 
 
 def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
@@ -508,7 +514,10 @@ def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith("VLLM_")
     } | {"OMP_NUM_THREADS": "1"}
-    flags = "--states 8 --batch-size 4 --num-samples 2 --group-size 3 --eval-states 4 --eval-every 2 --parity-every 1 --rollout vllm --name run".split()
+    flags = (
+        "--states 8 --batch-size 4 --num-samples 2 --group-size 3 --eval-states 4 --eval-every 2"
+    )
+    flags = f"{flags} --parity-every 1 --rollout vllm --name run".split()
     done = subprocess.run(
         [sys.executable, *command, *flags, "--runs", str(tmp_path)],
         cwd=ROOT,
@@ -538,7 +547,8 @@ def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
 
 
 def test_the_check_for_a_gpu_runs_here_with_the_tiny_model(tmp_path):
-    command = [sys.executable, "benchmarks/gpu_check.py", "--model", "tiny", "--states", "2"]
+    command = [sys.executable, "-m", "experiments.benchmarks.gpu_check"]
+    command += ["--model", "tiny", "--states", "2"]
     sizes = ["--group-size", "3", "--action-tokens", "6", "--out", str(tmp_path / "check")]
     done = subprocess.run(
         [*command, *sizes], cwd=ROOT, capture_output=True, text=True, timeout=1000, check=False

@@ -17,7 +17,7 @@ from vllm.v1.sample import logits_processor as v1
 from vllm.v1.worker.gpu.sample import logits_processor as v2
 from vllm.v1.worker.gpu.sample import sampler as v2_sampler
 
-from rollouts.vllm_sampler import suppressing
+from rollouts.vllm_engine import suppressing
 
 IDS, CPU = [0, 3, 9], torch.device("cpu")
 
@@ -41,9 +41,14 @@ def test_runner_v1_loads_it_and_gives_the_tokens_probability_0():
 
 def loaded_by_v2():
     states = SimpleNamespace(
-        device=CPU, max_num_reqs=8, vocab_size=10, all_token_ids=None, prompt_len=None,
-        prefill_len=None, total_len=None,
-    )  # fmt: skip
+        device=CPU,
+        max_num_reqs=8,
+        vocab_size=10,
+        all_token_ids=None,
+        prompt_len=None,
+        prefill_len=None,
+        total_len=None,
+    )
     kind = suppressing(IDS)
     v2.build_custom_logits_processors_params_validator([kind])(SamplingParams())
     (processor,) = v2.build_custom_logits_processors(None, states, False, [kind])

@@ -1,4 +1,5 @@
-"""End to end with a real open server: vLLM serves tiny/ over OpenAI's protocol, and is an expert of a training run."""
+"""End to end with a real open server: vLLM serves tiny/ over OpenAI's protocol, and is an expert
+of a training run."""
 
 import json
 import os
@@ -35,9 +36,25 @@ def server(tmp_path_factory):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(ROOT / "blocks" / "tiny"), "--served-model-name", "tiny", "--host", "127.0.0.1",
-        "--port", str(port), "--dtype", "float32", "--enforce-eager", "--max-model-len", "1024", "--generation-config", "vllm",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        str(ROOT / "blocks" / "tiny"),
+        "--served-model-name",
+        "tiny",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "1024",
+        "--generation-config",
+        "vllm",
+    ]
     settings = dict(
         VLLM_ENABLE_V1_MULTIPROCESSING="0",
         VLLM_CPU_KVCACHE_SPACE="1",
