@@ -70,7 +70,7 @@ def test_another_process_makes_the_same_states():
     code = "import test_blocks as t; print(*(t.fingerprint(t.BlocksSet(n, 2)[1]) for n in t.ALL))"
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-        env={"PYTHONPATH": str(Path(dataset.__file__).parent), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": str(Path(dataset.__file__).parents[1]), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(BlocksSet(name, 2)[1]) for name in ALL]
 

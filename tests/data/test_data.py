@@ -16,7 +16,7 @@ from PIL import Image
 
 import rewards
 from blocks.dataset import BlocksSet
-from data import download, pictures, reading, sets
+from data import download, image_check, pictures, reading, sets
 from data.download import prepare, unpack
 from data.pictures import ImageFiles
 from data.reason_rft import ReasonRFTSet
@@ -409,11 +409,11 @@ def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, rand
                 Policy.load(random_model_dir).encode([state])
 
 
-def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_path, monkeypatch):
+def test_images_are_looked_into_once_and_again_when_they_change(tmp_path, monkeypatch):
     other = miniature.make(tmp_path / "data", zipped=False)
     looked, look_into = [], pictures.look_into
     monkeypatch.setattr(
-        pictures, "look_into", lambda path: looked.append(path.name) or look_into(path)
+        image_check, "look_into", lambda path: looked.append(path.name) or look_into(path)
     )
     for times in (1, 2):
         questions = ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")
@@ -658,14 +658,14 @@ def test_an_archive_cut_short_is_told(tmp_path, keep):
 
 
 def test_unpacking_that_was_interrupted_begins_anew(tmp_path, monkeypatch):
-    directory, copy, copied = miniature.make(tmp_path / "data"), sets.shutil.copyfileobj, []
+    directory, copy, copied = miniature.make(tmp_path / "data"), download.shutil.copyfileobj, []
 
     def dies(*arguments):
         if len(copied) == 5:
             raise KeyboardInterrupt
         copied.append(copy(*arguments))
 
-    monkeypatch.setattr(sets.shutil, "copyfileobj", dies)
+    monkeypatch.setattr(download.shutil, "copyfileobj", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(directory), ["counting-train"], tmp_path / "cache")
     assert not (directory / "images/train_images").exists()

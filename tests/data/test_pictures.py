@@ -155,7 +155,7 @@ def test_what_cannot_be_used_has_a_reason_and_no_warning(tmp_path, capfd, name, 
 
 def test_a_decompression_bomb_has_one_reason_and_nothing_on_stderr(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(10000, 9000))  # Pillow would only warn
-    script = f"import pictures; print(pictures.look_into({str(tmp_path / 'bomb.png')!r}))"
+    script = f"from data import pictures; print(pictures.look_into({str(tmp_path / 'bomb.png')!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("('10000 x 9000 pixels', None)\n", "")
 
