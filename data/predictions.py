@@ -1,6 +1,7 @@
-"""TODO data.predictions"""
+"""Responses to test questions, as evaluate.py saves them: one file of JSON lines a set."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 from data.answers import KINDS
@@ -11,7 +12,7 @@ from training.console import UserError
 
 @dataclasses.dataclass
 class Prediction:
-    """What was said to one question: the one answer that counts, and the samples of Pass@k."""
+    """The response to one question that counts for accuracy, and the samples of Pass@k."""
 
     id: str
     answer: str  # the truth
@@ -23,7 +24,7 @@ class Prediction:
 
 
 def prediction(record: dict) -> Prediction:
-    """A line of a file of predictions. TypeError if it is another one."""
+    """A line of a file of predictions; TypeError if it is not one."""
     made = Prediction(**record)
     texts = (made.id, made.answer, made.kind, made.text, *made.samples)
     if not all(isinstance(text, str) for text in texts) or made.kind not in KINDS:
@@ -32,12 +33,14 @@ def prediction(record: dict) -> Prediction:
 
 
 def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
-    """By set, in the order of Table 1's columns, each question once; sets without answers are left out. UserError if there are none."""
+    """The predictions of each set, in the order of Table 1's columns, each question once.
+
+    Sets without answers are left out; UserError if no set has any.
+    """
     files = {file.stem: file for file in directory.glob("*.jsonl")}
-    order = [name for names in SETS.values() for name in names]
-    names = sorted(
-        files, key=lambda name: (order.index(name) if name in order else len(order), name)
-    )
+    order = list(itertools.chain(*SETS.values()))
+    known = [name for name in order if name in files]
+    names = known + sorted(files.keys() - set(known))
     if not names:
         raise UserError(f"no predictions in {directory}: make them with python evaluate.py MODEL")
     found = {}

@@ -1,4 +1,4 @@
-"""The rewards (Eq 7): tables worked by hand, the original's bugs, reward hacks, hostile texts, brute force, fuzz."""
+"""The rewards (Eq 7): tables worked by hand, bugs of the original, hacks, hostile texts, fuzz."""
 
 import itertools
 import random
@@ -333,6 +333,23 @@ def test_function_reads_neither_the_thought_nor_past_the_answer_but_all_its_line
     assert accuracy_reward(f"<think>{TRUTH}</think>", TRUTH, "function") == 0
     assert accuracy_reward("<think>change_size(3, big)</think><answer>\n" + TRUTH.replace(") ", ")\n") + "\n</answer>",
                            TRUTH, "function") == 1  # fmt: skip
+
+
+@pytest.mark.parametrize("side", ["front", "behind"])
+@pytest.mark.parametrize("turn", ["left", "right"])
+def test_a_direction_may_have_a_hyphen_or_a_blank_for_its_underscore(side, turn):
+    truth = f"change_position(0, {side}_{turn}), change_color(1, red)"
+    for between in ("_", "-", " ", "  ", "\n"):
+        for direction in (f"{side}{between}{turn}", f"'{side.upper()}{between}{turn}'"):
+            text = f"change_position(0, {direction}), change_color(1, red)"
+            assert judge_answer(text, truth, "function") == 1, text
+            assert reward(said(text), truth, "function") == 2
+            assert function_score(said(text), truth) == 1
+    for other in (f"{side}{turn}", f"{turn}-{side}", f"{side}--{turn}", side, turn):
+        text = f"change_position(0, {other}), change_color(1, red)"
+        assert judge_answer(text, truth, "function") < 1, text
+    hyphen = said(truth.replace(f"{side}_{turn}", f"{side}-{turn}"))
+    assert accuracy_reward(hyphen, truth, "function", legacy=True) < 1  # as in the original
 
 
 def test_listing_every_call_earns_less_than_one_right_call():
