@@ -17,7 +17,9 @@ COLORS = {
 SHAPES = ("cube", "sphere", "cylinder")
 SIZES = ("small", "medium", "large")
 GRID = 4  # cells along a side
-CELLS = tuple(f"{column}{row}" for row in "1234" for column in "abcd")  # row by row from the back
+CELLS = tuple(  # row by row from the back
+    column + row for row, column in itertools.product("1234", "abcd")
+)
 DIRECTIONS = {  # (column, row) steps; row 1 is at the back of the scene, row 4 at the front
     "left": (-1, 0),
     "right": (1, 0),
