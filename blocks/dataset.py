@@ -15,7 +15,7 @@ from blocks.mistakes import mistakes
 from blocks.scenes import CELLS, COLORS, DIRECTIONS, SHAPES, SIZES
 from blocks.structure import Structure
 from blocks.transformation import FUNCTIONS, Transformation
-from data.state import SETS, State
+from data.state import SET_NAMES, State
 
 TASKS = {"counting": Counting, "structure": Structure, "transformation": Transformation}
 Problem = Counting | Structure | Transformation
@@ -44,12 +44,12 @@ class BlocksSet:
     """
 
     def __init__(self, name: str, size: int, seed: int = 0, mode: str = "reason"):
-        task = name.split("-")[0]
-        if task not in SETS or name not in (f"{task}-train", *SETS[task]):
-            known = ", ".join(f"{task}-train, {', '.join(sets)}" for task, sets in SETS.items())
+        if name not in SET_NAMES:
+            known = ", ".join(SET_NAMES)
             raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
         self.name, self.size, self.seed, self.mode = name, size, seed, mode
-        self.task, self.split = TASKS[task], name.split("-")[1]
+        task, self.split = name.split("-")
+        self.task = TASKS[task]
 
     def __len__(self) -> int:
         return self.size

@@ -15,9 +15,8 @@ from collections.abc import Callable
 
 from data.download import at_home, prepare
 from data.lengths import Room
-from data.reading import FILES
 from data.reason_rft import ReasonRFTSet
-from data.state import SETS, State
+from data.state import SET_NAMES, SETS, State
 from training.console import UserError
 
 # Other values of --data: a function of (set name, settings, mode) that makes the set. A world
@@ -49,8 +48,8 @@ def load_set(
 
     thoughts, room: see ReasonRFTSet. The questions of the blocks world have thoughts and are short.
     """
-    if name not in FILES:
-        raise UserError(f"no set {name!r}; there are {', '.join(FILES)}")
+    if name not in SET_NAMES:
+        raise UserError(f"no set {name!r}; there are {', '.join(SET_NAMES)}")
     if config.data in WORLDS:
         return WORLDS[config.data](name, config, mode)
     cache = at_home(config.data_cache)

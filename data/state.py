@@ -15,6 +15,14 @@ from PIL import Image
 # A prompt asks for a thought and an answer, for the answer alone, or is the bare question, as in
 # Reason-RFT's ANS-SFT.
 MODES = ("reason", "answer", "bare")
+SETS = {  # the test sets of each task
+    "counting": ("counting-id", "counting-ood"),
+    "structure": ("structure-id", "structure-ood"),
+    "transformation": ("transformation-id", "transformation-left", "transformation-right"),
+}
+SET_NAMES = []
+for _task, _test_sets in SETS.items():
+    SET_NAMES += [f"{_task}-train", *_test_sets]
 FORMS = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}
 
 
@@ -69,10 +77,3 @@ class State:
         """The response as rewards.py reads it: in mode "bare" the answer has no tags."""
         untagged = self.mode == "bare" and "<answer>" not in response
         return f"<answer>{response}</answer>" if untagged else response
-
-
-SETS = {  # the test sets of each task
-    "counting": ("counting-id", "counting-ood"),
-    "structure": ("structure-id", "structure-ood"),
-    "transformation": ("transformation-id", "transformation-left", "transformation-right"),
-}

@@ -23,7 +23,7 @@ def test_a_short_run_writes_a_model_that_loads(tmp_path):
     Policy.load(tmp_path / "tiny").encode([BlocksSet("transformation-train", 1)[0]])
 
 
-def test_a_lesson_follows_from_its_seed_and_asks_no_question_worked_out_of_distribution():
+def test_a_lesson_follows_from_its_seed():
     for i in range(40):
         one = lesson(i, seed=1, glances=2, right=0.5)
         assert one.pairs == lesson(i, seed=1, glances=2, right=0.5).pairs
