@@ -69,7 +69,8 @@ def test_another_process_makes_the_same_states():
     # Python's own hashes differ between processes: nothing may depend on them.
     code = "import test_blocks as t; print(*(t.fingerprint(t.BlocksSet(n, 2)[1]) for n in t.ALL))"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent,
         env={"PYTHONPATH": str(Path(dataset.__file__).parents[1]), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(BlocksSet(name, 2)[1]) for name in ALL]
@@ -167,7 +168,8 @@ def test_counting_answers_are_right(name):
 
 
 @pytest.mark.parametrize("name, sizes, steps", [
-    ("counting-train", {3, 4, 5, 6}, 1), ("counting-id", {3, 4, 5, 6}, 1), ("counting-ood", {7, 8, 9}, 2),
+    ("counting-train", {3, 4, 5, 6}, 1), ("counting-id", {3, 4, 5, 6}, 1),
+    ("counting-ood", {7, 8, 9}, 2),
 ])  # fmt: skip
 def test_ood_scenes_are_larger_and_their_questions_have_two_steps(name, sizes, steps):
     assert {len(state.problem.objects) for state in states(name)} == sizes
@@ -530,8 +532,10 @@ def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "--show"), (["--sow", "x.png"], "--show"), (["--show", "{tmp}/nowhere/x.png"], "cannot write {tmp}/nowhere/x.png: No such file"),
-    (["--show", "{tmp}"], "Is a directory"), (["--show", "{tmp}/" + 300 * "x"], "File name too long"),
+    ([], "--show"), (["--sow", "x.png"], "--show"),
+    (["--show", "{tmp}/nowhere/x.png"], "cannot write {tmp}/nowhere/x.png: No such file"),
+    (["--show", "{tmp}"], "Is a directory"),
+    (["--show", "{tmp}/" + 300 * "x"], "File name too long"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]

@@ -160,8 +160,10 @@ def test_experts_are_made_in_the_order_named(names, expected):
 
 
 @pytest.mark.parametrize("names, message", [
-    ("gpt", "no expert 'gpt'; there are careful, quick, openai:MODEL, gemini:MODEL, or none"), ("", "no expert ''"), ("careful,", "no expert ''"),
-    ("careful,none", "no expert 'none'"), ("careful,careful", "twice"), ("quick, careful ,quick", "twice"),
+    ("gpt", "no expert 'gpt'; there are careful, quick, openai:MODEL, gemini:MODEL, or none"),
+    ("", "no expert ''"), ("careful,", "no expert ''"),
+    ("careful,none", "no expert 'none'"), ("careful,careful", "twice"),
+    ("quick, careful ,quick", "twice"),
 ])  # fmt: skip
 def test_unknown_and_repeated_experts_are_errors(names, message):
     with pytest.raises(ValueError, match=message):

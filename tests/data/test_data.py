@@ -100,15 +100,22 @@ def test_what_cannot_be_used_is_left_out_and_told(directory):
 
 
 @pytest.mark.parametrize("task, answer, kind", [
-    ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None), ("counting", "A", None), ("counting", "nan", None),
-    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"), ("structure", "E", "discrete"), ("structure", "b", "discrete"), ("structure", "(f).", "discrete"),
-    ("structure", "2\\sqrt{3}", "math"), ("structure", "½", "math"), ("structure", "9米", "math"), ("structure", "（B）", "discrete"),
-    ("counting", "1,000", "discrete"), ("counting", "１２", "discrete"), ("counting", "1,00", None), ("counting", "true", None),
-    ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None), ("structure", "", None),
+    ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None),
+    ("counting", "A", None), ("counting", "nan", None),
+    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"),
+    ("structure", "E", "discrete"), ("structure", "b", "discrete"),
+    ("structure", "(f).", "discrete"),
+    ("structure", "2\\sqrt{3}", "math"), ("structure", "½", "math"), ("structure", "9米", "math"),
+    ("structure", "（B）", "discrete"),
+    ("counting", "1,000", "discrete"), ("counting", "１２", "discrete"), ("counting", "1,00", None),
+    ("counting", "true", None),
+    ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None),
+    ("structure", "", None),
     ("structure", "3</answer>", None),
     ("transformation", "change_size(0, small)", "function"),
     ("transformation", "['change_size(0, \"small\")'; change_shape(3,'cube')]", "function"),
-    ("transformation", "change_size(0, huge)", None), ("transformation", "paint(0, red)", None), ("transformation", "nothing", None),
+    ("transformation", "change_size(0, huge)", None), ("transformation", "paint(0, red)", None),
+    ("transformation", "nothing", None),
     ("transformation", "change_size(0, small), change_color(1)", None),
     ("transformation", ", ".join(f"change_size({i}, small)" for i in range(5)), None),
 ])  # fmt: skip
@@ -121,8 +128,10 @@ def test_the_form_of_an_answer_decides_how_it_is_judged(task, answer, kind):
 
 
 @pytest.mark.parametrize("cot, thought", [
-    ("bare", "bare"), (" <think> a\nb </think> ", "a\nb"), ("<think>a</think>\n<answer>3</answer>", "a"), ("a <answer>3</answer>", "a"),
-    ("a </think> b", ""), ("<think>a", ""), ("<think>a</think> b <think>c</think>", ""), ("", ""), (None, ""), (3, ""),
+    ("bare", "bare"), (" <think> a\nb </think> ", "a\nb"),
+    ("<think>a</think>\n<answer>3</answer>", "a"), ("a <answer>3</answer>", "a"),
+    ("a </think> b", ""), ("<think>a", ""), ("<think>a</think> b <think>c</think>", ""), ("", ""),
+    (None, ""), (3, ""),
 ])  # fmt: skip
 def test_a_thought_loses_its_tags_or_is_not_used(cot, thought):
     assert reading.thought_of(cot) == thought
@@ -723,7 +732,8 @@ def test_no_home_is_told_in_a_line(tmp_path, monkeypatch, capsys, arguments):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--task", "all"], "--task"), (["--what"], "--what"), (["--data", "{tmp}/nowhere"], "no data at"), (["--data", "{tmp}"], "has no"),
+    (["--task", "all"], "--task"), (["--what"], "--what"),
+    (["--data", "{tmp}/nowhere"], "no data at"), (["--data", "{tmp}"], "has no"),
     (["--data-cache", "{tmp}/file"], "cannot write"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):

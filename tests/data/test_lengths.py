@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = World(0, 1, torch.device("cpu"))
 LONG = "how many red objects are there ? "  # of 8 words
 SHORT = dict(
-    experts="none", batch_size=4, num_samples=2, group_size=2, max_new_tokens=8, beta=0.0, name="run", eval_states=4, save_every=0,
+    experts="none", batch_size=4, num_samples=2, group_size=2, max_new_tokens=8, beta=0.0,
+    name="run", eval_states=4, save_every=0,
 )  # fmt: skip
 
 
@@ -180,7 +181,8 @@ def test_too_long_questions_are_left_out_of_every_set_and_listed(tmp_path, rollo
 def test_sft_leaves_them_out_as_well(tmp_path, method):
     directory = world(tmp_path, LEFT_OUT)
     config = sft.Config(
-        data=str(directory), data_cache=str(tmp_path / "c"), runs=str(tmp_path), method=method, batch_size=4, max_new_tokens=8,
+        data=str(directory), data_cache=str(tmp_path / "c"), runs=str(tmp_path), method=method,
+        batch_size=4, max_new_tokens=8,
         eval_states=2, rollout="transformers", name="run",
     )  # fmt: skip
     left_out = storage.read(sft.train(config, None, CPU) / "left_out.jsonl")
@@ -192,7 +194,8 @@ def test_vllm_holds_what_the_model_knows_though_it_is_longer_than_usual(tmp_path
     """1,600 words are more than the 1,024 that the engine leaves for words by itself, and fit the model's 2,048."""
     directory = world(tmp_path, {"counting-train": {2: 200, 9: 400}}, size=9 + 1)
     flags = dict(
-        SHORT, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, rollout="vllm", model=random_model_dir, eval_every=0,
+        SHORT, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, rollout="vllm",
+        model=random_model_dir, eval_every=0,
         batch_size=9, parity_every=0,
     )  # fmt: skip
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]

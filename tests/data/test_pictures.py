@@ -80,7 +80,8 @@ def test_a_picture_of_one_grey_is_no_error(tmp_path, values):
 
 
 @pytest.mark.parametrize("mode, format", [
-    ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("L", "BMP"), ("RGBA", "WEBP"),
+    ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF"), ("P", "PNG"),
+    ("P", "GIF"), ("1", "PNG"), ("L", "BMP"), ("RGBA", "WEBP"),
 ])  # fmt: skip
 def test_colours_of_every_mode_are_those_that_were_drawn(tmp_path, mode, format):
     picture = Image.new("RGB", (40, 30), (255, 255, 255))
@@ -97,7 +98,8 @@ def test_colours_of_every_mode_are_those_that_were_drawn(tmp_path, mode, format)
 
 @pytest.mark.parametrize("picture, options", [
     (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), {}), (Image.new("LA", (4, 4), (0, 0)), {}),
-    (Image.new("P", (4, 4), 0), {"transparency": 0}), (Image.new("L", (4, 4), 0), {"transparency": 0}),
+    (Image.new("P", (4, 4), 0), {"transparency": 0}),
+    (Image.new("L", (4, 4), 0), {"transparency": 0}),
     (Image.new("RGB", (4, 4), 0), {"transparency": (0, 0, 0)}),
 ])  # fmt: skip
 def test_what_is_transparent_is_white(tmp_path, picture, options):
@@ -136,10 +138,13 @@ NONE = "none of PNG"
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("a.png", saved(NOISE, "EPS"), NONE), ("a.png", saved(NOISE, "PPM"), NONE), ("a.jpg", saved(NOISE, "ICO"), NONE),
-    ("a.png", saved(NOISE, "PDF"), NONE), ("a.png", b"", NONE), ("a.png", b"<svg/>", NONE), ("a.png", b"P6 99999 99999 255 ", NONE),
+    ("a.png", saved(NOISE, "EPS"), NONE), ("a.png", saved(NOISE, "PPM"), NONE),
+    ("a.jpg", saved(NOISE, "ICO"), NONE),
+    ("a.png", saved(NOISE, "PDF"), NONE), ("a.png", b"", NONE), ("a.png", b"<svg/>", NONE),
+    ("a.png", b"P6 99999 99999 255 ", NONE),
     ("a.png", png_header(0, 5), ""), ("a.png", png_header(5, 0), ""),
-    ("a.png", png_header(60000, 60000), "pixels"), ("a.png", png_header(10000, 9000), "10000 x 9000 pixels"),
+    ("a.png", png_header(60000, 60000), "pixels"),
+    ("a.png", png_header(10000, 9000), "10000 x 9000 pixels"),
     ("a.bmp", saved(NOISE, "BMP")[:18] + struct.pack("<ii", 2**30, 2**30) + saved(NOISE, "BMP")[26:], "pixels"),
     *((f"a.{format}", saved(NOISE, format)[:2000], "") for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")),
     ("a.png", saved(Image.new("L", (1608, 8)), "PNG"), "too long a strip"),
