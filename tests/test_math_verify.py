@@ -1,4 +1,4 @@
-"""The legacy test score is Reason-RFT's: equal text or math-verify's verdict. Needs math-verify, as --legacy does."""
+"""The legacy test score is Reason-RFT's: equal text or math-verify's verdict."""
 
 import json
 import re

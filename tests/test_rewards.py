@@ -25,7 +25,7 @@ def said(answer: str) -> str:
     return f"<think>because</think><answer>{answer}</answer>"
 
 
-# ------------------------------------------------------------------------------------------------- format and tags
+# ---------------------------------------------------------------------------------- format and tags
 
 # The response; its strict format and the answer read from it; its legacy format.
 RESPONSES = [
@@ -113,7 +113,7 @@ def test_legacy_format_is_the_original_regular_expression():
     assert seen == {True, False}
 
 
-# ------------------------------------------------------------------------------------------------------ accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 JUDGED = [
     # discrete, numbers: by value (bug: "3.0" differs from "3")
@@ -153,7 +153,7 @@ JUDGED = [
     # discrete, other texts: but for case and spaces
     ("Red  Cube", "red cube", "discrete", 1), ("red", "red cube", "discrete", 0),
     ("(1, 2)", "( 1,2 )", "discrete", 1),
-    # math: values. Bugs: a truth of 0 (see below), "nan", "2" read from "2\sqrt{3}" and "5" from "5\pi"
+    # math: values. Bugs: a truth of 0 (below), "nan", "2" read from "2\sqrt{3}", "5" from "5\pi"
     ("12", "12", "math", 1), ("12 cm", "12", "math", 1), ("12", "12 cm", "math", 1),
     ("12 cm", "12 cm", "math", 1),
     ("12 cm", "12 mm", "math", 0), ("12 units", "12 cm", "math", 1),
@@ -201,11 +201,14 @@ JUDGED = [
     ("change_color(0, blue)", TRUTH, "function", 1 / 2),
     ("change_color(0, blue) change_shape(1, sphere)", TRUTH, "function", 1 / 2),
     (TRUTH + " change_size(2, small)", TRUTH, "function", 2 / 3),
-    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue)", "function", 1 / 2),  # repeats cost
+    # repeats cost
+    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue)", "function", 1 / 2),
     (TRUTH + " change_shape(1,cube)", TRUTH, "function", 2 / 3),
     ("change_color(0,blue) " * 3 + "change_shape(1,cube)", TRUTH, "function", 1 / 2),
-    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue) change_color(0,blue)", "function", 1 / 2),
-    ("change_color(1, blue) change_shape(0, cube)", TRUTH, "function", 0),  # no partial credit in training
+    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue) change_color(0,blue)",
+     "function", 1 / 2),
+    # no partial credit in training
+    ("change_color(1, blue) change_shape(0, cube)", TRUTH, "function", 0),
     ("change_color(car, blue)", "change_color(Car,blue)", "function", 1),  # an object may be a word
     ("xchange_color(0, blue)", "change_color(0, blue)", "function", 0),
     ("blue", TRUTH, "function", 0),
@@ -220,10 +223,12 @@ def test_accuracy_worked_by_hand(predicted, answer, kind, expected):
     assert accuracy_reward(said(predicted), answer, kind) == pytest.approx(expected, abs=1e-12)
 
 
-# Other ways of writing an answer ("d": discrete, "m": math): they are right, also where a quantity must be equal ...
+# Other ways of writing an answer ("d": discrete, "m": math): right, also where it must be equal ...
 WRITTEN = [
-    ("３", "3", "d"), ("3。", "3", "d"), ("３．０", "3", "d"), ("3．", "3", "d"), ("（B）", "B", "d"),
-    ("Ｂ", "B", "d"), ("B：12", "B", "d"), ("B、12", "B", "d"), ("【B】", "B", "d"), ("「B」", "B", "d"),
+    ("３", "3", "d"), ("3。", "3", "d"), ("３．０", "3", "d"), ("3．", "3", "d"),
+    ("（B）", "B", "d"),
+    ("Ｂ", "B", "d"), ("B：12", "B", "d"), ("B、12", "B", "d"), ("【B】", "B", "d"),
+    ("「B」", "B", "d"),
     ("B。", "B", "d"), ("[B]", "B", "d"), ("3", "３", "d"), ("B", "（B）", "d"), ("B", "Ｂ", "d"),
     ("B. 12 m", "B", "d"), ("B. 12m", "B", "d"), ("(B) 12 m²", "B", "d"),
     ("B. 3 m by 4 m", "B", "d"), ("**3**", "3", "d"), ("__3__", "3", "d"), ("*3*", "3", "d"),
@@ -265,13 +270,17 @@ WRITTEN = [
 ]  # fmt: skip
 # ... and what is near them, which is wrong.
 NEAR = [
-    ("A or B", "A", "d"), ("A or B", "B", "d"), ("B) 12 C) 13", "B", "d"), ("B）12 C）13", "B", "d"),
+    ("A or B", "A", "d"), ("A or B", "B", "d"), ("B) 12 C) 13", "B", "d"),
+    ("B）12 C）13", "B", "d"),
     ("3 or 4", "3", "d"), ("3 or 4", "3", "m"), ("B. A", "B", "d"), ("B. A", "A", "d"),
     ("B、A", "B", "d"), ("B: A", "B", "d"), ("A、B", "A", "d"), ("A，B", "A", "d"),
-    ("12 m", "12 cm", "m"), ("12米", "12 cm", "m"), ("12厘米", "12 m", "m"), ("12 m²", "12 cm²", "m"),
-    ("12 yd", "12 ft", "m"), ("12 dm", "12 cm", "m"), ("12 km", "12 m", "m"), ("12千米", "12米", "m"),
+    ("12 m", "12 cm", "m"), ("12米", "12 cm", "m"), ("12厘米", "12 m", "m"),
+    ("12 m²", "12 cm²", "m"),
+    ("12 yd", "12 ft", "m"), ("12 dm", "12 cm", "m"), ("12 km", "12 m", "m"),
+    ("12千米", "12米", "m"),
     ("12毫米", "12米", "m"), ("30 rad", "30°", "m"), ("30 cm", "30°", "m"), ("３４", "3", "d"),
-    ("３４", "4", "d"), ("3、4", "3", "d"), ("3、4", "3.4", "m"), ("3，4", "3", "d"), ("6", "6√2", "m"),
+    ("３４", "4", "d"), ("3、4", "3", "d"), ("3、4", "3.4", "m"), ("3，4", "3", "d"),
+    ("6", "6√2", "m"),
     ("6√2", "6", "m"), ("6", "6\\sqrt[3]{2}", "m"), ("2", "\\sqrt[3]{2}", "m"),
     ("2", "2\\sqrt[3]{3}", "m"), ("8", "\\sqrt[3]{8}", "m"), ("3", "\\sqrt[3]{8}", "m"),
     ("5²", "5", "m"), ("5²", "52", "m"), ("5²", "2", "m"), ("5²", "52", "d"), ("3½", "31", "m"),
@@ -368,8 +377,9 @@ def test_math_with_truth_zero_asks_for_zero(predicted, expected):
 def test_function_reads_neither_the_thought_nor_past_the_answer_but_all_its_lines():
     assert accuracy_reward(f"<think>{TRUTH}</think><answer>none</answer>", TRUTH, "function") == 0
     assert accuracy_reward(f"<think>{TRUTH}</think>", TRUTH, "function") == 0
-    assert accuracy_reward("<think>change_size(3, big)</think><answer>\n" + TRUTH.replace(") ", ")\n") + "\n</answer>",
-                           TRUTH, "function") == 1  # fmt: skip
+    lines = TRUTH.replace(") ", ")\n")
+    text = f"<think>change_size(3, big)</think><answer>\n{lines}\n</answer>"
+    assert accuracy_reward(text, TRUTH, "function") == 1
 
 
 @pytest.mark.parametrize("side", ["front", "behind"])
@@ -417,7 +427,7 @@ def test_an_unknown_kind_is_a_mistake_of_the_program(legacy):
         judge_answer("3", "3", "maths")
 
 
-# -------------------------------------------------------------------------------------------------------- legacy
+# ------------------------------------------------------------------------------------------- legacy
 
 LEGACY = [
     (said("3"), "3", "discrete", 1), (said(" 3 "), "3", "discrete", 1),
@@ -440,7 +450,8 @@ LEGACY = [
     (said(""), TRUTH, "function", 0),
     (f"<think>{TRUTH}</think><answer>\nnone\n</answer>", TRUTH, "function", 0),
     (TRUTH, TRUTH, "function", 1),
-    ("<think>a</think>\n<answer>\n" + TRUTH.replace(" c", "\nc") + "\n</answer>", TRUTH, "function", 1),
+    ("<think>a</think>\n<answer>\n" + TRUTH.replace(" c", "\nc") + "\n</answer>", TRUTH,
+     "function", 1),
 ]  # fmt: skip
 
 
@@ -449,7 +460,7 @@ def test_legacy_gives_the_numbers_of_the_original(text, answer, kind, expected):
     assert accuracy_reward(text, answer, kind, legacy=True) == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------------------------- partial credit
+# ----------------------------------------------------------------------------------- partial credit
 
 
 @pytest.mark.parametrize("predicted, answer, expected", [
@@ -464,7 +475,7 @@ def test_partial_credit_worked_by_hand(predicted, answer, expected):
 
 
 def test_partial_credit_is_the_best_pairing_where_the_greedy_one_is_not():
-    # f(0,a) may be paired with f(0,c) by its object or f(1,a) by its value; f(0,b) with f(0,c) only.
+    # f(0,a) may be paired with f(0,c) by its object, f(1,a) by its value; f(0,b) with f(0,c) only.
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)") == pytest.approx(1 / 2)
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)", legacy=True) == pytest.approx(
         (1 / 2 + 1 / 4) / 2
@@ -520,7 +531,7 @@ def test_partial_credit_equals_brute_force_whatever_the_order_and_legacy_is_neve
     assert below > 0
 
 
-# -------------------------------------------------------------------------------------------------- hostile texts
+# ------------------------------------------------------------------------------------ hostile texts
 
 N = 100_000
 HOSTILE = {
@@ -636,7 +647,8 @@ def test_random_fragments_never_raise_and_stay_in_range():
               "b)", "f(0,a)", "f(0,",
               "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(",
               "\\,", "{,}", "½", "⁰", "³", "√", "√[", "∛", "x=",
-              "≈", "：", "（", "。", "–", "米", "平方", "㎠", "\\sqrt[3]", "\\cfrac", "m ", "`", ":",
+              "≈", "：", "（", "。", "–", "米", "平方", "㎠", "\\sqrt[3]", "\\cfrac", "m ", "`",
+              ":",
               "𝟑"]  # fmt: skip
     seen = set()
     for _ in range(3000):

@@ -1,4 +1,4 @@
-"""data.py: what a record becomes, what is left out and why, archives that attack, downloads and unpacking that were interrupted."""
+"""Records as states, what is left out and why, hostile archives, interrupted downloads."""
 
 import http.server
 import json
@@ -57,7 +57,7 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 @pytest.mark.parametrize("name", reading.FILES)
@@ -284,9 +284,18 @@ def test_the_folder_of_images_may_be_a_link_to_another_disk(tmp_path):
     ("change_position(0, 'Behind-Right')", "change_position(0, 'Behind_Right')"),
     ("change_position(0, behind left)", "change_position(0, behind_left)"),
     ("change_size(0, small), change_size(0, small)", "change_size(0, small)"),
-    ("change_position(1, left); Change_Position(1, 'left'); change_size(0, small)", "change_position(1, left), change_size(0, small)"),
-    (["change_size(0, small)", "change_color(1, red)"], "change_size(0, small), change_color(1, red)"),
-    (", ".join(f"change_size({i % 2}, small)" for i in range(6)), "change_size(0, small), change_size(1, small)"),
+    (
+        "change_position(1, left); Change_Position(1, 'left'); change_size(0, small)",
+        "change_position(1, left), change_size(0, small)",
+    ),
+    (
+        ["change_size(0, small)", "change_color(1, red)"],
+        "change_size(0, small), change_color(1, red)",
+    ),
+    (
+        ", ".join(f"change_size({i % 2}, small)" for i in range(6)),
+        "change_size(0, small), change_size(1, small)",
+    ),
     ("change_size(0, small), change_size(0, small), paint(0)", None),
     ("change_position(0, front-up)", None),
 ])  # fmt: skip
@@ -379,7 +388,7 @@ def test_a_damaged_list_of_checked_images_is_made_anew(tmp_path, seen):
     assert whole.items() <= json.loads(file.read_text()).items()
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_an_image_is_opened_when_it_is_used_and_closed_again(directory, monkeypatch):
@@ -432,7 +441,7 @@ def test_images_are_looked_into_once_and_again_when_they_change(tmp_path, monkey
     assert looked[13:] == ["broken.png"]
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -496,7 +505,7 @@ def test_an_answer_in_mode_bare_is_read_without_tags(directory):
         assert rewards.accuracy_reward(said, state.answer, state.kind) == right
 
 
-# ---------------------------------------------------------------------------------------------- the sets of a run
+# -------------------------------------------------------------------------------- the sets of a run
 
 
 def test_both_worlds_have_one_interface(directory, tmp_path):
@@ -560,7 +569,7 @@ def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
     assert BlocksSet("counting-id", 1)[0].request == "think , then answer ."
 
 
-# ---------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 @pytest.mark.parametrize("prefix", ["", "train_images/", "images/train_images/"])
@@ -748,7 +757,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 
 def told(monkeypatch, capsys, arguments) -> str:
-    """What data.py says before it exits with 2: one line."""
+    """The one line of the program before it exits with 2."""
     monkeypatch.setattr(sys, "argv", ["data.download", *arguments])
     with pytest.raises(SystemExit) as stop:
         download.main()
@@ -764,11 +773,11 @@ def test_no_directory_is_told_in_a_line(tmp_path):
     assert "nowhere" in one_line(error)
 
 
-# ---------------------------------------------------------------------------------------------- the download
+# ------------------------------------------------------------------------------------- the download
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub as huggingface_hub sees it, from the files of a directory; can break off in the middle of a file."""
+    """The hub as huggingface_hub sees it, from a directory; can break off within a file."""
 
     protocol_version = "HTTP/1.1"
     directory: Path
