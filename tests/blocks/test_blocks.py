@@ -72,7 +72,7 @@ def test_another_process_makes_the_same_states():
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent,
-        env={"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
+        env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(BlocksSet(name, 2)[1]) for name in ALL]
 
@@ -216,7 +216,7 @@ def edges(corners: list[tuple[int, int]]):
 
 
 def area(corners: list[tuple[int, int]]) -> float:
-    """Row by row of unit height; half way up a row is its mean width, as corners have whole heights."""
+    """Row by row of unit height; halfway up a row is its mean width: corners are on whole heights."""
     total = 0.0
     for row in range(min(y for _, y in corners), max(y for _, y in corners)):
         middle, crossings = row + 0.5, []
