@@ -97,7 +97,7 @@ def _lowered(signs: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Lower case, single spaces, without what says how a formula looks but not what it is."""
+    """Lower case, single spaces, without commands of layout."""
     text = text.translate(_PLAIN).lower()
     text = re.sub(f"{_AHEAD}({_RAISED})√", lambda sign: rf"\sqrt[{_lowered(sign[1])}]", text)  # ³√8
     text = re.sub(
@@ -123,7 +123,7 @@ def _strip(text: str) -> str:
 # -------------------------------------------------------------------------- numbers, quantities
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
-_TOKEN = re.compile(rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])")  # no rule takes a sign not ours
+_TOKEN = re.compile(rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])")  # no rule takes an unknown sign
 _NAMED = re.compile(  # "x =", "ab ≈", "m∠abc =", "=", "≈"
     r"(?:(?:m ?)?(?:\\angle|∠|\\triangle|△)? ?"
     r"([a-z]{1,3}(?: ?_ ?(?:\w|\{ ?\w{1,9} ?\}))?) ?)?[=≈] ?"
@@ -149,8 +149,6 @@ _UNIT = re.compile(
     rf"(?<![a-z\\])(?:(?:{_POWER})(?:\.| |\. )|平方|立方|平)?({'|'.join(_UNITS)})"
     rf"(?: ?\^ ?\{{? ?[23] ?\}}?|[23]| (?:{_POWER}))?$"
 )
-
-
 _MIXED = re.compile(r"(?<![0-9.,^/}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)")  # 3 1/2, 3\frac{1}{2}
 _MIXED_LATEX = re.compile(r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}")
 
@@ -164,7 +162,7 @@ def _number(text: str) -> Quantity | None:
 
 
 def _without_name(text: str) -> tuple[str, str]:
-    """What follows "x =", "=" or "≈" in front, and the name before it."""
+    """The text after a leading "x =", "=" or "≈", and the name ("x")."""
     named = _NAMED.match(text)
     return (text[named.end() :], named[1] or "") if named else (text, "")
 

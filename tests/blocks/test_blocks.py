@@ -216,7 +216,7 @@ def edges(corners: list[tuple[int, int]]):
 
 
 def area(corners: list[tuple[int, int]]) -> float:
-    """Row by row of unit height; halfway up a row is its mean width: corners are on whole heights."""
+    """Row by row of unit height. Corners are on whole heights: halfway up is a row's mean width."""
     total = 0.0
     for row in range(min(y for _, y in corners), max(y for _, y in corners)):
         middle, crossings = row + 0.5, []
