@@ -1,19 +1,9 @@
-"""The blocks world: small rendered scenes with questions, answers and thoughts; the embedded data set.
+"""Sets of the blocks world: small rendered scenes with questions, answers and thoughts.
 
-Three tasks with the names and splits of the paper's benchmark (Section 4.1), small enough for a laptop:
-
-    counting        arithmetic over the shapes, colours and sizes of 3 to 6 objects.     -id  -ood: 7 to 9 objects, two steps
-    structure       sides, perimeter, area, a missing side of a figure on a unit grid.   -id  -ood: multiple choice, unseen figures
-    transformation  which functions turn the first picture into the second, 1 to 4.      -id  -left, -right: second seen from there
-
-A set is a name such as "counting-train" or "structure-ood"; its i-th question follows from the name, i and the seed alone,
-so that sets need no files and resuming needs no position but i. Train and test are kept apart by a hash of the question
-and its scene: one share of all possible questions is the test's, in every set and with every seed.
-
-A thought is right reasoning over a perceived scene. A mistake is the same reasoning over a scene in which one thing was
-misperceived, which is how the scripted experts of experts.py go wrong: plausibly, and with a density one can write down.
-
-    python blocks.py --show sheet.png          # draws a sheet of examples
+Three tasks with the names and splits of the paper's benchmark (Section 4.1). A set is a name such
+as "counting-train" or "structure-ood"; its i-th question follows from the name, i and the seed, so
+that sets need no files and a resumed run needs no position but i. A hash of question and scene
+keeps train and test apart: one share of all possible questions is for testing, with every seed.
 """
 
 import hashlib
@@ -22,26 +12,22 @@ from dataclasses import dataclass
 
 from blocks.counting import Counting
 from blocks.mistakes import mistakes
-from blocks.scenes import CELLS, COLORS, DIRECTIONS, FUNCTIONS, SHAPES, SIZES
+from blocks.scenes import CELLS, COLORS, DIRECTIONS, SHAPES, SIZES
 from blocks.structure import Structure
-from blocks.transformation import Transformation
-from data.state import SETS, State
-
-TEST_SHARE = 0.2  # of all possible questions
-
-
-# ---------------------------------------------------------------------------------------------- states
-
+from blocks.transformation import FUNCTIONS, Transformation
+from data.state import SET_NAMES, State
 
 TASKS = {"counting": Counting, "structure": Structure, "transformation": Transformation}
+Problem = Counting | Structure | Transformation
+TEST_SHARE = 0.2  # of all possible questions
 
 
 @dataclass(frozen=True)
 class BlocksState(State):
-    """A question of the blocks world; `problem` is what only the world and its scripted experts know."""
+    """A question of the blocks world; only the world and its scripted experts see `problem`."""
 
     set_name: str = ""
-    problem: Counting | Structure | Transformation = None
+    problem: Problem = None
 
     @property
     def request(self) -> str:
@@ -53,17 +39,17 @@ class BlocksSet:
     """The set of that name, `size` states long: `BlocksSet("counting-train", 1000)[17]`.
 
     name: "TASK-SPLIT" with a task of `SETS` and the split "train", "id" or one of its OOD splits.
-    seed: another seed gives other questions of the same kind; test sets keep seed 0 so that runs can be compared.
-    mode: of the prompts, see data.py.
+    seed: another seed gives other questions of the same kind; test sets keep seed 0, so that runs
+    can be compared. mode: of the prompts, see data/state.py.
     """
 
     def __init__(self, name: str, size: int, seed: int = 0, mode: str = "reason"):
-        task = name.split("-")[0]
-        if task not in SETS or name not in (f"{task}-train", *SETS[task]):
-            known = ", ".join(f"{task}-train, {', '.join(sets)}" for task, sets in SETS.items())
+        if name not in SET_NAMES:
+            known = ", ".join(SET_NAMES)
             raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
         self.name, self.size, self.seed, self.mode = name, size, seed, mode
-        self.task, self.split = TASKS[task], name.split("-")[1]
+        task, self.split = name.split("-")
+        self.task = TASKS[task]
 
     def __len__(self) -> int:
         return self.size
@@ -74,7 +60,7 @@ class BlocksSet:
         rng = random.Random(f"{self.name} {self.seed} {index}")
         while True:
             problem = self.task.sample(rng, self.split)
-            # A question that nobody could plausibly get wrong is not asked.
+            # A question without a plausible mistake is skipped.
             if in_test(problem) == (self.split != "train") and mistakes(problem):
                 break
         return BlocksState(
@@ -90,7 +76,7 @@ class BlocksSet:
         )
 
 
-def in_test(problem: Counting | Structure | Transformation) -> bool:
+def in_test(problem: Problem) -> bool:
     """Whether this question about this scene belongs to the test sets, by a hash of both."""
     digest = hashlib.sha256(repr(problem).encode()).digest()
     return digest[0] < 256 * TEST_SHARE
@@ -98,11 +84,16 @@ def in_test(problem: Counting | Structure | Transformation) -> bool:
 
 def vocabulary() -> list[str]:
     """Every word of the world, in a fixed order: the vocabulary of tiny/."""
-    words = "<think> </think> <answer> </answer> user assistant think , then answer describe check list . ? : ( )".split()
-    words += "how many are there left remove all add object objects total plus minus times divided by is yes no".split()
-    words += "what the of figure does have sides perimeter area rectangle missing side long choose a letter".split()
-    words += "width height notch half twice square triangle l-shape t-shape trapezoid strip at glance".split()
-    words += "changed second first picture seen from now A B C D".split()
+    words = """
+        <think> </think> <answer> </answer> user assistant
+        think , then answer describe check list . ? : ( )
+        how many are there left remove all add object objects
+        total plus minus times divided by is yes no
+        what the of figure does have sides perimeter area rectangle missing side long
+        choose a letter width height notch half twice
+        square triangle l-shape t-shape trapezoid strip at glance
+        changed second first picture seen from now A B C D
+    """.split()
     words += [*SHAPES, "every", "count", "gone", *SIZES, *COLORS, *CELLS, *DIRECTIONS]
     words += FUNCTIONS.values()
     words += [str(number) for number in range(85)]

@@ -1,4 +1,6 @@
-"""TODO blocks.figures"""
+"""Figures of the structure task, with whole-unit sides on an 8 x 8 unit grid."""
+
+from __future__ import annotations
 
 import random
 from dataclasses import dataclass
@@ -8,11 +10,11 @@ from blocks.scenes import COLORS
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with whole-unit sides, its lower left corner at (x, y) of the 8 x 8 unit grid.
+    """A figure; (x, y) is the lower left corner of the box around it, on the grid.
 
-    width, height: of the box around it. notch: (width, height) of the corner that an "l-shape" lacks, and of each of the two
-    that a "t-shape" lacks; a "trapezoid" has the top side width - notch[0]. A "strip" is a rectangle whose height is not
-    shown.
+    width, height: of the box. notch: (width, height) of the corner that an "l-shape" lacks, and of
+    each of the two that a "t-shape" lacks; the top side of a "trapezoid" is width - notch[0]. A
+    "strip" is a rectangle whose height is not shown.
     """
 
     shape: str
@@ -25,38 +27,34 @@ class Figure:
     y: int = 0
 
     def corners(self) -> list[tuple[int, int]]:
-        """The corners in units from the lower left of the box around the figure, in order."""
+        """The corners in units from the lower left of the box, in order."""
         w, h, (a, b) = self.width, self.height, self.notch
-        corners = {
-            "triangle": [(0, 0), (w, 0), (0, h)],
-            "l-shape": [(0, 0), (w, 0), (w, h - b), (w - a, h - b), (w - a, h), (0, h)],
-            "t-shape": [
-                (a, 0),
-                (w - a, 0),
-                (w - a, h - b),
-                (w, h - b),
-                (w, h),
-                (0, h),
-                (0, h - b),
-                (a, h - b),
-            ],
-            "trapezoid": [(0, 0), (w, 0), (w - a, h), (0, h)],
-        }.get(self.shape, [(0, 0), (w, 0), (w, h), (0, h)])
+        if self.shape == "triangle":
+            corners = [(0, 0), (w, 0), (0, h)]
+        elif self.shape == "l-shape":
+            corners = [(0, 0), (w, 0), (w, h - b), (w - a, h - b), (w - a, h), (0, h)]
+        elif self.shape == "t-shape":
+            corners = [(a, 0), (w - a, 0), (w - a, h - b), (w, h - b)]
+            corners += [(w, h), (0, h), (0, h - b), (a, h - b)]
+        elif self.shape == "trapezoid":
+            corners = [(0, 0), (w, 0), (w - a, h), (0, h)]
+        else:
+            corners = [(0, 0), (w, 0), (w, h), (0, h)]
         return [(w - x, y) for x, y in corners] if self.mirrored else corners
 
+    def on_grid(self) -> list[tuple[int, int]]:
+        """The corners in units of the grid."""
+        return [(self.x + x, self.y + y) for x, y in self.corners()]
+
     def is_proper(self) -> bool:
-        """Whether every side has a length and the name fits (a mistaken figure may have neither)."""
-        (w, h), (a, b) = (self.width, self.height), self.notch
-        square = self.shape != "square" or w == h
-        return (
-            square
-            and w > a * (2 if self.shape == "t-shape" else 1)
-            and h > b
-            and (self.shape != "rectangle" or w != h)
-        )
+        """Whether each side has a length and the name fits; of a mistaken figure both may fail."""
+        w, h, (a, b) = self.width, self.height, self.notch
+        if self.shape in ("square", "rectangle") and (self.shape == "square") != (w == h):
+            return False
+        return w > a * (2 if self.shape == "t-shape" else 1) and h > b
 
     @classmethod
-    def sample(cls, rng: random.Random, shapes: tuple[str, ...]) -> "Figure":
+    def sample(cls, rng: random.Random, shapes: tuple[str, ...]) -> Figure:
         shape = rng.choice(shapes)
         width, height, notch = rng.randint(2, 6), rng.randint(2, 6), (0, 0)
         if shape == "square":
@@ -72,15 +70,7 @@ class Figure:
         elif shape == "trapezoid":
             width = rng.randint(3, 6)
             notch = rng.randint(1, width - 1), 0
-        tall = 3 if shape == "strip" else height
+        tall = 3 if shape == "strip" else height  # as it is drawn
         color, mirrored = rng.choice(list(COLORS)), rng.random() < 0.5
-        return cls(
-            shape,
-            width,
-            height,
-            notch,
-            color,
-            mirrored,
-            rng.randint(0, 8 - width),
-            rng.randint(0, 8 - tall),
-        )
+        x, y = rng.randint(0, 8 - width), rng.randint(0, 8 - tall)
+        return cls(shape, width, height, notch, color, mirrored, x, y)

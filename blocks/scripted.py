@@ -1,7 +1,7 @@
-"""The scripted experts of the blocks world: they stand for the paper's GPT-4o and Gemini-1.5-Pro where there is no key.
+"""Scripted experts of the blocks world, in the place of the paper's GPT-4o and Gemini-1.5-Pro.
 
-They know the world, err as often as Table 1 says those two do on the task, and their density is exact. A scripted mistake is
-right reasoning over a scene in which one thing was misperceived (blocks.py), never noise.
+They are right as often as Table 1 says those two are on the task, and their density is exact.
+A mistake is right reasoning over a scene in which one thing was misperceived (mistakes.py).
 """
 
 from __future__ import annotations
@@ -10,29 +10,30 @@ import math
 import random
 from functools import lru_cache
 
-from blocks import dataset
+from blocks.dataset import BlocksState
 from blocks.mistakes import mistakes
 from data.state import State
 from sampling import Action, Sample
 
-STYLES = ("careful", "quick")  # the scripted experts' ways of thinking
+STYLES = ("careful", "quick")  # how they think: every step, or only some
 
-
-# Table 1 of the paper: accuracy on the task's test sets. "train" questions are like those of "id".
+# Table 1 of the paper: accuracy on the test sets. Questions of "train" are like those of "id".
 ACCURACY = {
     "careful": {  # GPT-4o
-        "counting-id": 0.6810, "counting-ood": 0.3431, "structure-id": 0.5018, "structure-ood": 0.4349,
+        "counting-id": 0.6810, "counting-ood": 0.3431,
+        "structure-id": 0.5018, "structure-ood": 0.4349,
         "transformation-id": 0.4255, "transformation-left": 0.2867, "transformation-right": 0.2976,
     },
     "quick": {  # Gemini-1.5-Pro
-        "counting-id": 0.6180, "counting-ood": 0.3750, "structure-id": 0.5012, "structure-ood": 0.4838,
+        "counting-id": 0.6180, "counting-ood": 0.3750,
+        "structure-id": 0.5012, "structure-ood": 0.4838,
         "transformation-id": 0.2622, "transformation-left": 0.1876, "transformation-right": 0.1988,
     },
 }  # fmt: skip
 
 
 class ScriptedExpert:
-    """One of the two scripted experts of the blocks world: "careful" writes every step down, "quick" skips some."""
+    """The expert of that name: "careful" writes every step down, "quick" skips some."""
 
     def __init__(self, name: str):
         self.name = name
@@ -48,28 +49,24 @@ class ScriptedExpert:
 
     def logp(self, state: State, action: Action) -> float:
         density = self.density(state)
-        if (
-            action.truncated
-        ):  # cut at the length limit, every text that begins like this has become this action
-            probability = sum(
-                p for text, p in density.items() if f"{text} ".startswith(f"{action.text} ")
-            )
+        if action.truncated:  # cut at the length limit: any text that begins like it became it
+            start = f"{action.text} "
+            probability = sum(p for text, p in density.items() if f"{text} ".startswith(start))
         else:
             probability = density.get(action.text, 0.0)
         return math.log(probability) if probability else -math.inf
 
     def density(self, state: State) -> dict[str, float]:
-        """Its responses to this state, each with its probability: the right one, and every plausible mistake."""
-        if not isinstance(state, dataset.BlocksState):
+        """The probability of each of its responses: the right one, and every plausible mistake."""
+        if not isinstance(state, BlocksState):
             raise ValueError(
-                f"the scripted expert '{self.name}' knows the blocks world only, not the state '{state.id}'"
+                f"the scripted expert '{self.name}' knows the blocks world only, "
+                f"not the state '{state.id}'"
             )
         return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
 
 
-@lru_cache(
-    maxsize=4096
-)  # a state's density is asked for once to sample, and once for each kept action
+@lru_cache(maxsize=4096)  # used once to sample, and once for each kept action
 def _density(name: str, set_name: str, problem) -> dict[str, float]:
     def response(seen) -> str:
         return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"
@@ -77,5 +74,6 @@ def _density(name: str, set_name: str, problem) -> dict[str, float]:
     right, wrong = ACCURACY[name][set_name], mistakes(problem)
     density = {response(problem): right}
     for seen in wrong:  # different misperceptions can lead to the same words
-        density[response(seen)] = density.get(response(seen), 0.0) + (1 - right) / len(wrong)
+        text = response(seen)
+        density[text] = density.get(text, 0.0) + (1 - right) / len(wrong)
     return density

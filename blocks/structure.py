@@ -1,4 +1,10 @@
-"""TODO blocks.structure"""
+"""The structure task: sides, perimeter, area or a missing side of a figure on a unit grid.
+
+-train, -id: a square, rectangle, triangle, l-shape or strip; -ood: multiple choice, or a figure
+that is not in -train (t-shape, trapezoid).
+"""
+
+from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
@@ -8,10 +14,25 @@ from PIL import Image
 from blocks.drawing import draw_figure
 from blocks.figures import Figure
 
+ASKED = {  # how often, and about which figures
+    "sides": (1, ("square", "rectangle", "triangle", "l-shape")),
+    "perimeter": (3, ("square", "rectangle", "l-shape")),
+    "area": (3, ("square", "rectangle", "triangle", "l-shape")),
+    "missing": (3, ("strip",)),
+}
+SIMILAR = {  # what a figure may be taken for
+    "rectangle": ("triangle",),
+    "square": ("triangle",),
+    "triangle": ("rectangle",),
+    "l-shape": ("rectangle", "t-shape"),
+    "t-shape": ("l-shape",),
+    "trapezoid": ("rectangle", "triangle"),
+}
+
 
 @dataclass(frozen=True)
 class Structure:
-    """A question about a figure: its "sides", "perimeter", "area", or the "missing" side of a strip; choices of four or none."""
+    """A question about a figure; `asks` is one of ASKED, `choices` are four or none."""
 
     figure: Figure
     asks: str
@@ -22,19 +43,14 @@ class Structure:
         return "discrete" if self.choices else "math"
 
     @classmethod
-    def sample(cls, rng: random.Random, split: str) -> "Structure":
+    def sample(cls, rng: random.Random, split: str) -> Structure:
         choose = split == "ood" and rng.random() < 0.5
         if split == "ood" and not choose:
-            problem = cls(
-                Figure.sample(rng, ("t-shape", "trapezoid")), rng.choice(["sides", "area"])
-            )
+            figure = Figure.sample(rng, ("t-shape", "trapezoid"))
+            problem = cls(figure, rng.choice(["sides", "area"]))
         else:
-            asks = rng.choices(["sides", "perimeter", "area", "missing"], [1, 3, 3, 3])[0]
-            shapes = {
-                "missing": ("strip",),
-                "perimeter": ("square", "rectangle", "l-shape"),
-            }.get(asks, ("square", "rectangle", "triangle", "l-shape"))
-            problem = cls(Figure.sample(rng, shapes), asks)
+            asks = rng.choices(list(ASKED), [often for often, _ in ASKED.values()])[0]
+            problem = cls(Figure.sample(rng, ASKED[asks][1]), asks)
         if "." in problem.value():  # whole numbers only
             return cls.sample(rng, split)
         if choose:
@@ -50,12 +66,12 @@ class Structure:
             "sides": "how many sides does the figure have ?",
             "perimeter": "what is the perimeter of the figure ?",
             "area": "what is the area of the figure ?",
-            "missing": f"the area of the rectangle is {self.area()} . how long is the missing side ?",
+            "missing": f"the area of the rectangle is {self.area()} . "
+            "how long is the missing side ?",
         }[self.asks]
         if self.choices:
-            words += " choose a letter : " + " ".join(
-                f"{x} {v}" for x, v in zip("ABCD", self.choices, strict=True)
-            )
+            letters = zip("ABCD", self.choices, strict=True)
+            words += " choose a letter : " + " ".join(f"{x} {value}" for x, value in letters)
         return words
 
     def images(self) -> tuple[Image.Image, ...]:
@@ -71,21 +87,16 @@ class Structure:
         figure = self.figure
         if self.asks == "sides":
             return str(len(figure.corners()))
-        if (
-            self.asks == "perimeter"
-        ):  # of a figure with right angles only: that of the box around it
+        if self.asks == "perimeter":  # with right angles only it is that of the box
             return str(2 * (figure.width + figure.height))
         return self.area() if self.asks == "area" else str(figure.height)
 
     def answer(self) -> str:
+        """The value, or the letter of the choice that is nearest to it (a misperceived value)."""
         if not self.choices:
             return self.value()
-        if self.value() in self.choices:
-            return "ABCD"[self.choices.index(self.value())]
-        # Somebody who misperceived the figure takes the choice that is nearest to what they found.
-        return "ABCD"[
-            min(range(4), key=lambda i: (abs(int(self.choices[i]) - float(self.value())), i))
-        ]
+        distances = [abs(int(choice) - float(self.value())) for choice in self.choices]
+        return "ABCD"[distances.index(min(distances))]
 
     def describe(self) -> str:
         figure = self.figure
@@ -95,56 +106,55 @@ class Structure:
         return f"{figure.shape} width {figure.width} height {figure.height}{notch}"
 
     def think(self, style: str) -> str:
-        """careful: what is seen, then each step of the arithmetic. quick: what is seen, then the value."""
-        w, h, (a, b) = self.figure.width, self.figure.height, self.figure.notch
-        box = f"{w} times {h} is {w * h}"
-        if style == "quick":
-            steps = ""
-        elif self.asks == "sides":
-            steps = " sides"
-        elif self.asks == "perimeter":
-            steps = f" {w} plus {h} is {w + h} twice {w + h}"
-        elif self.asks == "missing":
-            steps = f" {w * h} divided by {w}"
-        elif self.figure.shape == "triangle":
-            steps = f" {box} half of {w * h}"
-        elif self.figure.shape == "l-shape":
-            steps = f" {box} {a} times {b} is {a * b} {w * h} minus {a * b}"
-        elif self.figure.shape == "t-shape":
-            steps = f" {box} {2 * a} times {b} is {2 * a * b} {w * h} minus {2 * a * b}"
-        elif self.figure.shape == "trapezoid":
-            steps = f" {w} plus {w - a} is {2 * w - a} {2 * w - a} times {h} is {(2 * w - a) * h} half of {(2 * w - a) * h}"
-        else:
-            steps = f" {w} times {h}"
+        """The figure and the value; "careful" writes the arithmetic between them."""
+        steps = f" {self.arithmetic()}" if style == "careful" else ""
         letter = f" choose {self.answer()}" if self.choices else ""
         return f"{self.describe()}{steps} is {self.value()}{letter}"
 
-    def misperceived(self) -> "list[Structure]":
+    def arithmetic(self) -> str:
+        """How the value is found; what is left to say is "is" and the value."""
+        w, h, (a, b) = self.figure.width, self.figure.height, self.figure.notch
+        box = f"{w} times {h} is {w * h}"
+        if self.asks == "sides":
+            return "sides"
+        if self.asks == "perimeter":
+            return f"{w} plus {h} is {w + h} twice {w + h}"
+        if self.asks == "missing":
+            return f"{w * h} divided by {w}"
+        if self.figure.shape == "triangle":
+            return f"{box} half of {w * h}"
+        if self.figure.shape == "l-shape":
+            return f"{box} {a} times {b} is {a * b} {w * h} minus {a * b}"
+        if self.figure.shape == "t-shape":
+            return f"{box} {2 * a} times {b} is {2 * a * b} {w * h} minus {2 * a * b}"
+        if self.figure.shape == "trapezoid":
+            both = 2 * w - a
+            return f"{w} plus {w - a} is {both} {both} times {h} is {both * h} half of {both * h}"
+        return f"{w} times {h}"
+
+    def misperceived(self) -> list[Structure]:
         """One length read wrong by a unit, or the figure taken for a similar one."""
-        figure, mistaken = self.figure, []
-        similar = {
-            "rectangle": ("triangle",), "square": ("triangle",), "triangle": ("rectangle",),
-            "l-shape": ("rectangle", "t-shape"), "t-shape": ("l-shape",), "trapezoid": ("rectangle", "triangle"),
-        }  # fmt: skip
-        if figure.shape == "strip":
-            area = figure.width * figure.height  # as the question says; only the width is seen
-            for width in (figure.width - 1, figure.width + 1):
-                if width > 0 and area % width == 0:
-                    mistaken.append(replace(figure, width=width, height=area // width))
-            # Or the division slips: the width is right, the quotient is not.
-            mistaken += [replace(figure, height=figure.height + step) for step in (-1, 1)]
-        else:
-            for step in (-1, 1):
-                wider = replace(figure, width=figure.width + step)
-                taller = replace(figure, height=figure.height + step)
-                square = replace(wider, height=taller.height)
-                mistaken += [square] if figure.shape == "square" else [wider, taller]
-            for shape in similar[figure.shape]:
-                mistaken.append(
-                    replace(
-                        figure, shape=shape, notch=figure.notch if "-shape" in shape else (0, 0)
-                    )
-                )
-            mistaken = [other for other in mistaken if other.is_proper()]
-        problems = [replace(self, figure=other) for other in mistaken]
+        mistaken = self._other_strips() if self.figure.shape == "strip" else self._other_figures()
+        problems = [replace(self, figure=figure) for figure in mistaken]
         return [problem for problem in problems if "." not in problem.value()]
+
+    def _other_strips(self) -> list[Figure]:
+        """A width read wrong, or a quotient computed wrong. The question gives the area."""
+        figure, mistaken = self.figure, []
+        area = figure.width * figure.height
+        for width in (figure.width - 1, figure.width + 1):
+            if width > 0 and area % width == 0:
+                mistaken.append(replace(figure, width=width, height=area // width))
+        return mistaken + [replace(figure, height=figure.height + step) for step in (-1, 1)]
+
+    def _other_figures(self) -> list[Figure]:
+        figure, mistaken = self.figure, []
+        for step in (-1, 1):
+            wider = replace(figure, width=figure.width + step)
+            taller = replace(figure, height=figure.height + step)
+            square = replace(wider, height=taller.height)
+            mistaken += [square] if figure.shape == "square" else [wider, taller]
+        for shape in SIMILAR[figure.shape]:
+            notch = figure.notch if "-shape" in shape else (0, 0)
+            mistaken.append(replace(figure, shape=shape, notch=notch))
+        return [other for other in mistaken if other.is_proper()]

@@ -1,24 +1,29 @@
-"""TODO data.answers"""
+"""The answer in a response: extracted from its tags, and a sequence of calls read from it.
+
+Bare numbers, quantities, choices and texts are read by expressions.py. Reason-RFT's own, laxer
+reading is in legacy.py.
+"""
 
 import re
 
 from data.expressions import compared
 
 KINDS = ("discrete", "math", "function")
+Call = tuple[str, str, str]  # function, object, value
+# Each part starts at the start of a word, and no two neighbouring runs share a class: linear time.
+CALL = re.compile(r"(?<!\w)(\w+) ?\( ?(\w+) ?, ?(\w+) ?\)")
+DIAGONAL = re.compile(r"(?i)\b(front|behind)[- ](left|right)\b")
 
 
 def extract_answer(text: str) -> str | None:
-    """The answer of a response, stripped, or None where it is missing, blank or not the only one.
+    """The answer of a response, stripped; None if it is missing, blank or not the only one.
 
-    There is one <answer> and one </answer> in the text, the text ends with the latter (white space aside), and a
-    thought that was opened is closed before. What precedes, or whether there is a thought, is the format's business.
+    The text has one <answer> and one </answer>, ends with the latter (white space aside), and
+    closes a thought that it opened before the answer. The rest is the format reward's business.
     """
     text = text.rstrip()
-    if (
-        text.count("<answer>") != 1
-        or text.count("</answer>") != 1
-        or not text.endswith("</answer>")
-    ):
+    once = text.count("<answer>") == text.count("</answer>") == 1
+    if not once or not text.endswith("</answer>"):
         return None
     before, _, answer = text.removesuffix("</answer>").partition("<answer>")
     in_thought = before.rfind("<think>") > before.rfind("</think>")
@@ -27,21 +32,18 @@ def extract_answer(text: str) -> str | None:
     return answer.strip() or None
 
 
-Call = tuple[str, str, str]  # function, object, value
-# Each starts at the start of a word and has no two neighbouring runs of one class: linear time.
-CALL = re.compile(r"(?<!\w)(\w+) ?\( ?(\w+) ?, ?(\w+) ?\)")
-LEGACY_CALL = re.compile(r"(?<!\w)(\w+)\((\w+),\s*'?(\w+)'?\)")
+def underscored(text: str) -> str:
+    """front-left and "front left" as front_left, the spelling of the prompt and of the truths."""
+    return DIAGONAL.sub(r"\1_\2", text)
 
 
-def calls(text: str, legacy: bool = False) -> list[Call]:
-    """The calls in a text, in order, repeats included; strict: whatever the case, the quotes and the white space."""
-    if legacy:
-        return LEGACY_CALL.findall(text)
-    return CALL.findall(re.sub(r"[\s'\"`]+", " ", text.lower()))
+def calls(text: str) -> list[Call]:
+    """The calls in a text, in order, with repeats. Case, quotes and white space do not matter."""
+    return CALL.findall(underscored(re.sub(r"[\s'\"`]+", " ", text.lower())))
 
 
 def judgeable(answer: str, kind: str) -> bool:
-    """Whether a truth counts as right itself: a value that is known, or calls without a repetition."""
+    """Whether a truth counts as right itself: its value is known, or it repeats no call."""
     if kind == "function":
         found = calls(answer)
         return bool(found) and len(set(found)) == len(found)

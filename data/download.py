@@ -1,4 +1,7 @@
-"""TODO data.download"""
+"""Reason-RFT-CoT on the disk: downloaded, unpacked and checked.
+
+python -m data.download --task counting     # worth doing before GPUs wait for it
+"""
 
 from __future__ import annotations
 
@@ -18,41 +21,42 @@ from training.console import UserError
 from training.settings import CACHE, TASKS
 
 REPOSITORY = "tanhuajie2001/Reason-RFT-CoT-Dataset"  # on the Hugging Face hub
+MAX_EXPANSION = 20  # images hardly shrink in a zip; an archive that grows more is refused
+MAX_FILES = 1_000_000
 
 
 def at_home(path: str) -> Path:
-    """The path, with ~ as the home directory. UserError where this user has none, as in some
-    containers."""
+    """The path, with ~ as the home directory. UserError where the user has none (containers)."""
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise UserError(
-            f"there is no home directory for {path} here: name another place, with --data-cache or --data, or set HOME"
+            f"there is no home directory for {path} here: name another place, "
+            "with --data-cache or --data, or set HOME"
         ) from None
 
 
 def prepare(source: str, names: list[str], cache: Path) -> Path:
-    """The directory that has the files of these sets, unpacked: downloaded into the cache if `source` is "reason-rft", else `source`.
+    """The directory with the files of these sets, unpacked.
 
-    Killed at any moment, it goes on at the next call. UserError if something is missing.
+    source: "reason-rft" downloads into the cache; else the directory of a copy. An interrupted call
+    goes on at the next one. UserError if something is missing.
     """
-    ours = source == "reason-rft"
-    directory = cache / "Reason-RFT-CoT-Dataset" if ours else at_home(source)
-    if not ours and not directory.is_dir():
+    from_hub = source == "reason-rft"
+    directory = cache / "Reason-RFT-CoT-Dataset" if from_hub else at_home(source)
+    if not from_hub and not directory.is_dir():
         raise UserError(
-            f"no data at {directory}: --data is a directory with train_jsons and test_jsons, or reason-rft, or blocks"
+            f"no data at {directory}: --data is a directory with train_jsons and test_jsons, "
+            "or reason-rft, or blocks"
         )
+    splits = dict.fromkeys("train" if name.endswith("-train") else "test" for name in names)
     with storage.locked(cache / "prepare"):
-        for split in dict.fromkeys(
-            "train" if name.endswith("-train") else "test" for name in names
-        ):
+        for split in splits:
             files = [FILES[name] for name in names if FILES[name].startswith(split)]
-            images, archive = (
-                directory / "images" / f"{split}_images",
-                directory / f"{split}_images.zip",
-            )
-            if ours:
-                download([*files, *([] if images.is_dir() else [archive.name])], directory)
+            images = directory / "images" / f"{split}_images"
+            archive = directory / f"{split}_images.zip"
+            if from_hub:
+                download(files if images.is_dir() else [*files, archive.name], directory)
             if missing := [file for file in files if not (directory / file).is_file()]:
                 raise UserError(f"{directory} has no {missing[0]}")
             if not images.is_dir() and archive.is_file():
@@ -61,14 +65,11 @@ def prepare(source: str, names: list[str], cache: Path) -> Path:
 
 
 def download(files: list[str], directory: Path) -> None:
-    """Files of the data set from the hub, with a progress bar; one that was begun earlier is gone on with.
+    """Files of the data set from the hub, with a progress bar; goes on with a partial download.
 
-    By the library's `http_get`, since its `hf_hub_download` throws away what it has of a file when the process ends.
+    By the library's `http_get`: its `hf_hub_download` drops a partial file when the process ends.
     """
-    from huggingface_hub import (  # slow to import, and rarely needed
-        get_hf_file_metadata,
-        hf_hub_url,
-    )
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url  # slow to import, rarely needed
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
@@ -79,82 +80,76 @@ def download(files: list[str], directory: Path) -> None:
             url = hf_hub_url(REPOSITORY, file, repo_type="dataset")
             metadata = get_hf_file_metadata(url)
             version = hashlib.sha256(f"{metadata.etag} {metadata.size}".encode()).hexdigest()[:12]
-            part = directory / f"{file}.{version}.part"  # of another version nothing is of use
+            part = directory / f"{file}.{version}.part"  # a part of another version is useless
             part.parent.mkdir(parents=True, exist_ok=True)
             with open(part, "ab") as content:
                 http_get(
-                    url, content, resume_size=part.stat().st_size, headers=build_hf_headers(), expected_size=metadata.size,
-                    displayed_filename=file, tqdm_class=tqdm,
-                )  # fmt: skip
+                    url,
+                    content,
+                    resume_size=part.stat().st_size,
+                    headers=build_hf_headers(),
+                    expected_size=metadata.size,
+                    displayed_filename=file,
+                    tqdm_class=tqdm,
+                )
             os.replace(part, directory / file)
-        except (
-            Exception
-        ) as error:  # the library's errors, those of its HTTP client, those of the disk
+        except Exception as error:  # of the library, its HTTP client or the disk
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; or get it by hand and name its place with --data"
+                f"cannot download {file} of {REPOSITORY} ({reason}): try again, it goes on; "
+                "or get it by hand and name its place with --data"
             ) from None
 
 
-MAX_EXPANSION = (
-    20  # images hardly shrink in a zip; what grows more than this is no archive of images
-)
-MAX_FILES = 1_000_000
-
-
 def unpack(archive: Path, target: Path) -> None:
-    """The files of a zip archive, as the folder `target`, which is there in the end as a whole or not at all.
+    """Unpacks a zip archive as the folder `target`, which appears complete or not at all.
 
-    Names may begin with "images/" and the target's own name, or not. Nothing is written outside of the target. UserError if
-    a name leads out of the archive, if it grows too large, or if it is broken.
+    Names may begin with "images/" and the target's own name, or not. Nothing is written outside of
+    the target. UserError if a name leads out of it, if the archive grows too large or is broken.
     """
     aside = target.with_name(target.name + ".tmp")
     shutil.rmtree(aside, ignore_errors=True)  # of an earlier try
+    broken = (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, NotImplementedError)
     try:
         with zipfile.ZipFile(archive) as file, storage.writing(aside):
-            entries = [
-                entry
-                for entry in file.infolist()
-                if not entry.filename.endswith(("/", "\\"))
-                and not entry.filename.startswith("__MACOSX/")
-            ]
-            names = [inside(entry.filename, target.name, archive) for entry in entries]
-            size, packed = sum(entry.file_size for entry in entries), archive.stat().st_size
-            if size > MAX_EXPANSION * packed or len(entries) > MAX_FILES:
-                raise UserError(
-                    f"{archive} claims to hold {len(entries):,} files of {size / 1e9:.1f} GB in {packed / 1e9:.3f} GB: that is no archive of images"
-                )
+            entries = [entry for entry in file.infolist() if is_content(entry.filename)]
+            places = [inside(entry.filename, target.name, archive) for entry in entries]
+            size = sum(entry.file_size for entry in entries)
+            check_size(archive, len(entries), size)
             aside.mkdir(parents=True)
             if (free := shutil.disk_usage(aside).free) < size:
                 raise UserError(
-                    f"{archive} needs {size / 1e9:.1f} GB in {target.parent}, where {free / 1e9:.1f} GB are free"
+                    f"{archive} needs {size / 1e9:.1f} GB in {target.parent}, "
+                    f"where {free / 1e9:.1f} GB are free"
                 )
-            for entry, name in zip(
-                tqdm(entries, desc=f"unpacking {archive.name}", disable=len(entries) < 1000),
-                names,
-                strict=True,
-            ):
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                with (
-                    file.open(entry) as source,
-                    open(aside / name, "wb") as copy,
-                ):  # never more than file_size bytes
+            few = len(entries) < 1000
+            bar = tqdm(entries, desc=f"unpacking {archive.name}", disable=few)
+            for entry, place in zip(bar, places, strict=True):
+                (aside / place).parent.mkdir(parents=True, exist_ok=True)
+                # A source never gives more than its file_size bytes.
+                with file.open(entry) as source, open(aside / place, "wb") as copy:
                     shutil.copyfileobj(source, copy)
             os.rename(aside, target)
-    except (
-        zipfile.BadZipFile,
-        zipfile.LargeZipFile,
-        EOFError,
-        NotImplementedError,
-        RuntimeError,
-        zlib.error,
-    ) as error:
+    except (*broken, RuntimeError, zlib.error) as error:
         raise UserError(f"{archive} is broken ({error}): get it again") from None
 
 
+def is_content(name: str) -> bool:
+    """Whether a member of an archive is a file, and not one that macOS adds."""
+    return not name.endswith(("/", "\\")) and not name.startswith("__MACOSX/")
+
+
+def check_size(archive: Path, files: int, size: int) -> None:
+    packed = archive.stat().st_size
+    if size > MAX_EXPANSION * packed or files > MAX_FILES:
+        raise UserError(
+            f"{archive} claims to hold {files:,} files of {size / 1e9:.1f} GB "
+            f"in {packed / 1e9:.3f} GB: that is no archive of images"
+        )
+
+
 def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
-    """A member's place in the folder, its parts between slashes or, from Windows, backslashes;
-    UserError if it leads out of it."""
+    """A member's path in the folder; UserError if it leads out of it. Windows has backslashes."""
     path = PurePosixPath(name.replace("\\", "/"))
     parts = list(path.parts)
     if "\0" in name or ":" in name or path.is_absolute() or ".." in parts or not parts:
@@ -171,14 +166,10 @@ def inside(name: str, folder: str, archive: Path) -> PurePosixPath:
 def run(argv: list[str]) -> None:
     parser = console.Parser(
         prog="python -m data.download",
-        description="Downloads, unpacks and checks Reason-RFT-CoT, and tells what cannot be used.",
+        description="Downloads, unpacks and checks Reason-RFT-CoT; lists what cannot be used.",
     )
-    parser.add_argument(
-        "--data", default="reason-rft", help="reason-rft (downloads) or the directory of a copy"
-    )
-    parser.add_argument(
-        "--data-cache", default=CACHE, help=f"where to download to (default: {CACHE})"
-    )
+    parser.add_argument("--data", default="reason-rft", help="reason-rft or a copy's directory")
+    parser.add_argument("--data-cache", default=CACHE, help=f"for downloads (default: {CACHE})")
     parser.add_argument("--task", choices=TASKS, help="one of the tasks (default: all)")
     args = parser.parse_args(argv)
     cache = at_home(args.data_cache)

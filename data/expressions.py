@@ -1,11 +1,12 @@
-"""Bare answers, as models and data sets write them: numbers, quantities, choices, texts. Two are compared, nothing is evaluated.
+"""Bare answers as models and data sets write them: numbers, quantities, choices, texts.
 
-What is only another way of writing the same is read as the same: full-width and CJK characters, markdown's bold, LaTeX's
-commands, the typographic minus, degree signs, names of units, `x=` in front. What says more than one answer, or something
-beside it, has no value here: "3 or 4", "B) 12 C) 13", "about 12, maybe 13".
+Other ways of writing the same are read as the same: full-width and CJK characters, markdown's
+bold, LaTeX's commands, the typographic minus, degree signs, names of units, `x=` in front. A text
+with more than one answer, or with more than the answer, has no value: "3 or 4", "B) 12 C) 13",
+"about 12, maybe 13".
 
-The reader of expressions is ours, in floats: linear in the length of a text, which is bounded, with no `eval`, no huge
-integers, and no exception that leaves this file.
+Expressions are evaluated in floats by a parser of our own: linear in the length of a text, which is
+bounded, without `eval`, huge integers, or an exception that leaves this file.
 """
 
 import math
@@ -18,10 +19,11 @@ MAX_ATOMS = 50  # numbers, roots, fractions and brackets of an expression that i
 
 
 def compared(predicted: str, answer: str, kind: str) -> tuple[float, float] | None:
-    """The value of an answer and of the truth, (1, 1) for equal choices or texts, None if the answer is wrong at any value.
+    """The values of an answer and of the truth; (1, 1) for equal choices or texts; None if wrong.
 
-    kind "math" reads quantities (`_value`), "discrete" numbers in digits. A truth that is neither is a choice, known by its
-    letter, or a text. Another unit, or another name before "=", than the truth's is wrong; one side may be without.
+    kind "math" reads quantities (`_value`), "discrete" numbers in digits. A truth that is neither
+    is a choice, known by its letter, or a text. Another unit than the truth's, or another name
+    before "=", is wrong; one side may be without.
     """
     if len(predicted) > MAX_ANSWER or len(answer) > MAX_ANSWER:
         return None
@@ -46,14 +48,14 @@ def _differ(one: str, other: str) -> bool:
     return bool(one and other and one != other)
 
 
-# ------------------------------------------------------------------------------------------------ one way of writing
+# --------------------------------------------------------------------------------- plain writing
 
 
 def _table() -> dict[int, str]:
-    """For `str.translate`: what a sign is in plain writing.
+    """For `str.translate`: each sign in plain writing.
 
-    Unicode's compatibility forms (NFKC) where they are one sign of the same meaning: full-width forms, letters and digits of
-    mathematics, squared units. Not everywhere: NFKC makes 52 of 5² and 31⁄2 of 3½.
+    Unicode's compatibility forms (NFKC) where they are one sign of the same meaning: full-width
+    forms, mathematical letters and digits, squared units. Not all: NFKC makes 52 of 5², 31⁄2 of 3½.
     """
     table = {}
     for first, last in ((0xFF01, 0xFF5E), (0xFFE0, 0xFFE6), (0x1D400, 0x1D7FF), (0x3380, 0x33DF)):
@@ -63,10 +65,19 @@ def _table() -> dict[int, str]:
         over, _, under = unicodedata.normalize("NFKC", chr(code)).partition("⁄")
         table[code] = rf"\frac{{{over}}}{{{under}}}"
     pairs = {
-        "−–—‐‑‒―﹣": "-", "˚º∘": "°", "∕⁄": "/", "∶︰": ":", "。｡": ".", "、､": ",", "⋅∙•・": "·",
-        "【〔〖「『《〈｢": "(", "】〕〗」』》〉｣": ")", "≃≅≒≐∼∽": "≈", "∡∢": "∠",
+        "−–—‐‑‒―﹣": "-",
+        "˚º∘": "°",
+        "∕⁄": "/",
+        "∶︰": ":",
+        "。｡": ".",
+        "、､": ",",
+        "⋅∙•・": "·",
+        "【〔〖「『《〈｢": "(",
+        "】〕〗」』》〉｣": ")",
+        "≃≅≒≐∼∽": "≈",
+        "∡∢": "∠",
         "\u200b\u200c\u200d\u200e\u200f\u2060\ufeff\u00ad": "",  # of no width
-    }  # fmt: skip
+    }
     for signs, plain in pairs.items():
         table |= dict.fromkeys(map(ord, signs), plain)
     return table
@@ -86,7 +97,7 @@ def _lowered(signs: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Lower case, single spaces, without what says how a formula looks but not what it is."""
+    """Lower case, single spaces, without commands of layout."""
     text = text.translate(_PLAIN).lower()
     text = re.sub(f"{_AHEAD}({_RAISED})√", lambda sign: rf"\sqrt[{_lowered(sign[1])}]", text)  # ³√8
     text = re.sub(
@@ -109,30 +120,37 @@ def _strip(text: str) -> str:
     return text.strip().rstrip(" .,;")  # the full stop, but not of ".5"
 
 
-# ------------------------------------------------------------------------------------------------ numbers, quantities
+# -------------------------------------------------------------------------- numbers, quantities
 
 _NUMBER = r"(?:[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:e[+-]?[0-9]+)?"
-_TOKEN = re.compile(rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])")  # no rule takes a sign not ours
+_TOKEN = re.compile(rf"({_NUMBER})|(\\(?:frac|sqrt|pi)|[^ ])")  # no rule takes an unknown sign
 _NAMED = re.compile(  # "x =", "ab ≈", "m∠abc =", "=", "≈"
-    r"(?:(?:m ?)?(?:\\angle|∠|\\triangle|△)? ?([a-z]{1,3}(?: ?_ ?(?:\w|\{ ?\w{1,9} ?\}))?) ?)?[=≈] ?"
+    r"(?:(?:m ?)?(?:\\angle|∠|\\triangle|△)? ?"
+    r"([a-z]{1,3}(?: ?_ ?(?:\w|\{ ?\w{1,9} ?\}))?) ?)?[=≈] ?"
 )
-_UNITS = {  # every name of a unit: its first name, or "" for "units", which names none
-    name: names.split()[0]
-    for names in (
-        "deg degs degree degrees 度", "rad rads radian radians 弧度",
-        "mm mms millimeter millimeters millimetre millimetres 毫米",
-        "cm cms centimeter centimeters centimetre centimetres 厘米 公分",
-        "dm dms decimeter decimeters decimetre decimetres 分米", "in ins inch inches 英寸",
-        "m meter meters metre metres 米 公尺", "ft foot feet 英尺", "yd yds yard yards 码",
-        "km kms kilometer kilometers kilometre kilometres 千米 公里", "mi mile miles 英里",
-    )
-    for name in names.split()
-} | dict.fromkeys(("unit", "units", "单位"), "")  # fmt: skip
+_UNITS: dict[str, str] = {}  # every name of a unit: its first name
+for _names in """
+    deg degs degree degrees 度
+    rad rads radian radians 弧度
+    mm mms millimeter millimeters millimetre millimetres 毫米
+    cm cms centimeter centimeters centimetre centimetres 厘米 公分
+    dm dms decimeter decimeters decimetre decimetres 分米
+    in ins inch inches 英寸
+    m meter meters metre metres 米 公尺
+    ft foot feet 英尺
+    yd yds yard yards 码
+    km kms kilometer kilometers kilometre kilometres 千米 公里
+    mi mile miles 英里
+""".strip().splitlines():
+    _UNITS |= dict.fromkeys(_names.split(), _names.split()[0])
+_UNITS |= dict.fromkeys(("unit", "units", "单位"), "")  # these name no unit
 _POWER = r"squared|cubed|square|cubic|sq|cu"
 _UNIT = re.compile(
     rf"(?<![a-z\\])(?:(?:{_POWER})(?:\.| |\. )|平方|立方|平)?({'|'.join(_UNITS)})"
     rf"(?: ?\^ ?\{{? ?[23] ?\}}?|[23]| (?:{_POWER}))?$"
 )
+_MIXED = re.compile(r"(?<![0-9.,^/}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)")  # 3 1/2, 3\frac{1}{2}
+_MIXED_LATEX = re.compile(r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}")
 
 
 def _number(text: str) -> Quantity | None:
@@ -144,7 +162,7 @@ def _number(text: str) -> Quantity | None:
 
 
 def _without_name(text: str) -> tuple[str, str]:
-    """What follows "x =", "=" or "≈" in front, and the name before it."""
+    """The text after a leading "x =", "=" or "≈", and the name ("x")."""
     named = _NAMED.match(text)
     return (text[named.end() :], named[1] or "") if named else (text, "")
 
@@ -152,28 +170,23 @@ def _without_name(text: str) -> tuple[str, str]:
 def _value(text: str) -> Quantity | None:
     """A quantity, or None if it is not one, such as "AB", "1/0", "1 or 2" or "9^9^9^9".
 
-    Read are numbers, + - * / ^ %, fractions, mixed numbers, roots, pi, brackets, in LaTeX or plain, one ratio a:b, and one
-    unit of length or angle at the end; squares and cubes of a unit count as the unit. 50% is 0.5. A product without a sign
-    binds like one with it: 1/2\\pi is pi/2.
+    It may have numbers, + - * / ^ %, fractions, mixed numbers, roots, pi, brackets, in LaTeX or
+    plain, one ratio a:b, and one unit of length or angle at the end; squares and cubes of a unit
+    count as the unit. 50% is 0.5. A product without a sign binds like one with it: 1/2\\pi is pi/2.
     """
     text, name = _without_name(text)
     text = re.sub(r" ?per ?cent$", "%", text)
     unit = _UNIT.search(text)
     text = text[: unit.start()] if unit else text
-    text = re.sub(
-        r"\\(?:cdot|times)(?![a-z])|\*\*|[×·]", lambda sign: "^" if sign[0] == "**" else "*", text
-    )
-    text = (
-        re.sub(r"\\(?:[cdt]|nice|s)frac", r"\\frac", text).replace("÷", "/").replace(r"\div", "/")
-    )
+    text = text.replace("**", "^").replace("÷", "/").replace(r"\div", "/")
+    text = re.sub(r"\\(?:cdot|times)(?![a-z])|[×·]", "*", text)
+    text = re.sub(r"\\(?:[cdt]|nice|s)frac", r"\\frac", text)
     text = re.sub(r"π|(?<![a-z\\])pi(?![a-z])", r"\\pi ", text)
     text = re.sub(r"∛|(?<![a-z\\])cbrt", r"\\sqrt[3]", text.replace("∜", r"\sqrt[4]"))
     text = re.sub(r"√|(?<![a-z\\])sqrt", r"\\sqrt", text)
     text = re.sub(r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}", text)  # \frac12
-    text = re.sub(
-        r"(?<![0-9.,^/}])([0-9]+) ?\\frac ?\{([0-9]+)\} ?\{([0-9]+)\}", r"(\1+\2/\3)", text
-    )  # 3\frac{1}{2}
-    text = re.sub(r"(?<![0-9.,^/}])([0-9]+) ([0-9]+) ?/ ?([0-9]+)", r"(\1+\2/\3)", text)  # 3 1/2
+    text = _MIXED_LATEX.sub(r"(\1+\2/\3)", text)
+    text = _MIXED.sub(r"(\1+\2/\3)", text)
     try:
         return Quantity(_Expression(text).value(), _UNITS[unit[1]] if unit else "", name)
     except (ValueError, ArithmeticError):  # no expression; 1/0, overflow, root of a negative number
@@ -181,17 +194,12 @@ def _value(text: str) -> Quantity | None:
 
 
 class _Expression:
-    """Evaluates an expression in floats by recursive descent; ValueError or ArithmeticError where it has no value."""
+    """Recursive descent over an expression; ValueError or ArithmeticError if it has no value."""
 
     def __init__(self, text: str):
-        self.tokens = [
-            float(digits.replace(",", "")) if digits else sign
-            for digits, sign in _TOKEN.findall(text)
-        ]
-        self.tokens = [
-            None,
-            *reversed(self.tokens),
-        ]  # a stack, the next token last, None under them all
+        tokens = _TOKEN.findall(text)
+        tokens = [float(digits.replace(",", "")) if digits else sign for digits, sign in tokens]
+        self.tokens = [None, *reversed(tokens)]  # a stack, the next token last, None at its bottom
         self.atoms_left = MAX_ATOMS
 
     def value(self) -> float:
@@ -227,9 +235,7 @@ class _Expression:
             sign = -sign if token == "-" else sign
         value = self.atom()
         if self.take("^"):
-            value = math.pow(
-                value, self.power()
-            )  # floats only: no huge integers, no complex numbers
+            value = math.pow(value, self.power())  # floats: no huge integers, no complex numbers
         return sign * value / (100.0 if self.take("%") else 1.0)
 
     def atom(self) -> float:
@@ -268,11 +274,11 @@ def _finite(value: float) -> float:
     return value
 
 
-# ------------------------------------------------------------------------------------------------ choices, texts
+# ------------------------------------------------------------------------------- choices, texts
 
 
 def _same_text(predicted: str, answer: str) -> bool:
-    """Choices by their letter, other texts when equal but for spaces beside signs; "nan" and "inf" are never right."""
+    """Whether choices have one letter, or texts are equal but for spaces beside signs; no "nan"."""
     letter = _choice(answer)
     if letter is not None:
         return _choice(predicted) == letter
@@ -282,7 +288,7 @@ def _same_text(predicted: str, answer: str) -> bool:
 
 
 def _choice(text: str) -> str | None:
-    """The letter of "b", "(b)", "b." or "b) 12 m", unless what follows has a letter on its own, as in "b) 12 c) 13"."""
+    """The letter of "b", "(b)", "b." or "b) 12 m"; None if another follows, as in "b) 12 c) 13"."""
     match = re.fullmatch(r"([(\[] ?)?([a-z]) ?(?(1)[)\]]|(?:[.):,]|$))(.*)", text)
     rest = re.sub(r"([0-9] ?)m(?![^\W_])", r"\1", match[3]) if match else ""  # metres
     lone = re.search(r"(?<![^\W_])[a-z](?![^\W_])", rest)

@@ -1,6 +1,4 @@
-"""TODO data.image_check"""
-
-from __future__ import annotations
+"""Every image is decoded once before training; the result is kept in a file."""
 
 import json
 from concurrent.futures import ThreadPoolExecutor
@@ -16,20 +14,20 @@ from training import storage
 def check_images(
     paths: list[Path], name: str, file: Path | None
 ) -> tuple[dict[Path, str], dict[Path, list[int]]]:
-    """Which of these images cannot be used, and why; and width and height of the others. What was
-    found once is kept in `file` and counts until an image changes."""
+    """The images that cannot be used, each with the reason, and [width, height] of the others.
+
+    Results are kept in `file` (None: nowhere) and hold until an image changes.
+    """
     paths = list(dict.fromkeys(paths))
-    stamps = [[stat.st_size, stat.st_mtime_ns] for stat in (path.stat() for path in paths)]
-    with (
-        storage.locked(file) if file else nullcontext()
-    ):  # one process looks, the others read what it found
+    stamps = [stamp(path) for path in paths]
+    # One process looks, the others read its results.
+    with storage.locked(file) if file else nullcontext():
         seen = images_seen(file) if file else {}
         new = [i for i, path in enumerate(paths) if seen.get(str(path), [None])[0] != stamps[i]]
         with ThreadPoolExecutor() as threads:  # PIL decodes beside Python
             found = threads.map(look_into, [paths[i] for i in new])
-            bar = tqdm(
-                found, total=len(new), desc=f"{name}: checking images", disable=len(new) < 1000
-            )
+            few = len(new) < 1000
+            bar = tqdm(found, total=len(new), desc=f"{name}: checking images", disable=few)
             for i, (problem, size) in zip(new, bar, strict=True):
                 seen[str(paths[i])] = [stamps[i], problem, size]
         if file and new:
@@ -39,9 +37,13 @@ def check_images(
     return broken, {path: seen[str(path)][2] for path in paths}
 
 
+def stamp(path: Path) -> list[int]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
 def images_seen(file: Path) -> dict[str, list]:
-    """What is known of images by their paths: [stamp, problem, size]. Whatever else a file holds
-    is as good as none."""
+    """[stamp, problem, size] of images by their paths; anything else in a file is ignored."""
     try:
         seen = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):

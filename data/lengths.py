@@ -1,23 +1,24 @@
-"""How long a prompt is, before any model is loaded: one that is longer than the model can read is
-left out, not met in the middle of a run."""
+"""Length of a prompt in tokens, before any model is loaded.
+
+A question that is too long for the model is left out at the start; it does not stop a run later.
+"""
 
 import unicodedata
 from functools import cached_property
 from pathlib import Path
 
-from training import pretrained
-
 TEMPLATE = 256  # tokens that a chat template adds at most; Qwen's adds about 30
 
 
 class Room:
-    """Where a prompt with its images and a response has to fit: what the model knows, or
-    `max_model_len` if that is given and less.
+    """The tokens in which a prompt, its images and a response have to fit.
 
-    model: a directory or hub id. max_new_tokens: of a response. min_pixels, max_pixels: None are
+    As many as the model was made for, or `max_model_len` if that is given and less.
+
+    model: a directory or hub id. max_new_tokens: of a response. min_pixels, max_pixels: None for
     the processor's own.
-    longest: what the longest prompt so far that fits takes with its response, at most, in tokens;
-    vLLM has to hold as much.
+    longest: tokens of the longest prompt so far that fits and its response, an upper bound; vLLM
+    has to hold as many.
     """
 
     def __init__(
@@ -32,11 +33,10 @@ class Room:
         self.min_pixels, self.max_pixels, self.longest = min_pixels, max_pixels, 0
 
     def problem(self, state, sizes: list[tuple[int, int]]) -> str | None:
-        """Why this state's prompt cannot be asked, None if it can. sizes: width and height of its
-        images, which are not opened.
+        """Why the prompt of this state is too long, None if it fits.
 
-        The text is tokenised only where its number of bytes does not show already that it fits: no
-        token is less than a byte.
+        sizes: (width, height) of its images, which are not opened. The text is tokenised only if
+        its bytes do not show already that it fits: no token is less than a byte.
         """
         if self._limits is None:
             return None
@@ -46,17 +46,17 @@ class Room:
         if needed > limit:
             needed = self.text_tokens(state) - len(sizes) + images + self.response
         if needed > limit:
-            knows = (
-                f"--max-model-len {limit}"
-                if limit == self.max_model_len
-                else f"the {limit} that the model knows"
+            given = limit == self.max_model_len
+            most = f"--max-model-len {limit}" if given else f"the {limit} that the model knows"
+            return (
+                f"question too long: {needed - self.response} tokens "
+                f"and a response of {self.response}, more than {most}"
             )
-            return f"question too long: {needed - self.response} tokens and a response of {self.response}, more than {knows}"
         self.longest = max(self.longest, needed)
         return None
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """Of an image with this width and height, as Qwen2-VL's processor resizes it."""
+        """Tokens of an image of this (width, height), as Qwen2-VL's processor resizes it."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         _, factor, fewest, most = self._limits
@@ -64,7 +64,7 @@ class Room:
         return height * width // factor**2
 
     def text_tokens(self, state) -> int:
-        """Of the whole prompt, with one token for each image."""
+        """Tokens of the whole prompt, each image counted as one."""
         text = self._processor.apply_chat_template(
             state.messages(), tokenize=False, add_generation_prompt=True
         )
@@ -72,32 +72,30 @@ class Room:
 
     @cached_property
     def _limits(self) -> tuple[int, int, int, int] | None:
-        """Tokens that fit, the side in pixels of what becomes a token, fewest and most pixels of
-        an image; None if there is no such model."""
-        try:
-            from training.pretrained import (
-                described,  # transformers: seconds, which data.py does without
-            )
+        """(tokens that fit, pixels of a token's side, fewest, most pixels of an image).
 
-            config, size = described(self.model)
+        None if the model cannot be read: `Policy.load` tells why.
+        """
+        try:
+            from training import pretrained  # PyTorch: seconds that data.download does without
+
+            config, size = pretrained.described(self.model)
             limit, vision = config.text_config.max_position_embeddings, config.vision_config
             factor = vision.patch_size * vision.spatial_merge_size
-            fewest, most = (
-                self.min_pixels or size["shortest_edge"],
-                self.max_pixels or size["longest_edge"],
-            )
+            fewest = self.min_pixels or size["shortest_edge"]
+            most = self.max_pixels or size["longest_edge"]
             return min(limit, self.max_model_len or limit), factor, fewest, most
-        except Exception:  # whatever is wrong with a model, `Policy.load` tells it better
+        except Exception:
             return None
 
     @cached_property
     def _processor(self):
+        from training import pretrained
 
         directory = pretrained.directory_of(self.model, weights=False)
         return pretrained.read_processor(directory, pretrained.read_config(directory))
 
 
 def room_of(config, model: str | Path) -> Room:
-    """What a prompt of a run with these settings (`training.settings.Settings`) has to fit in, with
-    the config and tokenizer of that model."""
+    """The room of a run with these settings (`training.settings.Settings`) and that model."""
     return Room(model, config.max_new_tokens, config.max_model_len, **config.pixels)

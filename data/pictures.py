@@ -1,9 +1,8 @@
-"""Pictures from files of unknown origin: opened whole, upright and as RGB, or refused with a
-reason.
+"""Pictures from untrusted files: opened whole, upright and as RGB, or refused with a reason.
 
-Only the formats of `FORMATS` are read, by content and whatever the name says (Pillow would hand an
-.eps to Ghostscript). What is transparent becomes white, of an animation the first frame counts,
-and more than 8 bits of grey are scaled to 8 instead of cut off.
+Only `FORMATS` are read, recognised by content, not by name (Pillow would hand an .eps to
+Ghostscript). Transparency becomes white, the first frame of an animation counts, and more than 8
+bits of grey are scaled to 8, not clipped.
 """
 
 import warnings
@@ -19,14 +18,19 @@ from training.console import UserError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 MAX_PIXELS = 89_478_485  # a quarter of a GB as RGB; Pillow warns above it and goes on
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # refused here instead
-TURNS = {  # by EXIF's orientation, what sets a picture upright
-    2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
-    6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90,
-}  # fmt: skip
+TURNS = {  # EXIF's orientation: the turn that sets a picture upright
+    2: Transpose.FLIP_LEFT_RIGHT,
+    3: Transpose.ROTATE_180,
+    4: Transpose.FLIP_TOP_BOTTOM,
+    5: Transpose.TRANSPOSE,
+    6: Transpose.ROTATE_270,
+    7: Transpose.TRANSVERSE,
+    8: Transpose.ROTATE_90,
+}
 
 
 class ImageFiles(Sequence):
-    """Images on the disk, each opened when it is asked for and closed again."""
+    """Images on the disk, each opened when it is used and closed again."""
 
     def __init__(self, paths: list[Path]):
         self.paths = tuple(paths)
@@ -46,8 +50,7 @@ class ImageFiles(Sequence):
 
 
 def open_image(path: Path) -> Image.Image:
-    """The whole picture, RGB, as it is meant to be seen. Raises almost anything for a file that is
-    none."""
+    """The whole picture, RGB, upright. Raises almost anything for a file that is not a picture."""
     try:
         file = Image.open(path, "r", FORMATS)
     except UnidentifiedImageError:
@@ -77,11 +80,10 @@ def upright(picture: Image.Image) -> Image.Image:
 
 
 def eight_bits(picture: Image.Image) -> Image.Image:
-    """Grey of 16 or 32 bits or of floats as grey of 8 bits, where `convert` would cut off all
-    above 255.
+    """Grey of 16 or 32 bits or of floats as 8 bits, where `convert` would clip all above 255.
 
-    White is what the mode says (65535), or the first of 1, 255 and 65535 that no pixel is above;
-    other values are stretched.
+    White is the mode's (65535), or the first of 1, 255 and 65535 that no pixel exceeds; other
+    values are stretched.
     """
     values = np.asarray(picture).astype(np.float32)
     finite = values[np.isfinite(values)]

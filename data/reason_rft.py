@@ -1,4 +1,9 @@
-"""TODO data.reason_rft"""
+"""Reason-RFT-CoT, the paper's data (Section 4.1), as sets of states.
+
+Every record is checked before training. One that cannot be used (a missing or broken image, an
+answer of unknown form, a question too long for the model, ...) is left out and listed with its
+reason.
+"""
 
 from __future__ import annotations
 
@@ -14,29 +19,33 @@ from data.reading import FILES, FUNCTIONS, Record, Unusable, read_record, read_r
 from data.state import State
 from training.console import UserError
 
-RULES = (
-    "The first picture shows a scene before, the second the same scene after some of its objects were changed; it may be seen from another "
-    "side. The question lists the objects of the first scene, each as ('object_id', 'shape', 'size', 'color', 'material'). "
-    "Find a sequence of 1 to 4 functions that turns the first scene into the second. Each is written func(object_id, value), with the "
-    "id of an object from that list, and one of these functions and values:\n"
-    + "\n".join(
-        f"- {name}(object_id, value): {', '.join(values)}" for name, values in FUNCTIONS.items()
-    )
-    + "\nDirections are those of the first picture; front is towards the viewer. "
-    "Write the functions one after another, separated by commas, such as change_color(2, red), change_position(0, front_left)."
+FUNCTION_LINES = "\n".join(
+    f"- {name}(object_id, value): {', '.join(values)}" for name, values in FUNCTIONS.items()
 )
-# Geometry's answers are letters and quantities. Which of the two the question wants is for the
-# policy to see: the prompt could tell it by the truth alone.
+RULES = f"""\
+The first picture shows a scene before, the second the same scene after some of its objects were \
+changed; it may be seen from another side. The question lists the objects of the first scene, \
+each as ('object_id', 'shape', 'size', 'color', 'material'). \
+Find a sequence of 1 to 4 functions that turns the first scene into the second. Each is written \
+func(object_id, value), with the id of an object from that list, and one of these functions and \
+values:
+{FUNCTION_LINES}
+Directions are those of the first picture; front is towards the viewer. \
+Write the functions one after another, separated by commas, such as change_color(2, red), \
+change_position(0, front_left)."""
+# Geometry's answers are letters and quantities. The prompt must not say which of them the question
+# wants: only the truth could tell.
 GEOMETRY = "a letter, a number or an expression"
 
 
 class ReasonRFTSet:
     """A set of Reason-RFT-CoT: `ReasonRFTSet("counting-train", directory)[17]`.
 
-    name: one of `FILES`. directory: where `prepare` has put it. mode: of the prompts, one of `MODES`. thoughts: leave out what has no
-    chain of thought. cache: where it is kept which images were found whole, so that they are
-    looked into once. room: leave out what does not fit in there, None: nothing.
-    left_out: [{"set", "record", "id", "reason"}], what was not usable. UserError if the file is missing or nothing is usable.
+    name: one of `FILES`. directory: as `data.download.prepare` returns it. mode: of the prompts.
+    thoughts: leave out records without a chain of thought. cache: directory for the results of
+    image checks, so that each image is checked once. room: leave out what does not fit.
+    left_out: [{"set", "record", "id", "reason"}] of the records that cannot be used.
+    UserError if the file is missing or no record can be used.
     """
 
     def __init__(
@@ -62,25 +71,32 @@ class ReasonRFTSet:
                 found.append(read_record(record, f"{name}-{i}", self.task, roots, thoughts))
             except Unusable as reason:
                 found.append(reason)
-        self._leave_out_by_images(found, directory, cache, room)
+        self._check_images_and_lengths(found, directory, cache, room)
         for i, record in enumerate(found):
             if isinstance(record, Unusable):
                 given = records[i].get("id") if isinstance(records[i], dict) else None
                 left_out = {"set": name, "record": i, "id": short_id(given), "reason": str(record)}
                 self.left_out.append(left_out)
-        # The files are sorted by where their records are from; shuffled, any first part is a sample of them all.
+        # The files are sorted by source; shuffled, any first part is a fair sample of the whole.
         order = random.Random(name).sample(range(len(found)), len(found))
         self.records = [found[i] for i in order if isinstance(found[i], Record)]
         if not self.records:
             why = self.left_out[0]["reason"] if self.left_out else "it is empty"
             raise UserError(f"no record of {path} can be used: {why}")
 
-    def _leave_out_by_images(self, found: list, directory: Path, cache: Path | None, room) -> None:
-        """Puts the reason in the place of a record with a broken image, or one that takes more
-        room than there is."""
+    def _check_images_and_lengths(
+        self,
+        found: list,
+        directory: Path,
+        cache: Path | None,
+        room: Room | None,
+    ) -> None:
+        """Replaces records with a broken image or a prompt that is too long by the reason."""
         place = hashlib.sha256(str(directory.absolute()).encode()).hexdigest()[:12]
         file = cache / f"{self.name}-{place}.json" if cache else None
-        paths = [image for record in found if isinstance(record, Record) for image in record.images]
+        paths = []
+        for record in found:
+            paths += record.images if isinstance(record, Record) else ()
         broken, sizes = check_images(paths, self.name, file)
         for i, record in enumerate(found):
             if not isinstance(record, Record):
@@ -99,17 +115,22 @@ class ReasonRFTSet:
             raise IndexError(f"{self.name} has {len(self)} states, there is no state {index}")
         return self._state(self.records[index])
 
-    def _state(self, record: "Record") -> State:
+    def _state(self, record: Record) -> State:
         return State(
-            record.id, ImageFiles(record.images), record.question, record.answer, record.kind, record.thought, self.mode,
-            rules=RULES if self.task == "transformation" else "", form=GEOMETRY if self.task == "structure" else "",
-        )  # fmt: skip
+            id=record.id,
+            images=ImageFiles(record.images),
+            question=record.question,
+            answer=record.answer,
+            kind=record.kind,
+            thought=record.thought,
+            mode=self.mode,
+            rules=RULES if self.task == "transformation" else "",
+            form=GEOMETRY if self.task == "structure" else "",
+        )
 
     def report(self) -> str:
-        """In one line, what was left out and why."""
-        total = len(self) + len(self.left_out)
+        """One line: how many records can be used, and why others cannot."""
         reasons = Counter(record["reason"].split(":")[0] for record in self.left_out)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        return f"{self.name}: {len(self)} of {total} records" + (
-            f"; left out: {why}" if why else ""
-        )
+        line = f"{self.name}: {len(self)} of {len(self) + len(self.left_out)} records"
+        return f"{line}; left out: {why}" if why else line

@@ -1,4 +1,9 @@
-"""TODO data.state"""
+"""A state s = (v, t), images and a question (Section 3.1), and the prompt made of it.
+
+The prompt is one user turn: the images, then the question and how to answer. Policy and experts get
+the same words: an expert that knew more would teach the policy what it cannot see. The words are
+ours, not Reason-RFT's, except in mode "bare".
+"""
 
 from __future__ import annotations
 
@@ -7,9 +12,17 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-# What a prompt asks for: a thought and an answer; the answer alone; or nothing, the question being
-# all of it (Reason-RFT's ANS-SFT).
+# A prompt asks for a thought and an answer, for the answer alone, or is the bare question, as in
+# Reason-RFT's ANS-SFT.
 MODES = ("reason", "answer", "bare")
+SETS = {  # the test sets of each task
+    "counting": ("counting-id", "counting-ood"),
+    "structure": ("structure-id", "structure-ood"),
+    "transformation": ("transformation-id", "transformation-left", "transformation-right"),
+}
+SET_NAMES = []
+for _task, _test_sets in SETS.items():
+    SET_NAMES += [f"{_task}-train", *_test_sets]
 FORMS = {"discrete": "a number", "math": "a number", "function": "a sequence of functions"}
 
 
@@ -17,12 +30,16 @@ FORMS = {"discrete": "a number", "math": "a number", "function": "a sequence of 
 class State:
     """One question about one or more images.
 
-    id: unique within its set. images: RGB pictures, in the order in which the question speaks of them; some sets open them only when
-    they are used. question: the text t. answer: the truth, as text. kind: how the answer is judged ("discrete", "math" or "function",
-    see rewards.py). thought: a correct chain of thought, "" where the data set has none. mode: one of `MODES`. rules: what the
-    prompt tells before the question, "" where the question says it all. form: what the prompt
-    calls the answer, "" goes by kind; it must not depend on the answer where one question's is a
-    letter and another's a number.
+    id: unique within its set.
+    images: RGB, in the order in which the question mentions them; files are opened when used.
+    question: the text t.
+    answer: the truth, as text.
+    kind: how the answer is judged: "discrete", "math" or "function", see rewards.py.
+    thought: a correct chain of thought, "" if the set has none.
+    mode: one of `MODES`.
+    rules: text before the question, "" for none.
+    form: the prompt's name for an answer, "" for that of its kind. It must not tell a question
+        whose answer is a letter from one whose answer is a number.
     """
 
     id: str
@@ -41,10 +58,13 @@ class State:
         form = self.form or FORMS[self.kind]
         if self.mode == "answer":
             return f"Give only the final answer, {form}, between <answer> and </answer>."
-        return f"Reason step by step between <think> and </think>, then give the final answer, {form}, between <answer> and </answer>."
+        return (
+            "Reason step by step between <think> and </think>, "
+            f"then give the final answer, {form}, between <answer> and </answer>."
+        )
 
     def messages(self) -> list[dict]:
-        """The prompt as chat messages, as a processor's `apply_chat_template` takes them (images by order)."""
+        """The prompt as chat messages for `apply_chat_template`; images by their order."""
         content = [{"type": "image"} for _ in range(len(self.images))]
         text = self.question
         if self.mode != "bare":
@@ -54,14 +74,6 @@ class State:
         return [{"role": "user", "content": content}]
 
     def reading(self, response: str) -> str:
-        """The response as the scorers read it: who was asked in mode "bare" says the answer
-        without tags."""
+        """The response as rewards.py reads it: in mode "bare" the answer has no tags."""
         untagged = self.mode == "bare" and "<answer>" not in response
         return f"<answer>{response}</answer>" if untagged else response
-
-
-SETS = {
-    "counting": ("counting-id", "counting-ood"),
-    "structure": ("structure-id", "structure-ood"),
-    "transformation": ("transformation-id", "transformation-left", "transformation-right"),
-}

@@ -121,7 +121,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path, ordinary: list[str]) -> No
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------- the rest
+# ----------------------------------------------------------------------------------------- the rest
 
 
 def write(file: Path, **values) -> None:

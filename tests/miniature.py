@@ -1,4 +1,4 @@
-"""A miniature Reason-RFT-CoT in the real layout: JSON files, zip archives of images, two-image records, and records that cannot be used."""
+"""A miniature Reason-RFT-CoT in the real layout, with records that cannot be used."""
 
 import io
 import json
@@ -69,7 +69,7 @@ def make(
     prefix: str = "train_images/",
     broken: bool = True,
 ) -> Path:
-    """The data set at `directory`: `size` good records in each file; of counting-train also those of `BROKEN`."""
+    """The data set at `directory`: `size` good records a file; in counting-train also `BROKEN`."""
     images = {"train": {}, "test": {}}
     for name, file in reading.FILES.items():
         task, split = name.split("-")

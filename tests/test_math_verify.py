@@ -1,4 +1,4 @@
-"""The legacy test score is Reason-RFT's: equal text or math-verify's verdict. Needs math-verify, as --legacy does."""
+"""The legacy test score is Reason-RFT's: equal text or math-verify's verdict."""
 
 import json
 import re
@@ -26,12 +26,18 @@ def theirs(content: str, sol: str) -> float:
 
 # The response, the truth, and its score worked by hand; the lenient ones are theirs.
 SCORED = [
-    ("<answer>3</answer>", "3", 1), ("<answer>3.0</answer>", "3", 1), ("<answer>\n3\n</answer>", "3", 1),
-    ("3", "3", 1), ("3 cubes", "3", 1), ("<answer>3 cubes</answer>", "3", 1), ("The answer is 3.", "3", 1),
-    ("<think>\n2 + 2\n</think>\n<answer>\n4\n</answer>", "4", 1), ("<answer>4</answer>", "3", 0), ("", "3", 0),
-    ("<answer>60</answer>", "60", 1), ("<answer>57</answer>", "60", 0), ("<answer>62</answer>", "60", 0),
-    ("<answer>66</answer>", "60", 0), ("<answer>1/2</answer>", "0.5", 1), (r"<answer>$\frac{1}{2}$</answer>", "0.5", 1),
-    ("<answer>B</answer>", "B", 1), ("<answer>b</answer>", "B", 0), ("B", "B", 1), ("<answer>nan</answer>", "3", 0),
+    ("<answer>3</answer>", "3", 1), ("<answer>3.0</answer>", "3", 1),
+    ("<answer>\n3\n</answer>", "3", 1),
+    ("3", "3", 1), ("3 cubes", "3", 1), ("<answer>3 cubes</answer>", "3", 1),
+    ("The answer is 3.", "3", 1),
+    ("<think>\n2 + 2\n</think>\n<answer>\n4\n</answer>", "4", 1), ("<answer>4</answer>", "3", 0),
+    ("", "3", 0),
+    ("<answer>60</answer>", "60", 1), ("<answer>57</answer>", "60", 0),
+    ("<answer>62</answer>", "60", 0),
+    ("<answer>66</answer>", "60", 0), ("<answer>1/2</answer>", "0.5", 1),
+    (r"<answer>$\frac{1}{2}$</answer>", "0.5", 1),
+    ("<answer>B</answer>", "B", 1), ("<answer>b</answer>", "B", 0), ("B", "B", 1),
+    ("<answer>nan</answer>", "3", 0),
     ("<answer>2</answer>", r"2\sqrt{3}", 1), ("<answer>5</answer><answer>3</answer>", "3", 0),
 ]  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The rewards (Eq 7): tables worked by hand, the original's bugs, reward hacks, hostile texts, brute force, fuzz."""
+"""The rewards (Eq 7): tables worked by hand, bugs of the original, hacks, hostile texts, fuzz."""
 
 import itertools
 import random
@@ -25,7 +25,7 @@ def said(answer: str) -> str:
     return f"<think>because</think><answer>{answer}</answer>"
 
 
-# ------------------------------------------------------------------------------------------------- format and tags
+# ---------------------------------------------------------------------------------- format and tags
 
 # The response; its strict format and the answer read from it; its legacy format.
 RESPONSES = [
@@ -113,15 +113,18 @@ def test_legacy_format_is_the_original_regular_expression():
     assert seen == {True, False}
 
 
-# ------------------------------------------------------------------------------------------------------ accuracy
+# ----------------------------------------------------------------------------------------- accuracy
 
 JUDGED = [
     # discrete, numbers: by value (bug: "3.0" differs from "3")
-    ("3", "3", "discrete", 1), ("3.0", "3", "discrete", 1), ("3", "3.0", "discrete", 1), ("03", "3", "discrete", 1),
-    (" 3 \n", "3", "discrete", 1), ("3.", "3", "discrete", 1), ("+3", "3", "discrete", 1), ("- 3", "-3", "discrete", 1),
+    ("3", "3", "discrete", 1), ("3.0", "3", "discrete", 1), ("3", "3.0", "discrete", 1),
+    ("03", "3", "discrete", 1),
+    (" 3 \n", "3", "discrete", 1), ("3.", "3", "discrete", 1), ("+3", "3", "discrete", 1),
+    ("- 3", "-3", "discrete", 1),
     ("−3", "-3", "discrete", 1), ("1,000", "1000", "discrete", 1), ("$3$", "3", "discrete", 1),
     (r"\boxed{3}", "3", "discrete", 1), ("3e0", "3", "discrete", 1), (".5", "0.5", "discrete", 1),
-    (".5", "5", "discrete", 0), ("0", "0", "discrete", 1), ("-0", "0", "discrete", 1), ("-3", "3", "discrete", 0),
+    (".5", "5", "discrete", 0), ("0", "0", "discrete", 1), ("-0", "0", "discrete", 1),
+    ("-3", "3", "discrete", 0),
     ("3.01", "3", "discrete", 0), ("4", "3", "discrete", 0),
     # ... and never a part of the text, a list, a calculation, or what is no number
     ("13", "3", "discrete", 0), ("3", "13", "discrete", 0), ("3 4 5", "3", "discrete", 0),
@@ -129,60 +132,88 @@ JUDGED = [
     ("3 cubes", "3", "discrete", 0), ("4 - 1", "3", "discrete", 0), ("1 3", "13", "discrete", 0),
     ("three", "3", "discrete", 0), ("٣", "3", "discrete", 0), ("3̸", "3", "discrete", 0),
     ("nan", "3", "discrete", 0), ("inf", "3", "discrete", 0), ("1e999", "3", "discrete", 0),
-    ("nan", "nan", "discrete", 0), ("-inf", "-inf", "discrete", 0), ("Infinity", "infinity", "discrete", 0),
-    ("2e999", "1e999", "discrete", 0), ("3" + "0" * 2000, "3", "discrete", 0), ("0" * 2000 + "3", "3", "discrete", 0),
+    ("nan", "nan", "discrete", 0), ("-inf", "-inf", "discrete", 0),
+    ("Infinity", "infinity", "discrete", 0),
+    ("2e999", "1e999", "discrete", 0), ("3" + "0" * 2000, "3", "discrete", 0),
+    ("0" * 2000 + "3", "3", "discrete", 0),
     # discrete, choices: by their letter
-    ("B", "B", "discrete", 1), ("b", "B", "discrete", 1), ("B", "b", "discrete", 1), ("(B)", "B", "discrete", 1),
+    ("B", "B", "discrete", 1), ("b", "B", "discrete", 1), ("B", "b", "discrete", 1),
+    ("(B)", "B", "discrete", 1),
     ("( B )", "B", "discrete", 1), ("B.", "B", "discrete", 1), ("B)", "B", "discrete", 1),
-    ("B) 12", "B", "discrete", 1), ("(B) 12 cm", "B", "discrete", 1), ("B: red", "B", "discrete", 1),
+    ("B) 12", "B", "discrete", 1), ("(B) 12 cm", "B", "discrete", 1),
+    ("B: red", "B", "discrete", 1),
     (r"\text{B}", "B", "discrete", 1),
     ("B", "B) 12", "discrete", 1), ("B", "A", "discrete", 0), ("B) 12", "12", "discrete", 0),
-    ("A B C D", "B", "discrete", 0), ("A, B, C, D", "A", "discrete", 0), ("ABCD", "A", "discrete", 0),
+    ("A B C D", "B", "discrete", 0), ("A, B, C, D", "A", "discrete", 0),
+    ("ABCD", "A", "discrete", 0),
     ("A) 1 B) 2", "A", "discrete", 0), ("A.B", "A", "discrete", 0), ("A or B", "A", "discrete", 0),
-    ("A cube", "A", "discrete", 0), ("B12", "B", "discrete", 0), ("(B", "B", "discrete", 0), ("", "B", "discrete", 0),
+    ("A cube", "A", "discrete", 0), ("B12", "B", "discrete", 0), ("(B", "B", "discrete", 0),
+    ("", "B", "discrete", 0),
     ("А", "A", "discrete", 0),  # a Cyrillic letter
     # discrete, other texts: but for case and spaces
-    ("Red  Cube", "red cube", "discrete", 1), ("red", "red cube", "discrete", 0), ("(1, 2)", "( 1,2 )", "discrete", 1),
-    # math: values. Bugs: a truth of 0 (see below), "nan", "2" read from "2\sqrt{3}" and "5" from "5\pi"
-    ("12", "12", "math", 1), ("12 cm", "12", "math", 1), ("12", "12 cm", "math", 1), ("12 cm", "12 cm", "math", 1),
-    ("12 cm", "12 mm", "math", 0), ("12 units", "12 cm", "math", 1), (r"12\text{ cm}^2", "12", "math", 1),
-    ("12 square centimeters", "12 cm", "math", 1), (r"30^\circ", "30", "math", 1), (r"30^{\circ}", "30°", "math", 1),
+    ("Red  Cube", "red cube", "discrete", 1), ("red", "red cube", "discrete", 0),
+    ("(1, 2)", "( 1,2 )", "discrete", 1),
+    # math: values. Bugs: a truth of 0 (below), "nan", "2" read from "2\sqrt{3}", "5" from "5\pi"
+    ("12", "12", "math", 1), ("12 cm", "12", "math", 1), ("12", "12 cm", "math", 1),
+    ("12 cm", "12 cm", "math", 1),
+    ("12 cm", "12 mm", "math", 0), ("12 units", "12 cm", "math", 1),
+    (r"12\text{ cm}^2", "12", "math", 1),
+    ("12 square centimeters", "12 cm", "math", 1), (r"30^\circ", "30", "math", 1),
+    (r"30^{\circ}", "30°", "math", 1),
     ("30 degrees", "30", "math", 1), ("1,250", "1250", "math", 1), ("1.25e3", "1250", "math", 1),
-    (r"1.25 \times 10^{3}", "1250", "math", 1), ("3/4", "0.75", "math", 1), (r"\frac{3}{4}", "0.75", "math", 1),
+    (r"1.25 \times 10^{3}", "1250", "math", 1), ("3/4", "0.75", "math", 1),
+    (r"\frac{3}{4}", "0.75", "math", 1),
     (r"\dfrac34", "0.75", "math", 1), ("75%", "0.75", "math", 1), (r"75\%", "75", "math", 0),
-    ("3 1/2", "3.5", "math", 1), (r"3\frac{1}{2}", "3.5", "math", 1), (r"-3\frac{1}{2}", "-3.5", "math", 1),
+    ("3 1/2", "3.5", "math", 1), (r"3\frac{1}{2}", "3.5", "math", 1),
+    (r"-3\frac{1}{2}", "-3.5", "math", 1),
     ("3 2", "6", "math", 0),
-    (r"2\sqrt{3}", "3.4641", "math", 1), ("2√3", r"2\sqrt{3}", "math", 1), ("2sqrt(3)", r"\sqrt{12}", "math", 1),
-    ("2", r"2\sqrt{3}", "math", 0), ("5", r"5\pi", "math", 0), (r"5\pi", "5", "math", 0), ("15.7", r"5\pi", "math", 1),
-    ("5π", "15.708", "math", 1), (r"\frac{\sqrt{2}}{2}", "0.7071", "math", 1), ("3^2", "9", "math", 1),
-    (r"2^{10}", "1024", "math", 1), (r"\boxed{\frac{1}{2}}", "0.5", "math", 1), ("$-\\frac{1}{2}$", "-0.5", "math", 1),
-    (r"3+2\sqrt{5}", "7.472", "math", 1), (r"\frac{1}{2}\pi", "1.5708", "math", 1), ("2(3+4)", "14", "math", 1),
-    ("-2^2", "-4", "math", 1), ("2-3-4", "-5", "math", 1), ("8/2/2", "2", "math", 1), ("2^3^2", "512", "math", 1),
+    (r"2\sqrt{3}", "3.4641", "math", 1), ("2√3", r"2\sqrt{3}", "math", 1),
+    ("2sqrt(3)", r"\sqrt{12}", "math", 1),
+    ("2", r"2\sqrt{3}", "math", 0), ("5", r"5\pi", "math", 0), (r"5\pi", "5", "math", 0),
+    ("15.7", r"5\pi", "math", 1),
+    ("5π", "15.708", "math", 1), (r"\frac{\sqrt{2}}{2}", "0.7071", "math", 1),
+    ("3^2", "9", "math", 1),
+    (r"2^{10}", "1024", "math", 1), (r"\boxed{\frac{1}{2}}", "0.5", "math", 1),
+    ("$-\\frac{1}{2}$", "-0.5", "math", 1),
+    (r"3+2\sqrt{5}", "7.472", "math", 1), (r"\frac{1}{2}\pi", "1.5708", "math", 1),
+    ("2(3+4)", "14", "math", 1),
+    ("-2^2", "-4", "math", 1), ("2-3-4", "-5", "math", 1), ("8/2/2", "2", "math", 1),
+    ("2^3^2", "512", "math", 1),
     (r"\(12\)", "12", "math", 1), ("12 or 13", "12", "math", 0), ("12 13", "12", "math", 0),
     ("12, 13", "12", "math", 0), (r"\frac{1}{2} 3/4", "0.5", "math", 0), ("50%%", "0.5", "math", 0),
     ("about 12", "12", "math", 0), ("121", "12", "math", 0),
-    ("nan", "12", "math", 0), ("inf", "12", "math", 0), ("nan", "nan", "math", 0), ("nan", "0", "math", 0),
-    ("1e999", "12", "math", 0), ("1/0", "12", "math", 0), ("1/1e999", "0", "math", 0), ("0^(-1)", "0", "math", 0),
-    (r"\sqrt{-4}", "2", "math", 0), ("(-8)^(1/3)", "-2", "math", 0), ("1e300*1e300*0", "0", "math", 0),
+    ("nan", "12", "math", 0), ("inf", "12", "math", 0), ("nan", "nan", "math", 0),
+    ("nan", "0", "math", 0),
+    ("1e999", "12", "math", 0), ("1/0", "12", "math", 0), ("1/1e999", "0", "math", 0),
+    ("0^(-1)", "0", "math", 0),
+    (r"\sqrt{-4}", "2", "math", 0), ("(-8)^(1/3)", "-2", "math", 0),
+    ("1e300*1e300*0", "0", "math", 0),
     ("1e308", "1e-308", "math", 0), ("-1e308", "1e308", "math", 0), ("", "12", "math", 0),
     # math, a truth without a value: a choice or a text
     ("B", "B", "math", 1), ("(b)", "B", "math", 1), ("C", "B", "math", 0), ("2", "B", "math", 0),
-    ("X + 1", "x+1", "math", 1), ("x+2", "x+1", "math", 0), ("x", "x+1", "math", 0), ("", "", "math", 0),
+    ("X + 1", "x+1", "math", 1), ("x+2", "x+1", "math", 0), ("x", "x+1", "math", 0),
+    ("", "", "math", 0),
     # function: matches / max(|predicted|, |truth|), times distinct / all
-    (TRUTH, TRUTH, "function", 1), ("change_shape(1,cube)change_color(0,blue)", TRUTH, "function", 1),
+    (TRUTH, TRUTH, "function", 1),
+    ("change_shape(1,cube)change_color(0,blue)", TRUTH, "function", 1),
     ("change_color ( 0 , blue ) ; change_shape ( 1 , cube )", TRUTH, "function", 1),
     ("change_color(0, 'blue')\n\nchange_shape(1, \"CUBE\")", TRUTH, "function", 1),
     ("change_color(0, blue)", TRUTH, "function", 1 / 2),
     ("change_color(0, blue) change_shape(1, sphere)", TRUTH, "function", 1 / 2),
     (TRUTH + " change_size(2, small)", TRUTH, "function", 2 / 3),
-    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue)", "function", 1 / 2),  # repeats cost
+    # repeats cost
+    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue)", "function", 1 / 2),
     (TRUTH + " change_shape(1,cube)", TRUTH, "function", 2 / 3),
     ("change_color(0,blue) " * 3 + "change_shape(1,cube)", TRUTH, "function", 1 / 2),
-    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue) change_color(0,blue)", "function", 1 / 2),
-    ("change_color(1, blue) change_shape(0, cube)", TRUTH, "function", 0),  # no partial credit in training
+    ("change_color(0,blue) change_color(0,blue)", "change_color(0,blue) change_color(0,blue)",
+     "function", 1 / 2),
+    # no partial credit in training
+    ("change_color(1, blue) change_shape(0, cube)", TRUTH, "function", 0),
     ("change_color(car, blue)", "change_color(Car,blue)", "function", 1),  # an object may be a word
-    ("xchange_color(0, blue)", "change_color(0, blue)", "function", 0), ("blue", TRUTH, "function", 0),
-    ("change_color(0, blue", TRUTH, "function", 0), ("", TRUTH, "function", 0), (TRUTH, "", "function", 0),
+    ("xchange_color(0, blue)", "change_color(0, blue)", "function", 0),
+    ("blue", TRUTH, "function", 0),
+    ("change_color(0, blue", TRUTH, "function", 0), ("", TRUTH, "function", 0),
+    (TRUTH, "", "function", 0),
 ]  # fmt: skip
 
 
@@ -192,10 +223,12 @@ def test_accuracy_worked_by_hand(predicted, answer, kind, expected):
     assert accuracy_reward(said(predicted), answer, kind) == pytest.approx(expected, abs=1e-12)
 
 
-# Other ways of writing an answer ("d": discrete, "m": math): they are right, also where a quantity must be equal ...
+# Other ways of writing an answer ("d": discrete, "m": math): right, also where it must be equal ...
 WRITTEN = [
-    ("３", "3", "d"), ("3。", "3", "d"), ("３．０", "3", "d"), ("3．", "3", "d"), ("（B）", "B", "d"),
-    ("Ｂ", "B", "d"), ("B：12", "B", "d"), ("B、12", "B", "d"), ("【B】", "B", "d"), ("「B」", "B", "d"),
+    ("３", "3", "d"), ("3。", "3", "d"), ("３．０", "3", "d"), ("3．", "3", "d"),
+    ("（B）", "B", "d"),
+    ("Ｂ", "B", "d"), ("B：12", "B", "d"), ("B、12", "B", "d"), ("【B】", "B", "d"),
+    ("「B」", "B", "d"),
     ("B。", "B", "d"), ("[B]", "B", "d"), ("3", "３", "d"), ("B", "（B）", "d"), ("B", "Ｂ", "d"),
     ("B. 12 m", "B", "d"), ("B. 12m", "B", "d"), ("(B) 12 m²", "B", "d"),
     ("B. 3 m by 4 m", "B", "d"), ("**3**", "3", "d"), ("__3__", "3", "d"), ("*3*", "3", "d"),
@@ -237,13 +270,17 @@ WRITTEN = [
 ]  # fmt: skip
 # ... and what is near them, which is wrong.
 NEAR = [
-    ("A or B", "A", "d"), ("A or B", "B", "d"), ("B) 12 C) 13", "B", "d"), ("B）12 C）13", "B", "d"),
+    ("A or B", "A", "d"), ("A or B", "B", "d"), ("B) 12 C) 13", "B", "d"),
+    ("B）12 C）13", "B", "d"),
     ("3 or 4", "3", "d"), ("3 or 4", "3", "m"), ("B. A", "B", "d"), ("B. A", "A", "d"),
     ("B、A", "B", "d"), ("B: A", "B", "d"), ("A、B", "A", "d"), ("A，B", "A", "d"),
-    ("12 m", "12 cm", "m"), ("12米", "12 cm", "m"), ("12厘米", "12 m", "m"), ("12 m²", "12 cm²", "m"),
-    ("12 yd", "12 ft", "m"), ("12 dm", "12 cm", "m"), ("12 km", "12 m", "m"), ("12千米", "12米", "m"),
+    ("12 m", "12 cm", "m"), ("12米", "12 cm", "m"), ("12厘米", "12 m", "m"),
+    ("12 m²", "12 cm²", "m"),
+    ("12 yd", "12 ft", "m"), ("12 dm", "12 cm", "m"), ("12 km", "12 m", "m"),
+    ("12千米", "12米", "m"),
     ("12毫米", "12米", "m"), ("30 rad", "30°", "m"), ("30 cm", "30°", "m"), ("３４", "3", "d"),
-    ("３４", "4", "d"), ("3、4", "3", "d"), ("3、4", "3.4", "m"), ("3，4", "3", "d"), ("6", "6√2", "m"),
+    ("３４", "4", "d"), ("3、4", "3", "d"), ("3、4", "3.4", "m"), ("3，4", "3", "d"),
+    ("6", "6√2", "m"),
     ("6√2", "6", "m"), ("6", "6\\sqrt[3]{2}", "m"), ("2", "\\sqrt[3]{2}", "m"),
     ("2", "2\\sqrt[3]{3}", "m"), ("8", "\\sqrt[3]{8}", "m"), ("3", "\\sqrt[3]{8}", "m"),
     ("5²", "5", "m"), ("5²", "52", "m"), ("5²", "2", "m"), ("5²", "52", "d"), ("3½", "31", "m"),
@@ -292,12 +329,17 @@ def test_a_truth_is_right_for_itself():
 
 
 @pytest.mark.parametrize("predicted, answer, kind, expected", [
-    ("60", "60", "math", 1), ("57", "60", "math", 0), ("62", "60", "math", 0), ("66", "60", "math", 0),
-    ("60.0 cm", "60", "math", 1), ("120/2", "60", "math", 1), ("60.01", "60", "math", 0), ("60 m", "60 cm", "math", 0),
-    ("3.4641016", r"2\sqrt{3}", "math", 1), ("3.46", r"2\sqrt{3}", "math", 0), ("0.0", "0", "math", 1), ("1e-7", "0", "math", 1),
-    ("0.01", "0", "math", 0), ("1e308", "-1e308", "math", 0), ("B", "B", "discrete", 1), ("3.0", "3", "discrete", 1),
+    ("60", "60", "math", 1), ("57", "60", "math", 0), ("62", "60", "math", 0),
+    ("66", "60", "math", 0),
+    ("60.0 cm", "60", "math", 1), ("120/2", "60", "math", 1), ("60.01", "60", "math", 0),
+    ("60 m", "60 cm", "math", 0),
+    ("3.4641016", r"2\sqrt{3}", "math", 1), ("3.46", r"2\sqrt{3}", "math", 0),
+    ("0.0", "0", "math", 1), ("1e-7", "0", "math", 1),
+    ("0.01", "0", "math", 0), ("1e308", "-1e308", "math", 0), ("B", "B", "discrete", 1),
+    ("3.0", "3", "discrete", 1),
     ("4", "3", "discrete", 0), ("x+1", "X + 1", "math", 1), ("nan", "nan", "math", 0),
-    ("f(0,b)", "f(0,a)", "function", 0.5), ("f(0,a)", "f(0,a)", "function", 1),  # the partial credit of TRANCE
+    ("f(0,b)", "f(0,a)", "function", 0.5),
+    ("f(0,a)", "f(0,a)", "function", 1),  # the partial credit of TRANCE
 ])  # fmt: skip
 def test_the_accuracy_of_evaluation_is_right_or_wrong_but_for_sequences(
     predicted, answer, kind, expected
@@ -314,16 +356,20 @@ def test_exact_wants_every_call_once():
 
 
 @pytest.mark.parametrize("truth", [100.0, -100.0, 3e-9, 7e200])
-@pytest.mark.parametrize("error, expected", [(0, 1), (0.04, 1), (0.05, 1), (0.0875, 0.5 + 0.5 * 0.5**0.5), (0.125, 0.5),
-                                             (0.1625, 0.5 - 0.5 * 0.5**0.5), (0.2, 0), (0.21, 0), (2, 0)])  # fmt: skip
+@pytest.mark.parametrize("error, expected", [(0, 1), (0.04, 1), (0.05, 1),
+                                             (0.0875, 0.5 + 0.5 * 0.5**0.5), (0.125, 0.5),
+                                             (0.1625, 0.5 - 0.5 * 0.5**0.5), (0.2, 0), (0.21, 0),
+                                             (2, 0)])  # fmt: skip
 @pytest.mark.parametrize("side", [1, -1])
 def test_math_falls_as_half_a_cosine_between_5_and_20_percent(truth, error, expected, side):
     predicted = repr(truth * (1 + side * error))
     assert judge_answer(predicted, repr(truth), "math") == pytest.approx(expected, abs=1e-9)
 
 
-@pytest.mark.parametrize("predicted, expected", [("0", 1), ("0.0", 1), ("-0", 1), ("0 cm", 1), ("1e-7", 1),
-                                                 ("-1e-7", 1), ("1e-5", 0), ("0.05", 0), ("-1", 0)])  # fmt: skip
+@pytest.mark.parametrize("predicted, expected", [("0", 1), ("0.0", 1), ("-0", 1), ("0 cm", 1),
+                                                 ("1e-7", 1),
+                                                 ("-1e-7", 1), ("1e-5", 0), ("0.05", 0),
+                                                 ("-1", 0)])  # fmt: skip
 def test_math_with_truth_zero_asks_for_zero(predicted, expected):
     assert judge_answer(predicted, "0", "math") == expected
 
@@ -331,8 +377,26 @@ def test_math_with_truth_zero_asks_for_zero(predicted, expected):
 def test_function_reads_neither_the_thought_nor_past_the_answer_but_all_its_lines():
     assert accuracy_reward(f"<think>{TRUTH}</think><answer>none</answer>", TRUTH, "function") == 0
     assert accuracy_reward(f"<think>{TRUTH}</think>", TRUTH, "function") == 0
-    assert accuracy_reward("<think>change_size(3, big)</think><answer>\n" + TRUTH.replace(") ", ")\n") + "\n</answer>",
-                           TRUTH, "function") == 1  # fmt: skip
+    lines = TRUTH.replace(") ", ")\n")
+    text = f"<think>change_size(3, big)</think><answer>\n{lines}\n</answer>"
+    assert accuracy_reward(text, TRUTH, "function") == 1
+
+
+@pytest.mark.parametrize("side", ["front", "behind"])
+@pytest.mark.parametrize("turn", ["left", "right"])
+def test_a_direction_may_have_a_hyphen_or_a_blank_for_its_underscore(side, turn):
+    truth = f"change_position(0, {side}_{turn}), change_color(1, red)"
+    for between in ("_", "-", " ", "  ", "\n"):
+        for direction in (f"{side}{between}{turn}", f"'{side.upper()}{between}{turn}'"):
+            text = f"change_position(0, {direction}), change_color(1, red)"
+            assert judge_answer(text, truth, "function") == 1, text
+            assert reward(said(text), truth, "function") == 2
+            assert function_score(said(text), truth) == 1
+    for other in (f"{side}{turn}", f"{turn}-{side}", f"{side}--{turn}", side, turn):
+        text = f"change_position(0, {other}), change_color(1, red)"
+        assert judge_answer(text, truth, "function") < 1, text
+    hyphen = said(truth.replace(f"{side}_{turn}", f"{side}-{turn}"))
+    assert accuracy_reward(hyphen, truth, "function", legacy=True) < 1  # as in the original
 
 
 def test_listing_every_call_earns_less_than_one_right_call():
@@ -363,24 +427,31 @@ def test_an_unknown_kind_is_a_mistake_of_the_program(legacy):
         judge_answer("3", "3", "maths")
 
 
-# -------------------------------------------------------------------------------------------------------- legacy
+# ------------------------------------------------------------------------------------------- legacy
 
 LEGACY = [
-    (said("3"), "3", "discrete", 1), (said(" 3 "), "3", "discrete", 1), (said("3.0"), "3", "discrete", 0),
-    (said("b"), "B", "discrete", 0), (said("3"), "<answer>3</answer>", "discrete", 1), ("3", "3", "discrete", 1),
-    ("<answer>3</answer><answer>4</answer>", "3", "discrete", 1), (said("3") + " or 4", "3", "discrete", 1),
+    (said("3"), "3", "discrete", 1), (said(" 3 "), "3", "discrete", 1),
+    (said("3.0"), "3", "discrete", 0),
+    (said("b"), "B", "discrete", 0), (said("3"), "<answer>3</answer>", "discrete", 1),
+    ("3", "3", "discrete", 1),
+    ("<answer>3</answer><answer>4</answer>", "3", "discrete", 1),
+    (said("3") + " or 4", "3", "discrete", 1),
     ("<answer>4<answer>3</answer>", "4<answer>3", "discrete", 1), (said(""), "", "discrete", 1),
     ("<think>a<answer>3</answer></think><answer>4</answer>", "3", "discrete", 1),
     ("<think>\na\n</think>\n<answer>\n3\n</answer>", "3", "discrete", 1),  # the target of sft.py
-    ("<answer>\n3\n4\n</answer>", "3", "discrete", 0), ("3\n", "3", "discrete", 1), (said("\nB"), "B", "discrete", 1),
+    ("<answer>\n3\n4\n</answer>", "3", "discrete", 0), ("3\n", "3", "discrete", 1),
+    (said("\nB"), "B", "discrete", 1),
     (said("1.02"), "1", "math", 0), (said("0"), "0", "math", 1), (said("nan"), "nan", "math", 1),
     (said(TRUTH), TRUTH, "function", 1), (said(TRUTH + TRUTH), TRUTH, "function", 1 / 2),
     (said(TRUTH.replace("blue", "'blue'")), TRUTH, "function", 1),
     (said("change_color ( 0 , blue )"), "change_color(0, blue)", "function", 0),
     (said("change_color(0, blue )"), "change_color(0, blue)", "function", 0),
-    (said("Change_color(0,blue)"), "change_color(0,blue)", "function", 0), (said(""), TRUTH, "function", 0),
-    (f"<think>{TRUTH}</think><answer>\nnone\n</answer>", TRUTH, "function", 0), (TRUTH, TRUTH, "function", 1),
-    ("<think>a</think>\n<answer>\n" + TRUTH.replace(" c", "\nc") + "\n</answer>", TRUTH, "function", 1),
+    (said("Change_color(0,blue)"), "change_color(0,blue)", "function", 0),
+    (said(""), TRUTH, "function", 0),
+    (f"<think>{TRUTH}</think><answer>\nnone\n</answer>", TRUTH, "function", 0),
+    (TRUTH, TRUTH, "function", 1),
+    ("<think>a</think>\n<answer>\n" + TRUTH.replace(" c", "\nc") + "\n</answer>", TRUTH,
+     "function", 1),
 ]  # fmt: skip
 
 
@@ -389,11 +460,12 @@ def test_legacy_gives_the_numbers_of_the_original(text, answer, kind, expected):
     assert accuracy_reward(text, answer, kind, legacy=True) == pytest.approx(expected)
 
 
-# ------------------------------------------------------------------------------------------------- partial credit
+# ----------------------------------------------------------------------------------- partial credit
 
 
 @pytest.mark.parametrize("predicted, answer, expected", [
-    ("f(0,a)", "f(0,a)", 1), ("f(0,b)", "f(0,a)", 1 / 2), ("f(1,a)", "f(0,a)", 1 / 2), ("f(1,b)", "f(0,a)", 1 / 4),
+    ("f(0,a)", "f(0,a)", 1), ("f(0,b)", "f(0,a)", 1 / 2), ("f(1,a)", "f(0,a)", 1 / 2),
+    ("f(1,b)", "f(0,a)", 1 / 4),
     ("g(0,a)", "f(0,a)", 0), ("f(0,a) f(0,a)", "f(0,a)", 1), ("f(0,a) g(1,b)", "f(0,a)", 1 / 2),
     ("f(0,a)", "f(0,a) f(0,b)", 1 / 2), ("f(0,b) g(2,c)", "f(0,a) g(1,b)", (1 / 2 + 1 / 4) / 2),
     ("F ( 0 , 'A' )", "f(0,a)", 1), ("", "f(0,a)", 0), ("f(0,a)", "", 0), ("none", "none", 0),
@@ -403,7 +475,7 @@ def test_partial_credit_worked_by_hand(predicted, answer, expected):
 
 
 def test_partial_credit_is_the_best_pairing_where_the_greedy_one_is_not():
-    # f(0,a) may be paired with f(0,c) by its object or f(1,a) by its value; f(0,b) with f(0,c) only.
+    # f(0,a) may be paired with f(0,c) by its object, f(1,a) by its value; f(0,b) with f(0,c) only.
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)") == pytest.approx(1 / 2)
     assert function_score(said("f(0,a) f(0,b)"), "f(0,c) f(1,a)", legacy=True) == pytest.approx(
         (1 / 2 + 1 / 4) / 2
@@ -416,9 +488,11 @@ def test_the_legacy_score_of_a_sequence_reads_an_answer_on_one_line_only():
 
 
 @pytest.mark.parametrize("predicted, answer, expected", [
-    ("f(0,a)", "f(0,a)", 1), ("f(0,b)", "f(0,a)", 1 / 2), ("f(1,a)", "f(0,a)", 1 / 2), ("f(1,b)", "f(0,a)", 1 / 4),
+    ("f(0,a)", "f(0,a)", 1), ("f(0,b)", "f(0,a)", 1 / 2), ("f(1,a)", "f(0,a)", 1 / 2),
+    ("f(1,b)", "f(0,a)", 1 / 4),
     # f(0,a) takes the first call of its object, and leaves f(1,c) its value, or not.
-    ("f(0,a) f(1,c)", "f(0,b) f(0,c)", 1 / 2), ("f(0,a) f(1,c)", "f(0,c) f(0,b)", (1 / 2 + 1 / 4) / 2),
+    ("f(0,a) f(1,c)", "f(0,b) f(0,c)", 1 / 2),
+    ("f(0,a) f(1,c)", "f(0,c) f(0,b)", (1 / 2 + 1 / 4) / 2),
 ])  # fmt: skip
 def test_legacy_partial_credit_worked_by_hand(predicted, answer, expected):
     assert function_score(said(predicted), answer, legacy=True) == pytest.approx(expected)
@@ -457,7 +531,7 @@ def test_partial_credit_equals_brute_force_whatever_the_order_and_legacy_is_neve
     assert below > 0
 
 
-# -------------------------------------------------------------------------------------------------- hostile texts
+# ------------------------------------------------------------------------------------ hostile texts
 
 N = 100_000
 HOSTILE = {
@@ -565,11 +639,17 @@ def test_ten_thousand_calls_against_ten_thousand_are_scored_in_time():
 
 def test_random_fragments_never_raise_and_stay_in_range():
     rng = random.Random(2)
-    pieces = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "3", "12", ",", ".", "-", "+", "*", "/", "^",
-              "%", "(", ")", "{", "}", "[", "]", "\\frac", "\\frac{1}{2}", "\\sqrt", "√", "\\pi", "π", "\\boxed{",
-              "\\text{", "$", "\\", "^\\circ", "°", "cm", "²", "e5", "e999", "nan", "inf", "B", "b)", "f(0,a)", "f(0,",
-              "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(", "\\,", "{,}", "½", "⁰", "³", "√", "√[", "∛", "x=",
-              "≈", "：", "（", "。", "–", "米", "平方", "㎠", "\\sqrt[3]", "\\cfrac", "m ", "`", ":", "𝟑"]  # fmt: skip
+    pieces = ["<think>", "</think>", "<answer>", "</answer>", " ", "\n", "3", "12", ",", ".", "-",
+              "+", "*", "/", "^",
+              "%", "(", ")", "{", "}", "[", "]", "\\frac", "\\frac{1}{2}", "\\sqrt", "√", "\\pi",
+              "π", "\\boxed{",
+              "\\text{", "$", "\\", "^\\circ", "°", "cm", "²", "e5", "e999", "nan", "inf", "B",
+              "b)", "f(0,a)", "f(0,",
+              "'", '"', "_", "0", "1e308", "\0", "\ud800", "３", "é", "**", "\\times", "\\left(",
+              "\\,", "{,}", "½", "⁰", "³", "√", "√[", "∛", "x=",
+              "≈", "：", "（", "。", "–", "米", "平方", "㎠", "\\sqrt[3]", "\\cfrac", "m ", "`",
+              ":",
+              "𝟑"]  # fmt: skip
     seen = set()
     for _ in range(3000):
         inner = "".join(rng.choices(pieces, k=rng.randint(0, 12)))

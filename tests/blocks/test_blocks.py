@@ -1,4 +1,4 @@
-"""blocks.py: questions are reproducible, train and test are apart, and answers, thoughts and pictures are right."""
+"""Questions are reproducible, train and test apart; answers, thoughts and pictures are right."""
 
 import hashlib
 import itertools
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 
 from blocks import counting, dataset, scenes, scripted, structure
@@ -46,7 +47,7 @@ def response(thought: str, answer: str) -> str:
     return f"<think> {thought} </think> <answer> {answer} </answer>"
 
 
-# ---------------------------------------------------------------------------------------------- sets
+# --------------------------------------------------------------------------------------------- sets
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -69,8 +70,9 @@ def test_another_process_makes_the_same_states():
     # Python's own hashes differ between processes: nothing may depend on them.
     code = "import test_blocks as t; print(*(t.fingerprint(t.BlocksSet(n, 2)[1]) for n in t.ALL))"
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
-        env={"PYTHONPATH": str(Path(dataset.__file__).parent), "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        cwd=Path(__file__).parent,
+        env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(BlocksSet(name, 2)[1]) for name in ALL]
 
@@ -131,7 +133,7 @@ def test_every_figure_is_asked_about_in_every_way():
     }
 
 
-# ---------------------------------------------------------------------------------------------- counting
+# ----------------------------------------------------------------------------------------- counting
 
 
 def matches(thing: Object, words: str) -> bool:
@@ -140,7 +142,7 @@ def matches(thing: Object, words: str) -> bool:
 
 
 def parse_counting(question: str) -> tuple[list[str], int, str]:
-    """What is removed, how many are added, what is counted, from the words of the question alone."""
+    """What is removed, how many are added, what is counted, by the question's words alone."""
     sentences = [sentence.strip() for sentence in re.split(r"[.?]", question) if sentence.strip()]
     removed = [s.removeprefix("remove every ") for s in sentences if s.startswith("remove every ")]
     counted = [s.removeprefix("count every ") for s in sentences if s.startswith("count every ")]
@@ -167,7 +169,8 @@ def test_counting_answers_are_right(name):
 
 
 @pytest.mark.parametrize("name, sizes, steps", [
-    ("counting-train", {3, 4, 5, 6}, 1), ("counting-id", {3, 4, 5, 6}, 1), ("counting-ood", {7, 8, 9}, 2),
+    ("counting-train", {3, 4, 5, 6}, 1), ("counting-id", {3, 4, 5, 6}, 1),
+    ("counting-ood", {7, 8, 9}, 2),
 ])  # fmt: skip
 def test_ood_scenes_are_larger_and_their_questions_have_two_steps(name, sizes, steps):
     assert {len(state.problem.objects) for state in states(name)} == sizes
@@ -205,7 +208,7 @@ def test_the_thought_goes_through_every_object_to_the_answer(name, style):
         )
 
 
-# ---------------------------------------------------------------------------------------------- structure
+# ---------------------------------------------------------------------------------------- structure
 
 
 def edges(corners: list[tuple[int, int]]):
@@ -213,7 +216,7 @@ def edges(corners: list[tuple[int, int]]):
 
 
 def area(corners: list[tuple[int, int]]) -> float:
-    """Row by row of unit height. Corners are on whole heights, so half way up a row's width is its mean width."""
+    """Row by row of unit height. Corners are on whole heights: halfway up is a row's mean width."""
     total = 0.0
     for row in range(min(y for _, y in corners), max(y for _, y in corners)):
         middle, crossings = row + 0.5, []
@@ -312,7 +315,7 @@ def test_the_picture_covers_the_figures_unit_squares_and_no_others(shape):
         assert figure.is_proper()
         corners = [(figure.x + x, figure.y + y) for x, y in figure.corners()]
         for x, y in itertools.product(range(8), range(8)):
-            # Its share of the unit square decides, measured on a fine lattice; cut ones are neither in nor out.
+            # By its share of the unit square, on a fine lattice; cut ones are neither in nor out.
             points = [(x + (i + 0.51) / 8, y + (j + 0.52) / 8) for i in range(8) for j in range(8)]
             share = sum(inside(point, corners) for point in points) / 64
             centre = drawn[64 - (y + 1) * 8 + 3 : 64 - y * 8 - 3, x * 8 + 3 : x * 8 + 5]
@@ -336,7 +339,7 @@ def test_the_picture_of_a_strip_shows_its_width_and_not_the_missing_side():
     assert len(set.union(*shown.values())) == 3
 
 
-# ---------------------------------------------------------------------------------------------- transformation
+# ----------------------------------------------------------------------------------- transformation
 
 
 COMPASS = {"left": "W", "right": "E", "front": "S", "behind": "N"}
@@ -423,7 +426,7 @@ def test_a_thought_tells_each_objects_change(name):
 
 
 def where(picture: Image.Image, view: str) -> tuple[int, int]:
-    """(column, row) of the one cell in which the picture is not the empty floor; it is reddish there."""
+    """(column, row) of the one cell where the picture is not empty floor; it is reddish there."""
     pixels, floor = (np.asarray(image).astype(int) for image in (picture, draw_scene((), view)))
     rows, columns = np.nonzero((pixels != floor).any(axis=-1))
     (cell,) = set(zip((columns // 16).tolist(), (rows // 16).tolist(), strict=True))
@@ -433,7 +436,7 @@ def where(picture: Image.Image, view: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("cell, center, left, right", [
-    # A viewer on the left has column a in front of them (row 3 of the picture) and the scene's back on their left.
+    # A viewer on the left has column a in front (row 3 of the picture), the back on the left.
     ("a1", (0, 0), (0, 3), (3, 0)),  # at the back on the left
     ("d1", (3, 0), (0, 0), (3, 3)),
     ("a4", (0, 3), (3, 3), (0, 0)),
@@ -469,7 +472,7 @@ def test_each_look_has_a_picture_of_its_own():
         assert np.abs(shown[0] - shown[1]).max() > 20  # visible, not a rounding
 
 
-# ---------------------------------------------------------------------------------------------- words, mistakes
+# ---------------------------------------------------------------------------------- words, mistakes
 
 
 def test_every_word_is_in_the_vocabulary_once():
@@ -530,8 +533,10 @@ def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    ([], "--show"), (["--sow", "x.png"], "--show"), (["--show", "{tmp}/nowhere/x.png"], "cannot write {tmp}/nowhere/x.png: No such file"),
-    (["--show", "{tmp}"], "Is a directory"), (["--show", "{tmp}/" + 300 * "x"], "File name too long"),
+    ([], "--show"), (["--sow", "x.png"], "--show"),
+    (["--show", "{tmp}/nowhere/x.png"], "cannot write {tmp}/nowhere/x.png: No such file"),
+    (["--show", "{tmp}"], "Is a directory"),
+    (["--show", "{tmp}/" + 300 * "x"], "File name too long"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
     arguments = [argument.format(tmp=tmp_path) for argument in arguments]

@@ -1,4 +1,4 @@
-"""experts.py: the scripted experts err exactly as often as Table 1 says, and their density is that of what they say."""
+"""The scripted experts err as often as Table 1 says, and their samples follow their density."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from experts.roster import make_experts
 from rewards import accuracy_reward, format_reward
 from sampling import Action, Sample, expert_action
 
-TABLE_1 = {  # accuracy in percent, as the paper prints it: the row of GPT-4o, then that of Gemini-1.5-Pro
+TABLE_1 = {  # in percent, as printed: the rows of GPT-4o and of Gemini-1.5-Pro
     "careful": dict(zip((*SETS["counting"], *SETS["structure"], *SETS["transformation"]),
                         (68.10, 34.31, 50.18, 43.49, 42.55, 28.67, 29.76), strict=True)),
     "quick": dict(zip((*SETS["counting"], *SETS["structure"], *SETS["transformation"]),
@@ -123,7 +123,7 @@ def test_a_sample_follows_from_seed_and_state_alone(expert):
 
 
 def test_two_experts_do_not_err_together():
-    # A seed shared by both must not make them right on the same draws, which the mixture's variance would show.
+    # A shared seed must not make both right on the same draws.
     states = some("counting-train", 40)
     drawn = [expert.sample(states, 10, seed=0) for expert in EXPERTS]
     both = 0
@@ -160,8 +160,10 @@ def test_experts_are_made_in_the_order_named(names, expected):
 
 
 @pytest.mark.parametrize("names, message", [
-    ("gpt", "no expert 'gpt'; there are careful, quick, openai:MODEL, gemini:MODEL, or none"), ("", "no expert ''"), ("careful,", "no expert ''"),
-    ("careful,none", "no expert 'none'"), ("careful,careful", "twice"), ("quick, careful ,quick", "twice"),
+    ("gpt", "no expert 'gpt'; there are careful, quick, openai:MODEL, gemini:MODEL, or none"),
+    ("", "no expert ''"), ("careful,", "no expert ''"),
+    ("careful,none", "no expert 'none'"), ("careful,careful", "twice"),
+    ("quick, careful ,quick", "twice"),
 ])  # fmt: skip
 def test_unknown_and_repeated_experts_are_errors(names, message):
     with pytest.raises(ValueError, match=message):

@@ -122,7 +122,7 @@ def test_asked_to_describe_a_scene_it_does(policy):
     ],
 )
 def test_a_description_needs_every_part(policy, part):
-    """So the test before notices damage, which accuracy on questions does not: without any vision it is the same."""
+    """So the test before notices damage; accuracy does not: it is the same without any vision."""
     damaged = copy.deepcopy(policy)
     weights = [weight for name, weight in damaged.named_parameters() if part in name]
     assert weights

@@ -1,4 +1,4 @@
-"""data.py: what a record becomes, what is left out and why, archives that attack, downloads and unpacking that were interrupted."""
+"""Records as states, what is left out and why, hostile archives, interrupted downloads."""
 
 import http.server
 import json
@@ -16,7 +16,7 @@ from PIL import Image
 
 import rewards
 from blocks.dataset import BlocksSet
-from data import download, pictures, reading, sets
+from data import download, image_check, pictures, reading, sets
 from data.download import prepare, unpack
 from data.pictures import ImageFiles
 from data.reason_rft import ReasonRFTSet
@@ -57,7 +57,7 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------------ records
 
 
 @pytest.mark.parametrize("name", reading.FILES)
@@ -100,15 +100,22 @@ def test_what_cannot_be_used_is_left_out_and_told(directory):
 
 
 @pytest.mark.parametrize("task, answer, kind", [
-    ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None), ("counting", "A", None), ("counting", "nan", None),
-    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"), ("structure", "E", "discrete"), ("structure", "b", "discrete"), ("structure", "(f).", "discrete"),
-    ("structure", "2\\sqrt{3}", "math"), ("structure", "½", "math"), ("structure", "9米", "math"), ("structure", "（B）", "discrete"),
-    ("counting", "1,000", "discrete"), ("counting", "１２", "discrete"), ("counting", "1,00", None), ("counting", "true", None),
-    ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None), ("structure", "", None),
+    ("counting", "3", "discrete"), ("counting", "-2.0", "discrete"), ("counting", "three", None),
+    ("counting", "A", None), ("counting", "nan", None),
+    ("structure", "B", "discrete"), ("structure", "(D)", "discrete"),
+    ("structure", "E", "discrete"), ("structure", "b", "discrete"),
+    ("structure", "(f).", "discrete"),
+    ("structure", "2\\sqrt{3}", "math"), ("structure", "½", "math"), ("structure", "9米", "math"),
+    ("structure", "（B）", "discrete"),
+    ("counting", "1,000", "discrete"), ("counting", "１２", "discrete"), ("counting", "1,00", None),
+    ("counting", "true", None),
+    ("structure", "12 cm", "math"), ("structure", "\\frac{1}{2}", "math"), ("structure", "x", None),
+    ("structure", "", None),
     ("structure", "3</answer>", None),
     ("transformation", "change_size(0, small)", "function"),
     ("transformation", "['change_size(0, \"small\")'; change_shape(3,'cube')]", "function"),
-    ("transformation", "change_size(0, huge)", None), ("transformation", "paint(0, red)", None), ("transformation", "nothing", None),
+    ("transformation", "change_size(0, huge)", None), ("transformation", "paint(0, red)", None),
+    ("transformation", "nothing", None),
     ("transformation", "change_size(0, small), change_color(1)", None),
     ("transformation", ", ".join(f"change_size({i}, small)" for i in range(5)), None),
 ])  # fmt: skip
@@ -121,8 +128,10 @@ def test_the_form_of_an_answer_decides_how_it_is_judged(task, answer, kind):
 
 
 @pytest.mark.parametrize("cot, thought", [
-    ("bare", "bare"), (" <think> a\nb </think> ", "a\nb"), ("<think>a</think>\n<answer>3</answer>", "a"), ("a <answer>3</answer>", "a"),
-    ("a </think> b", ""), ("<think>a", ""), ("<think>a</think> b <think>c</think>", ""), ("", ""), (None, ""), (3, ""),
+    ("bare", "bare"), (" <think> a\nb </think> ", "a\nb"),
+    ("<think>a</think>\n<answer>3</answer>", "a"), ("a <answer>3</answer>", "a"),
+    ("a </think> b", ""), ("<think>a", ""), ("<think>a</think> b <think>c</think>", ""), ("", ""),
+    (None, ""), (3, ""),
 ])  # fmt: skip
 def test_a_thought_loses_its_tags_or_is_not_used(cot, thought):
     assert reading.thought_of(cot) == thought
@@ -275,9 +284,18 @@ def test_the_folder_of_images_may_be_a_link_to_another_disk(tmp_path):
     ("change_position(0, 'Behind-Right')", "change_position(0, 'Behind_Right')"),
     ("change_position(0, behind left)", "change_position(0, behind_left)"),
     ("change_size(0, small), change_size(0, small)", "change_size(0, small)"),
-    ("change_position(1, left); Change_Position(1, 'left'); change_size(0, small)", "change_position(1, left), change_size(0, small)"),
-    (["change_size(0, small)", "change_color(1, red)"], "change_size(0, small), change_color(1, red)"),
-    (", ".join(f"change_size({i % 2}, small)" for i in range(6)), "change_size(0, small), change_size(1, small)"),
+    (
+        "change_position(1, left); Change_Position(1, 'left'); change_size(0, small)",
+        "change_position(1, left), change_size(0, small)",
+    ),
+    (
+        ["change_size(0, small)", "change_color(1, red)"],
+        "change_size(0, small), change_color(1, red)",
+    ),
+    (
+        ", ".join(f"change_size({i % 2}, small)" for i in range(6)),
+        "change_size(0, small), change_size(1, small)",
+    ),
     ("change_size(0, small), change_size(0, small), paint(0)", None),
     ("change_position(0, front-up)", None),
 ])  # fmt: skip
@@ -370,7 +388,7 @@ def test_a_damaged_list_of_checked_images_is_made_anew(tmp_path, seen):
     assert whole.items() <= json.loads(file.read_text()).items()
 
 
-# ---------------------------------------------------------------------------------------------- images
+# ------------------------------------------------------------------------------------------- images
 
 
 def test_an_image_is_opened_when_it_is_used_and_closed_again(directory, monkeypatch):
@@ -409,11 +427,11 @@ def test_an_image_that_the_processor_would_refuse_is_found_before(tmp_path, rand
                 Policy.load(random_model_dir).encode([state])
 
 
-def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_path, monkeypatch):
+def test_images_are_looked_into_once_and_again_when_they_change(tmp_path, monkeypatch):
     other = miniature.make(tmp_path / "data", zipped=False)
     looked, look_into = [], pictures.look_into
     monkeypatch.setattr(
-        pictures, "look_into", lambda path: looked.append(path.name) or look_into(path)
+        image_check, "look_into", lambda path: looked.append(path.name) or look_into(path)
     )
     for times in (1, 2):
         questions = ReasonRFTSet("counting-train", other, cache=tmp_path / "cache")
@@ -423,7 +441,7 @@ def test_images_are_looked_into_once_and_again_when_they_change(directory, tmp_p
     assert looked[13:] == ["broken.png"]
 
 
-# ---------------------------------------------------------------------------------------------- prompts
+# ------------------------------------------------------------------------------------------ prompts
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -487,7 +505,7 @@ def test_an_answer_in_mode_bare_is_read_without_tags(directory):
         assert rewards.accuracy_reward(said, state.answer, state.kind) == right
 
 
-# ---------------------------------------------------------------------------------------------- the sets of a run
+# -------------------------------------------------------------------------------- the sets of a run
 
 
 def test_both_worlds_have_one_interface(directory, tmp_path):
@@ -551,7 +569,7 @@ def test_the_blocks_world_asks_for_the_answer_alone_in_words_that_tiny_knows():
     assert BlocksSet("counting-id", 1)[0].request == "think , then answer ."
 
 
-# ---------------------------------------------------------------------------------------------- archives
+# ----------------------------------------------------------------------------------------- archives
 
 
 @pytest.mark.parametrize("prefix", ["", "train_images/", "images/train_images/"])
@@ -658,14 +676,14 @@ def test_an_archive_cut_short_is_told(tmp_path, keep):
 
 
 def test_unpacking_that_was_interrupted_begins_anew(tmp_path, monkeypatch):
-    directory, copy, copied = miniature.make(tmp_path / "data"), sets.shutil.copyfileobj, []
+    directory, copy, copied = miniature.make(tmp_path / "data"), download.shutil.copyfileobj, []
 
     def dies(*arguments):
         if len(copied) == 5:
             raise KeyboardInterrupt
         copied.append(copy(*arguments))
 
-    monkeypatch.setattr(sets.shutil, "copyfileobj", dies)
+    monkeypatch.setattr(download.shutil, "copyfileobj", dies)
     with pytest.raises(KeyboardInterrupt):
         prepare(str(directory), ["counting-train"], tmp_path / "cache")
     assert not (directory / "images/train_images").exists()
@@ -723,7 +741,8 @@ def test_no_home_is_told_in_a_line(tmp_path, monkeypatch, capsys, arguments):
 
 
 @pytest.mark.parametrize("arguments, says", [
-    (["--task", "all"], "--task"), (["--what"], "--what"), (["--data", "{tmp}/nowhere"], "no data at"), (["--data", "{tmp}"], "has no"),
+    (["--task", "all"], "--task"), (["--what"], "--what"),
+    (["--data", "{tmp}/nowhere"], "no data at"), (["--data", "{tmp}"], "has no"),
     (["--data-cache", "{tmp}/file"], "cannot write"),
 ])  # fmt: skip
 def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys, arguments, says):
@@ -738,7 +757,7 @@ def test_a_mistake_on_the_command_line_is_one_line(tmp_path, monkeypatch, capsys
 
 
 def told(monkeypatch, capsys, arguments) -> str:
-    """What data.py says before it exits with 2: one line."""
+    """The one line of the program before it exits with 2."""
     monkeypatch.setattr(sys, "argv", ["data.download", *arguments])
     with pytest.raises(SystemExit) as stop:
         download.main()
@@ -754,11 +773,11 @@ def test_no_directory_is_told_in_a_line(tmp_path):
     assert "nowhere" in one_line(error)
 
 
-# ---------------------------------------------------------------------------------------------- the download
+# ------------------------------------------------------------------------------------- the download
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The hub as huggingface_hub sees it, from the files of a directory; can break off in the middle of a file."""
+    """The hub as huggingface_hub sees it, from a directory; can break off within a file."""
 
     protocol_version = "HTTP/1.1"
     directory: Path

@@ -1,4 +1,4 @@
-"""lengths.py: a prompt that is longer than the model knows is known before training, in every set, and nothing else is left out."""
+"""Prompts that are too long for the model, and no others, are left out before training."""
 
 import json
 import sys
@@ -31,12 +31,13 @@ ROOT = Path(__file__).resolve().parents[2]
 CPU = World(0, 1, torch.device("cpu"))
 LONG = "how many red objects are there ? "  # of 8 words
 SHORT = dict(
-    experts="none", batch_size=4, num_samples=2, group_size=2, max_new_tokens=8, beta=0.0, name="run", eval_states=4, save_every=0,
+    experts="none", batch_size=4, num_samples=2, group_size=2, max_new_tokens=8, beta=0.0,
+    name="run", eval_states=4, save_every=0,
 )  # fmt: skip
 
 
 def world(tmp_path, repeats: dict[str, dict[int, int]], size: int = 12) -> Path:
-    """The miniature, with the question of some records, by set and number, so many times as long."""
+    """The miniature, with some questions, by set and number, so many times as long."""
     directory = miniature.make(tmp_path / "data", size=size, zipped=False, broken=False)
     for name, changes in repeats.items():
         file = directory / reading.FILES[name]
@@ -47,7 +48,7 @@ def world(tmp_path, repeats: dict[str, dict[int, int]], size: int = 12) -> Path:
     return directory
 
 
-# ---------------------------------------------------------------------------------------------- how long
+# ----------------------------------------------------------------------------------------- how long
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_a_model_that_cannot_be_loaded_is_for_the_policy_to_tell(tmp_path, monke
     assert Room(model.format(tmp=tmp_path), 8).problem(state, []) is None
 
 
-# ---------------------------------------------------------------------------------------------- left out before training
+# ------------------------------------------------------------------------- left out before training
 
 
 LEFT_OUT = {"counting-train": {9: 400}, "counting-id": {3: 400}, "counting-ood": {0: 999, 1: 999}}
@@ -180,7 +181,8 @@ def test_too_long_questions_are_left_out_of_every_set_and_listed(tmp_path, rollo
 def test_sft_leaves_them_out_as_well(tmp_path, method):
     directory = world(tmp_path, LEFT_OUT)
     config = sft.Config(
-        data=str(directory), data_cache=str(tmp_path / "c"), runs=str(tmp_path), method=method, batch_size=4, max_new_tokens=8,
+        data=str(directory), data_cache=str(tmp_path / "c"), runs=str(tmp_path), method=method,
+        batch_size=4, max_new_tokens=8,
         eval_states=2, rollout="transformers", name="run",
     )  # fmt: skip
     left_out = storage.read(sft.train(config, None, CPU) / "left_out.jsonl")
@@ -189,10 +191,11 @@ def test_sft_leaves_them_out_as_well(tmp_path, method):
 
 @pytest.mark.skipif("vllm" not in ENGINES, reason="no engine can run here")
 def test_vllm_holds_what_the_model_knows_though_it_is_longer_than_usual(tmp_path, random_model_dir):
-    """1,600 words are more than the 1,024 that the engine leaves for words by itself, and fit the model's 2,048."""
+    """1,600 words are more than the engine's 1,024 for words, and fit the model's 2,048."""
     directory = world(tmp_path, {"counting-train": {2: 200, 9: 400}}, size=9 + 1)
     flags = dict(
-        SHORT, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, rollout="vllm", model=random_model_dir, eval_every=0,
+        SHORT, data=directory, data_cache=tmp_path / "cache", runs=tmp_path, rollout="vllm",
+        model=random_model_dir, eval_every=0,
         batch_size=9, parity_every=0,
     )  # fmt: skip
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]

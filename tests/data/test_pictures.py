@@ -1,4 +1,4 @@
-"""pictures.py: every kind of picture as it is meant to be seen, and what is none, too large or cut short refused with a reason."""
+"""Pictures of every kind are seen as they are meant; what cannot be used has a reason."""
 
 import io
 import struct
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from data.pictures import ImageFiles, look_into, open_image
+from data.pictures import FORMATS, ImageFiles, look_into, open_image
 from training.console import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,8 @@ RAMP = np.linspace(0, 1, 1200, dtype=np.float32).reshape(30, 40)
     ("tif", RAMP * 255),
     ("tif", RAMP * 65535),
     ("tif", RAMP * 2e30 - 1e30),
-    ("tif", np.where(RAMP == RAMP[0, 0], np.float32(np.nan), np.where(RAMP == 1, np.float32(np.inf), RAMP))),
+    ("tif", np.where(RAMP == RAMP[0, 0], np.float32(np.nan),
+                     np.where(RAMP == 1, np.float32(np.inf), RAMP))),
 ])  # fmt: skip
 def test_more_than_eight_bits_of_grey_are_scaled(tmp_path, name, values):
     path = tmp_path / f"g.{name}"
@@ -80,7 +81,8 @@ def test_a_picture_of_one_grey_is_no_error(tmp_path, values):
 
 
 @pytest.mark.parametrize("mode, format", [
-    ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF"), ("P", "PNG"), ("P", "GIF"), ("1", "PNG"), ("L", "BMP"), ("RGBA", "WEBP"),
+    ("CMYK", "JPEG"), ("CMYK", "TIFF"), ("LAB", "TIFF"), ("YCbCr", "TIFF"), ("P", "PNG"),
+    ("P", "GIF"), ("1", "PNG"), ("L", "BMP"), ("RGBA", "WEBP"),
 ])  # fmt: skip
 def test_colours_of_every_mode_are_those_that_were_drawn(tmp_path, mode, format):
     picture = Image.new("RGB", (40, 30), (255, 255, 255))
@@ -97,7 +99,8 @@ def test_colours_of_every_mode_are_those_that_were_drawn(tmp_path, mode, format)
 
 @pytest.mark.parametrize("picture, options", [
     (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), {}), (Image.new("LA", (4, 4), (0, 0)), {}),
-    (Image.new("P", (4, 4), 0), {"transparency": 0}), (Image.new("L", (4, 4), 0), {"transparency": 0}),
+    (Image.new("P", (4, 4), 0), {"transparency": 0}),
+    (Image.new("L", (4, 4), 0), {"transparency": 0}),
     (Image.new("RGB", (4, 4), 0), {"transparency": (0, 0, 0)}),
 ])  # fmt: skip
 def test_what_is_transparent_is_white(tmp_path, picture, options):
@@ -136,12 +139,16 @@ NONE = "none of PNG"
 
 
 @pytest.mark.parametrize("name, content, says", [
-    ("a.png", saved(NOISE, "EPS"), NONE), ("a.png", saved(NOISE, "PPM"), NONE), ("a.jpg", saved(NOISE, "ICO"), NONE),
-    ("a.png", saved(NOISE, "PDF"), NONE), ("a.png", b"", NONE), ("a.png", b"<svg/>", NONE), ("a.png", b"P6 99999 99999 255 ", NONE),
+    ("a.png", saved(NOISE, "EPS"), NONE), ("a.png", saved(NOISE, "PPM"), NONE),
+    ("a.jpg", saved(NOISE, "ICO"), NONE),
+    ("a.png", saved(NOISE, "PDF"), NONE), ("a.png", b"", NONE), ("a.png", b"<svg/>", NONE),
+    ("a.png", b"P6 99999 99999 255 ", NONE),
     ("a.png", png_header(0, 5), ""), ("a.png", png_header(5, 0), ""),
-    ("a.png", png_header(60000, 60000), "pixels"), ("a.png", png_header(10000, 9000), "10000 x 9000 pixels"),
-    ("a.bmp", saved(NOISE, "BMP")[:18] + struct.pack("<ii", 2**30, 2**30) + saved(NOISE, "BMP")[26:], "pixels"),
-    *((f"a.{format}", saved(NOISE, format)[:2000], "") for format in ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")),
+    ("a.png", png_header(60000, 60000), "pixels"),
+    ("a.png", png_header(10000, 9000), "10000 x 9000 pixels"),
+    ("a.bmp", saved(NOISE, "BMP")[:18] + struct.pack("<ii", 2**30, 2**30)
+     + saved(NOISE, "BMP")[26:], "pixels"),
+    *((f"a.{format}", saved(NOISE, format)[:2000], "") for format in FORMATS),
     ("a.png", saved(Image.new("L", (1608, 8)), "PNG"), "too long a strip"),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_what_cannot_be_used_has_a_reason_and_no_warning(tmp_path, capfd, name, content, says):
@@ -155,7 +162,7 @@ def test_what_cannot_be_used_has_a_reason_and_no_warning(tmp_path, capfd, name, 
 
 def test_a_decompression_bomb_has_one_reason_and_nothing_on_stderr(tmp_path):
     (tmp_path / "bomb.png").write_bytes(png_header(10000, 9000))  # Pillow would only warn
-    script = f"import pictures; print(pictures.look_into({str(tmp_path / 'bomb.png')!r}))"
+    script = f"from data import pictures; print(pictures.look_into({str(tmp_path / 'bomb.png')!r}))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert (done.stdout, done.stderr) == ("('10000 x 9000 pixels', None)\n", "")
 
