@@ -102,7 +102,7 @@ def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> di
     """Greedy accuracy on each test set, shared among the processes."""
     result = {}
     for name, states in sets.items():
-        share = world.mine(states)
+        share = world.shard(states)
         actions = world.gather(answer_greedily(sampler, share))
         result[f"eval/{name}"] = score(states, actions)["accuracy"]
     return result
@@ -155,7 +155,7 @@ def predict(answers, states: list[State], file: Path, world: World, batch: int =
     )
     for start in range(0, len(missing), batch * world.size):
         chunk = missing[start : start + batch * world.size]
-        share = world.mine(chunk)
+        share = world.shard(chunk)
         predictions = world.gather(answers(share) if share else [])
         if world.rank == 0:
             storage.append(

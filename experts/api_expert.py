@@ -175,7 +175,7 @@ class ApiExpert:
 
     def logp(self, state: State, action: Action) -> float | None:
         """What the API told of its own sample; other actions it is taken never to say, the approximation of A.5 for unknown densities."""
-        return action.logp if action.source == self.name else -math.inf
+        return action.expert_logp if action.source == self.name else -math.inf
 
     def usable(self, answer: Answer) -> Sample | None:
         """The answer as an action's text, as it is; None if it was blocked, or cut before it began."""

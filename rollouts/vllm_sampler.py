@@ -33,7 +33,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Runner
 from policy import Policy, Prompt, pack
 from sampling import Action, Group, Sampler
 from training.console import UserError
-from training.distributed import autocast, keeps_gradients, own, whole
+from training.distributed import autocast, full, keeps_gradients, local
 from training.metrics import POLICY
 from training.pretrained import directory_of
 
@@ -179,7 +179,7 @@ class VLLMSampler(Sampler):
         )
         text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
         return Action(
-            tokens, text, POLICY, truncated=completion.finish_reason == "length", logps=logps
+            tokens, text, POLICY, truncated=completion.finish_reason == "length", token_logps=logps
         )
 
     # ------------------------------------------------------------------------------------------ weights and memory
@@ -228,7 +228,7 @@ class VLLMSampler(Sampler):
         """
         for name, parameter in self.policy.model.named_parameters():
             value = parameter.detach()
-            yield name, whole(value.to(self.dtype)) if isinstance(value, DTensor) else value
+            yield name, full(value.to(self.dtype)) if isinstance(value, DTensor) else value
 
     def _recording(self, weights) -> set[str]:
         """vLLM's own `load_weights`, which tells what it loaded; vLLM itself would log what is missing and go on."""
@@ -276,14 +276,14 @@ class VLLMSampler(Sampler):
         groups = [
             (group.prompt, sampled)
             for group in groups[:PARITY_GROUPS]
-            if (sampled := [a for a in group.actions if a.logps])
+            if (sampled := [a for a in group.actions if a.token_logps])
         ]
         batch = pack(
             [prompt for prompt, _ in groups],
             [[action.tokens for action in sampled] for _, sampled in groups],
         )
         theirs = torch.tensor(
-            [logp for _, sampled in groups for action in sampled for logp in action.logps]
+            [logp for _, sampled in groups for action in sampled for logp in action.token_logps]
         )
         device = policy.suppressed_ids.device
         with torch.no_grad(), autocast(device, self.bf16):
@@ -383,7 +383,7 @@ def derived_gpu_memory_utilization(policy: Policy) -> float:
     torch.cuda.empty_cache()  # what loading left over counts as used
     free, total = torch.cuda.mem_get_info(device)
     to_come = (12 if keeps_gradients(policy) else 8) * sum(
-        own(parameter).numel() for parameter in policy.parameters() if parameter.requires_grad
+        local(parameter).numel() for parameter in policy.parameters() if parameter.requires_grad
     )
     share = (free - to_come) / total - 0.05
     if share < 0.05:

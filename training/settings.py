@@ -130,6 +130,14 @@ class Settings:
     def steps(self) -> int:
         return self.states * self.epochs // self.batch_size
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, ends with an evaluation."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, ends with a checkpoint."""
+        return step == self.steps or (bool(self.save_every) and step % self.save_every == 0)
+
     @property
     def start(self) -> str:
         """The directory or hub id that `model` means."""

@@ -208,14 +208,14 @@ def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(ser
         )
     )
     told, untold = ask(serve().openai), ask(server.openai)
-    assert [sample.logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
-    assert [sample.logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
+    assert [sample.expert_logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
+    assert [sample.expert_logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
         server.bodies
     ) == 2
-    assert [sample.logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(
+    assert [sample.expert_logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(
         server.bodies
     ) == 3
-    own, others = Action([1], "a", told.name, logp=-2.0), Action([1], "a", "policy", logp=None)
+    own, others = Action([1], "a", told.name, expert_logp=-2.0), Action([1], "a", "policy")
     assert told.logp(STATE, own) == -2.0 and told.logp(STATE, others) == -math.inf
 
 
@@ -483,8 +483,8 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
 
 
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path):
-    code = f"import sys, ekipl; settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
-    code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    ekipl.make_experts(names, settings)\n"
+    code = f"import sys, ekipl, experts; settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
+    code += "for names in ('none', 'careful,quick', 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'):\n    experts.make_experts(names, settings)\n"
     code += "    print([name for name in ('openai', 'google.generativeai', 'vllm') if name in sys.modules])"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
@@ -626,10 +626,10 @@ def test_training_goes_on_without_an_api_that_does_not_answer_any_more(serve, tm
 def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(
     serve, tmp_path, caplog
 ):
-    with pytest.raises(UserError, match="gemini:x tells none"):
+    with pytest.raises(UserError, match="gemini:x reports none"):
         ekipl.check(config(tmp_path, "gemini:x", estimator="is"), 1, False)
     silent = serve(lambda body: chat(good(body["n"]), logprobs=False))
-    with pytest.raises(UserError, match="openai:tiny tells no log-probs"):
+    with pytest.raises(UserError, match="openai:tiny reports no log-probs"):
         trained(config(tmp_path, silent.openai, estimator="is"))
     telling = serve()
     records, _ = trained(config(tmp_path, telling.openai, estimator="snis", name="telling"))
