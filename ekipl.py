@@ -5,8 +5,6 @@
     torchrun --nproc_per_node 8 ekipl.py ...    # 8 processes, one GPU each; --parallel fsdp shards
     python ekipl.py --resume runs/NAME          # goes on exactly where the last checkpoint was
 
-One step:
-
     states -> N actions of the policy + N of each expert (Eq 4-6) -> rewards (Eq 7) -> top G
            -> advantages (Eq 1) -> log-probs of the kept actions, policy and reference
            -> loss (Eq 2, 3; estimator A, B or C) -> AdamW
@@ -44,6 +42,7 @@ from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
+from training.method import MethodSettings
 from training.metrics import step_metrics
 from training.presets import PRESETS
 from training.rundir import open_run, take
@@ -55,47 +54,15 @@ from training.stopwatch import Stopwatch
 
 
 @dataclass
-class Config(Settings, ExpertSettings):
-    """All settings of a run: training/settings.py, experts/settings.py, and these."""
+class Config(Settings, ExpertSettings, MethodSettings):
+    """All settings of a run; training/method.py has those of the method itself."""
 
-    # the total group (Eq 4-6) and the selection
-    group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
-    selection: str = option("top", "the G to keep: the best, or any (a control)", ("top", "random"))
-    ties: str = option(
-        "auto",
-        "which of equal rewards to keep first: the policy's (Fig. 4), or any; auto: the policy's, "
-        "but any with is and snis, whose weights need a fair sample of the best",
-        ("auto", "policy_first", "random"),
-    )
-    temperature: float = option(1.0, "of sampling and of scoring: softmax(logits / temperature)")
-    # the objective (Eq 1-3, A.2)
-    advantage: str = option(
-        "candidates",
-        "whose mean and std Eq 1 takes: of all M candidates, or of the G selected (then a group of "
-        "perfect actions teaches nothing)",
-        ("candidates", "selected"),
-    )
-    estimator: str = option(
-        "uncorrected",
-        "A.7: uncorrected (A) is the paper's; is (B) weights each action by pi_old/q, which removes "
-        "most of what experts teach; snis (C) normalises the weights, with a bias where few of the "
-        "kept actions are the policy's",
-        grpo.ESTIMATORS,
-    )
-    clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
-    beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
-    updates_per_batch: int = option(1, "gradient steps on each batch; with 1 nothing is clipped")
     # what is measured and kept
     parity_every: int = option(
         20,
         "compare vLLM's log-probs with the policy's at the start and every so many steps; 0: never",
     )
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
-
-    @property
-    def corrected(self) -> bool:
-        """Whether actions are weighted, so that every expert's density is needed."""
-        return self.estimator != "uncorrected"
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
@@ -105,13 +72,7 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 
 def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
-    experts = roster.check(config)
-    silent = [name for name in experts if name.startswith("gemini:")]
-    if config.corrected and silent:
-        raise UserError(
-            f"--estimator {config.estimator} needs every expert's density, and {silent[0]} "
-            "reports none: use --estimator uncorrected"
-        )
+    experts = roster.check(config, config.estimator)
     settings.check(config, world, resuming)
     settings.must(config, 1, "group_size", "updates_per_batch")
     settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
@@ -159,21 +120,17 @@ class MicroBatch:
 
 def micro_batches(config, reference, groups: list[Group], device, watch) -> list[MicroBatch]:
     """The groups in micro-batches of similar lengths (less padding), scored by the reference."""
-    lengths = []
-    for group in groups:
-        lengths.append(sum(len(action.tokens) for action in group.kept_actions))
-    order, batches = sorted(range(len(groups)), key=lengths.__getitem__), []
-    for start in range(0, len(order), config.micro_batch):
-        chosen = [groups[i] for i in order[start : start + config.micro_batch]]
-        actions, advantages = [], []
-        for group in chosen:
-            actions.append([action.tokens for action in group.kept_actions])
-            advantages.append(torch.tensor(group.advantages))
-        packed = pack([group.prompt for group in chosen], actions).to(device)
+    ordered = sorted(groups, key=lambda group: sum(map(len, group.kept_tokens)))
+    batches = []
+    for start in range(0, len(ordered), config.micro_batch):
+        chosen = ordered[start : start + config.micro_batch]
+        packed = pack([group.prompt for group in chosen], [group.kept_tokens for group in chosen])
+        packed = packed.to(device)
         watch.lap("packing")
         with torch.no_grad(), autocast(device, config.bf16):
             ref_logp = None if reference is None else reference(packed)  # (B, G, T)
         watch.lap("reference")
+        advantages = [torch.tensor(group.advantages) for group in chosen]
         advantages = pad_sequence(advantages, batch_first=True).to(device)  # (B, G)
         batches.append(MicroBatch(chosen, packed, advantages, ref_logp))
     return batches
@@ -204,9 +161,8 @@ def update(
         clear_gradients(policy, optimizer)
         if number == 0 and config.updates_per_batch > 1:  # pi_old: the policy before all updates
             with torch.no_grad(), autocast(device, config.bf16):
-                old_logps = [policy(batch.packed) for batch in batches]
-            for batch, old_logp in zip(batches, old_logps, strict=True):
-                batch.set_old(old_logp, config)
+                for batch in batches:
+                    batch.set_old(policy(batch.packed), config)
             watch.lap("forward")
         results = []
         for batch in batches:
@@ -263,7 +219,7 @@ class Run:
     reference: Policy | None
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
     optimizer: torch.optim.Optimizer
-    sampler: Sampler
+    sampler: choice.Sampler
     start: int  # steps done by the run that is resumed
 
 
@@ -298,20 +254,18 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
 
     experts = Experts(config, config.corrected, states_of)
     policy, reference = load_policies(config, resume, world)
-    full = dataclasses.replace(config, states=len(questions))
-    plan.check_disk(full, policy, resume)
+    real = dataclasses.replace(config, states=len(questions))
+    plan.check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
     # vLLM takes what training will leave of the GPU, and counts moments and gradients as to come:
     # so it starts before they exist.
     sampler = choice.sampler_of(config, policy, config.start, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
     return Run(
-        full, path, states_of, tests, experts, policy, reference, learner, optimizer, sampler, start
+        real, path, states_of, tests, experts, policy, reference, learner, optimizer, sampler, start
     )
 
 
@@ -319,9 +273,6 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run (A.6). Returns its directory; its last checkpoint is runs/NAME/model."""
     run = prepare(config, resume, world)
     config, sampler, experts = run.config, run.sampler, run.experts
-    ties = config.ties
-    if ties == "auto":
-        ties = "random" if config.corrected else "policy_first"
     log = StepLog(run.path, run.start, config.steps, world)
     if run.start == 0 and config.eval_every:
         log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
@@ -339,19 +290,16 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         give_rewards(groups)
         watch.lap("rewards")
         sampler.sleep()
-        parity = {}
-        if config.parity_every and (step == run.start or step % config.parity_every == 0):
-            parity = sampler.check_parity(groups)
+        due = config.parity_every and (step == run.start or step % config.parity_every == 0)
+        parity = sampler.check_parity(groups) if due else {}
         # ---- selection: the top G, and their advantages (Eq 1)
         rng = random.Random(seed)
-        select(groups, config.group_size, config.advantage, ties, config.selection, rng)
+        select(groups, config.group_size, config.advantage, config.tie_rule, config.selection, rng)
         add_expert_logps(groups, experts)
         watch.lap("selection")
         # ---- update (Eq 2, 3)
         lr = learning_rate(config, step)
-        updated = update(
-            config, run.learner, run.reference, run.optimizer, groups, world, lr, watch
-        )
+        result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
         clear_gradients(run.learner, run.optimizer)  # vLLM wakes to so much more memory
         sampler.sync_weights()
         watch.lap("sync")
@@ -359,7 +307,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         done = step + 1
         record = {"step": done, "states": done * config.batch_size}
         record |= step_metrics(world.gather([group.summary() for group in groups]))
-        record |= {"loss": sum(world.gather([updated["loss"]])), "grad_norm": updated["grad_norm"]}
+        record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
         record |= {"lr": lr} | experts.metrics(world) | parity
         watch.lap("logging")
         if config.evaluates_after(done):

@@ -90,6 +90,10 @@ class Group:
         return [self.actions[i] for i in self.kept]
 
     @property
+    def kept_tokens(self) -> list[list[int]]:
+        return [action.tokens for action in self.kept_actions]
+
+    @property
     def mixture(self) -> list[float]:
         """(m + 1,), alpha of A.5: each source's share of the draws, the policy's first."""
         sources = [action.source for action in self.actions]
@@ -131,7 +135,7 @@ class Group:
         }
 
 
-# ------------------------------------------------------------------- where actions come from (Eq 4, 5)
+# ------------------------------------------------------------- where actions come from (Eq 4, 5)
 
 
 class Sampler:
@@ -155,7 +159,7 @@ class Sampler:
         """Takes over the policy's weights after an update."""
 
     def check_parity(self, groups: list[Group]) -> dict[str, float]:
-        """Metrics: how far the sampler's log-probabilities are from the policy's. Raises if too far."""
+        """How far its log-probs are from the policy's, as metrics. Raises if too far."""
         return {}
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The experts of a run: made by name, tried out, and asked ahead of the training where they are APIs."""
+"""The experts of a run: made by name, tried out, and, if they are APIs, asked ahead of training."""
 
 from __future__ import annotations
 
@@ -52,13 +52,19 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
     return specs
 
 
-def check(config) -> list[str]:
+def check(config, estimator: str = "uncorrected") -> list[str]:
     """The experts that the settings name (`ExpertSettings`). UserError for what cannot work."""
     try:
         specs = expert_specs(config.experts, config.offline)
         parse_price(config.price)
     except ValueError as error:
         raise UserError(str(error)) from None
+    silent = [name for name in specs if name.startswith("gemini:")]
+    if estimator != "uncorrected" and silent:
+        raise UserError(
+            f"--estimator {estimator} needs every expert's density, and {silent[0]} reports none: "
+            "use --estimator uncorrected"
+        )
     counts = ("num_samples", "expert_tokens", "expert_requests", "expert_failures")
     settings.must(config, 1, *counts)
     settings.above_zero(config, "expert_deadline")
@@ -137,7 +143,7 @@ class Experts:
         return iter(self.members)
 
     def prefetch(self, step: int, steps: int) -> None:
-        """Starts the requests of this step and the AHEAD next ones, of `steps` in all. Does not wait."""
+        """Starts the requests of this step and the AHEAD next ones, of `steps` in all."""
         if not self.apis:
             return
         for coming in range(max(step, self.next), min(step + AHEAD + 1, steps)):
@@ -154,7 +160,8 @@ class Experts:
         if not self.apis:
             return {}
         counts = world.gather([expert.metrics() for expert in self.apis])
-        names = sorted(set(COUNTS).union(*counts))
-        total = {name: sum(count.get(name, 0) for count in counts) for name in names}
+        total = {}
+        for name in sorted(set(COUNTS).union(*counts)):
+            total[name] = sum(count.get(name, 0) for count in counts)
         latency = total.pop("seconds", 0.0) / max(1, total["requests"])
         return {f"api/{name}": value for name, value in total.items()} | {"api/latency": latency}

@@ -127,8 +127,8 @@ def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int
     file = last_checkpoint(resume) / "trainer.pt"
     if not file.exists():
         raise UserError(
-            f"{file} is missing (experiments.sweep drops it when a run has finished): nothing to go "
-            f"on with; --model {resume}/model starts a new run from its weights"
+            f"{file} is missing (experiments.sweep drops it from finished runs): nothing to go on "
+            f"with; --model {resume}/model starts a new run from its weights"
         )
     try:
         # To the CPU first: Adam's step counters have to stay there. Mapped, so that the processes
@@ -166,7 +166,7 @@ def warn_of_differences(resume: Path, processes: int, threads: int, world: World
 
 
 def unsound(optimizer: torch.optim.Optimizer) -> str | None:
-    """What is wrong with AdamW's state, so that training cannot go on from it; None if nothing is."""
+    """What is wrong with AdamW's state, so that it cannot be used; None if nothing is."""
     for parameter in parameters_of(optimizer):
         for name, value in optimizer.state.get(parameter, {}).items():
             value = torch.as_tensor(value)

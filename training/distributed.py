@@ -28,7 +28,7 @@ from training.console import UserError
 
 @dataclass
 class World:
-    """This process among all of them: alone without torchrun, else one per GPU (nccl) or CPU (gloo)."""
+    """This process among all: alone, or under torchrun one per GPU (nccl) or on CPUs (gloo)."""
 
     rank: int
     size: int
