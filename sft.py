@@ -12,7 +12,7 @@
     bare    nothing                 {answer}                                           as Reason-RFT
 
 The loss is the mean of -log pi_theta over the target tokens of the global batch, by the forward
-pass that RL uses (policy.py): each micro-batch's sum is divided by the number of target tokens in the
+pass that RL uses (policy.py): a micro-batch's sum is divided by the number of target tokens in the
 whole batch over all processes, so micro-batches, accumulation and processes do not change the
 gradient. (A mean of the micro-batches' means would give tokens of short targets more weight;
 published comparisons of RL with SFT have rested on that.)

@@ -5,7 +5,7 @@
 One state and four actions, right (reward 2) or wrong (1); a policy, and one or two experts at a `shift` from 0 (the policy itself) to 1. As in
 training, N actions are drawn from each source, their union are the candidates, and the best G = N are kept. All ordered draws are enumerated with
 their probabilities, so expectation, bias and variance are exact; nothing is sampled. Estimators, weights, ESS and bound are the functions of grpo.py
-that training uses, put together as in ekipl.log_weights; what is kept is sampling.select_top_g's choice.
+that training uses, put together as in sampling.group_log_weights; what is kept is sampling.select_top_g's choice.
 
 Estimated is E_{pi_old}[f], f(a) = r(a) - 1.5: the policy's expected reward, centred, since advantages have both signs too. f depends on the reward
 alone, so A does not feel how ties are broken; B and C do, by their weights. The stages:

@@ -25,10 +25,11 @@ from data.state import State
 from ekipl import Config
 from policy import Policy
 from sampling import Action, Group, select
-from training import checkpointing, console, curves, distributed, rundir, settings, storage
+from training import checkpointing, console, curves, settings, storage
 from training.console import UserError
 from training.distributed import World
 from training.metrics import step_metrics
+from training.steplog import StepLog
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(0, 1, torch.device("cpu"))
@@ -103,7 +104,7 @@ def gradient_of(
             parameter.mul_(1.02)
     learner = world.data_parallel(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    groups = world.mine(fixed_groups(policy, count, ragged))
+    groups = world.shard(fixed_groups(policy, count, ragged))
     ekipl.update(config, learner, reference, optimizer, groups, world, lr=0.0)
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
@@ -173,11 +174,13 @@ def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_ne
     groups[1].expert_logps = None
     config = update_config(batch_size=4, micro_batch=1, estimator=estimator, beta=0.0)
 
-    def update() -> dict:
-        return ekipl.update(config, policy, None, optimizer, groups, CPU, lr=0.0)
+    def update() -> None:
+        ekipl.update(config, policy, None, optimizer, groups, CPU, lr=0.0)
 
     if estimator == "uncorrected":
-        assert [row["weights"] is None for row in update()["rows"]] == [False, True, False, False]
+        update()
+        unknown = [group.measured["weights"] is None for group in groups]
+        assert unknown == [False, True, False, False]
     else:
         with pytest.raises(UserError, match=f"{estimator} needs every expert's density"):
             update()
@@ -190,7 +193,7 @@ def test_a_gradient_that_is_not_finite_says_so_and_changes_no_weight(
     policy = Policy.load(random_model_dir)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    monkeypatch.setattr(distributed, "clip_gradients", lambda policy, limit: norm)
+    monkeypatch.setattr(ekipl, "clip_gradients", lambda policy, limit: norm)
     config = update_config(batch_size=2, beta=0.0)
     with pytest.raises(console.UserError, match="not finite.*lower --lr"):
         ekipl.update(config, policy, None, optimizer, fixed_groups(policy, 2), CPU, lr=1.0)
@@ -297,7 +300,7 @@ def test_where_any_are_kept_the_weights_have_the_mean_1(g):
     for group in groups:
         group.expert_logps = [[math.log(expert[a.tokens[0]])] for a in group.kept_actions]
         old_logp = torch.tensor([[[math.log(policy[a.tokens[0]])] for a in group.kept_actions]])
-        weights.append(sampling.log_weights([group], old_logp, g).exp().mean())
+        weights.append(sampling.group_log_weights([group], old_logp, g).exp().mean())
     weights = torch.stack(weights)
     error = weights.std() / len(weights) ** 0.5
     assert 0 < error < 0.03 and abs(weights.mean() - 1) < 4 * error
@@ -368,15 +371,15 @@ def test_a_run_leaves_what_it_says(finished):
 @contextmanager
 def stopped_in_the_step_after(step: int):
     """A training run inside is interrupted in that step, when it is logged and not yet saved."""
-    log = rundir.log
+    write = StepLog.write
 
-    def stop(path, records, *rest):
-        log(path, records, *rest)
-        if records[0]["step"] == step + 1:
+    def stop(self, record, *groups):
+        write(self, record, *groups)
+        if record["step"] == step + 1:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rundir, "log", stop)
+        patch.setattr(StepLog, "write", stop)
         yield
 
 
@@ -557,7 +560,7 @@ def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
 def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
     seen, sample = [], sampling.total_groups
     monkeypatch.setattr(
-        sampling,
+        ekipl,
         "total_groups",
         lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest),
     )

@@ -16,8 +16,8 @@ from blocks import sheet
 from data import download, predictions
 from data.predictions import Prediction
 from data.state import State
-from experiments import estimators, sweep
-from experts import collect, roster
+from experiments import estimators, report, sweep
+from experts import collect
 from training import console, curves, distributed, rundir, storage
 
 LONG = "n" * 300
@@ -75,9 +75,9 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
     (evaluate, ["careful", "--pass-k", "1,,2"], "--pass-k"), (evaluate, ["careful", "--states", "9" * 30], "--states"),
     (evaluate, ["careful", "--out", "file"], "file"), (evaluate, ["careful", "--out", LONG], "too long"), (evaluate, [LONG], "too long"),
     (evaluate, ["score", "none"], "no answers in none"), (evaluate, ["score", "other"], "other lines"), (evaluate, ["score", "null"], "other lines"),
-    (evaluate, ["score", "kind"], "other lines"), (evaluate, ["score", LONG], "too long"), (evaluate, ["table", "none", "--out", "t"], "no answers"),
-    (evaluate, ["table", "good", "--out", "file/x"], "file/x"), (evaluate, ["table", "good", "--out", LONG], "too long"),
-    (evaluate, ["figures", "none", "--out", "f"], "no answers"), (evaluate, ["figures", "good", "--out", "file"], "file"),
+    (evaluate, ["score", "kind"], "other lines"), (evaluate, ["score", LONG], "too long"), (report, ["table", "none", "--out", "t"], "no answers"),
+    (report, ["table", "good", "--out", "file/x"], "file/x"), (report, ["table", "good", "--out", LONG], "too long"),
+    (report, ["figures", "none", "--out", "f"], "no answers"), (report, ["figures", "good", "--out", "file"], "file"),
     (sweep, [], "list"), (sweep, ["table1", "--seeds", "0,,1"], "--seeds"), (sweep, ["table1", "--runs", "file"], "file"),
     (sweep, ["table1", "--out", "file"], "file"), (sweep, ["table1", "--runs", LONG], "too long"), (sweep, ["table1", "--pass-k", "10000"], "--pass-k"),
     (sweep, ["table1", "--processes", "100"], "100 processes"), (sweep, ["table1", "x"], "x"),
@@ -104,7 +104,7 @@ def test_an_evaluation_without_any_answer_says_so(place, monkeypatch, capsys):
         def sample(self, states, n, seed):
             return [[] for _ in states]
 
-    monkeypatch.setattr(roster, "make_experts", lambda *_, **__: [Silent()])
+    monkeypatch.setattr(evaluate, "make_experts", lambda *_, **__: [Silent()])
     arguments = ["careful", "--states", "2", "--sets", "counting-id", "--out", "silent"]
     assert "no answers" in told(evaluate, arguments, monkeypatch, capsys)
 

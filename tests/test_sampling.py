@@ -12,12 +12,12 @@ import torch
 from conftest import SPECIAL, agrees
 from PIL import Image
 
-import sampling
 from blocks import dataset
 from data.state import State
 from experts.roster import make_experts
 from policy import Policy, pack
 from rewards import reward
+from rollouts import choice
 from rollouts.choice import make_sampler, why_no_engine
 from rollouts.transformers_sampler import TransformersSampler
 from sampling import (
@@ -26,6 +26,7 @@ from sampling import (
     Sample,
     add_expert_logps,
     expert_action,
+    give_rewards,
     select,
     select_top_g,
     total_groups,
@@ -283,7 +284,7 @@ def installed(monkeypatch):
                 raise PackageNotFoundError(name)
             return builds[name]
 
-        monkeypatch.setattr(sampling, "version", version)
+        monkeypatch.setattr(choice, "version", version)
 
     return install
 
@@ -371,6 +372,7 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
     states = [dataset.BlocksSet(name, 1)[0] for name in ("counting-train", "transformation-train")]
     sampler, experts = TransformersSampler(blocks_policy, 80), make_experts("careful,quick")
     groups = total_groups(states, sampler, experts, 3, seed=4, expert_seed=4)
+    give_rewards(groups)
     alone = sampler.sample(blocks_policy.encode(states), 3, seed=4)
     for state, group, own in zip(states, groups, alone, strict=True):
         assert group.state is state and group.actions[:3] == own

@@ -26,6 +26,7 @@ from training import presets, rundir, storage
 from training.checkpointing import checkpoints
 from training.distributed import World
 from training.settings import TASKS, learning_rate
+from training.steplog import StepLog
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -124,7 +125,7 @@ def gradient_of(model_dir, world: World, micro_batch: int, count: int) -> tuple[
         Config(micro_batch=micro_batch, max_grad_norm=1e9),
         learner,
         optimizer,
-        world.mine(fixed_examples(policy, count)),
+        world.shard(fixed_examples(policy, count)),
         world,
         lr=0.0,
     )
@@ -492,17 +493,17 @@ def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
         group_size=2, save_every=2, eval_every=0, rollout="transformers",
     )  # fmt: skip
     whole = ekipl.train(ekipl.parse(flags(**real))[0], None, CPU)
-    log = rundir.log
+    write = StepLog.write
 
-    def stop(path, records, *rest):
-        log(path, records, *rest)
-        if records[0]["step"] == 3:
+    def stop(self, record, *groups):
+        write(self, record, *groups)
+        if record["step"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rundir, "log", stop)
+    monkeypatch.setattr(StepLog, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         ekipl.train(ekipl.parse(flags(**dict(real, name="stopped")))[0], None, CPU)
-    monkeypatch.setattr(rundir, "log", log)
+    monkeypatch.setattr(StepLog, "write", write)
     path = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped")]), CPU)
     assert timeless(path) == timeless(whole) and storage.read(
         path / "samples.jsonl"

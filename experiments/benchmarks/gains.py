@@ -129,6 +129,7 @@ class Step:
         self.groups = sampling.total_groups(
             self.states, self.sampler, experts, config.num_samples, 0, 0
         )
+        sampling.give_rewards(self.groups)
         sampling.select(
             self.groups,
             config.group_size,

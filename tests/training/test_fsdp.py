@@ -26,7 +26,7 @@ from policy import Policy
 from rollouts.transformers_sampler import TransformersSampler
 from training.checkpointing import last_checkpoint, restore
 from training.console import UserError
-from training.distributed import World, clear_gradients, own, whole
+from training.distributed import World, clear_gradients, full, local
 
 SHARED = dict(SMALL, states=8, batch_size=4, save_every=1, eval_every=2, parallel="fsdp")
 
@@ -48,12 +48,12 @@ def updated(model_dir, world: World, config, checkpointing: bool = False):
         policy.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-3
     )  # no step of lr where the gradient is near nothing
     learner = world.data_parallel(policy)
-    groups = world.mine(fixed_groups(policy, config.batch_size))
+    groups = world.shard(fixed_groups(policy, config.batch_size))
     norm = ekipl.update(config, learner, reference, optimizer, groups, world, lr=1e-3)["grad_norm"]
-    gradient = {name: whole(parameter.grad) for name, parameter in policy.named_parameters()}
+    gradient = {name: full(parameter.grad) for name, parameter in policy.named_parameters()}
     return (
         gradient,
-        {name: whole(parameter.detach()) for name, parameter in policy.named_parameters()},
+        {name: full(parameter.detach()) for name, parameter in policy.named_parameters()},
         norm,
     )
 
@@ -117,7 +117,7 @@ def gradients_outside_the_buckets(model_dir) -> list[int]:
     policy = world.place(Policy.load(model_dir), "ddp")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     learner = world.data_parallel(policy)
-    groups = world.mine(fixed_groups(policy, 6))
+    groups = world.shard(fixed_groups(policy, 6))
     seen = []
     for parameter in policy.parameters():
         parameter.register_post_accumulate_grad_hook(
@@ -175,7 +175,7 @@ def shares(model_dir) -> dict:
         policy,
         None,
         optimizer,
-        world.mine(fixed_groups(policy, 4)),
+        world.shard(fixed_groups(policy, 4)),
         world,
         lr=1e-3,
     )
@@ -187,7 +187,7 @@ def shares(model_dir) -> dict:
         ],
     }
     for name, tensors in held.items():  # several may lie in one piece of memory
-        storages = [own(tensor).untyped_storage() for tensor in tensors]
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
         found[name] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     sampler.sync_weights()
     found["after"] = [

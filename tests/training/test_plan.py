@@ -17,6 +17,7 @@ import sft
 from attention import SHARED_PREFIX
 from data.state import State
 from policy import Policy, pack
+from rollouts import choice
 from sampling import Action, Group
 from training import plan, pretrained
 from training.checkpointing import restore
@@ -302,7 +303,7 @@ def sharded_peak(directory, config, words: bool = False) -> tuple[int, float]:
     world = World.join("cpu")
     policy = world.place(wordy(directory, False, 64) if words else wide(directory), "fsdp")
     optimizer = torch.optim.AdamW(policy.parameters())
-    groups = world.mine(groups_of(policy, 2))
+    groups = world.shard(groups_of(policy, 2))
     ekipl.update(config, policy, None, optimizer, groups, world, 1e-4)
     optimizer.zero_grad(set_to_none=True)
     measured = peak(lambda: ekipl.update(config, policy, None, optimizer, groups, world, 1e-4))
@@ -358,7 +359,7 @@ def test_it_says_whether_it_fits_and_what_helps(flags, says):
 
 
 def test_the_readme_shows_the_plan_as_it_is():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    readme = (Path(plan.__file__).parent / "README.md").read_text()
     assert ekipl.run("--preset counting-7b --parallel fsdp --plan 80x8".split()) in readme
 
 
@@ -402,9 +403,9 @@ def test_the_engine_starts_before_moments_and_buckets_are_there_in_fresh_and_res
 
         monkeypatch.setattr(owner, name, outer)
 
-    noted(program.settings, "sampler_of")
+    noted(choice, "sampler_of")
     noted(World, "data_parallel")
-    noted(ekipl, "restore")
+    noted(program, "restore")
     program.run(flags)
     assert order == ["sampler_of", "data_parallel"]
     order.clear()

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, held_elsewhere
 from PIL import Image
 
-from training import checkpointing, console, curves, metrics, rundir, stopwatch, storage
+from training import checkpointing, console, curves, rundir, stopwatch, storage
 from training.console import UserError
 
 
@@ -461,7 +461,7 @@ def test_the_picture_of_time_stacks_the_phases_of_each_step(tmp_path, monkeypatc
 
 def test_a_stopwatch_gives_all_time_to_a_phase(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 7.0, 8.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now))
     watch = stopwatch.Stopwatch(torch.device("cpu"))
     for phase in ("rollout", "forward", "rollout"):
         watch.lap(phase)
@@ -650,7 +650,7 @@ def ends(monkeypatch, capsys, run) -> tuple[int, str]:
 ], ids=["odd characters", "long", "of the system"])  # fmt: skip
 def test_a_mistake_is_one_line_of_its_own(monkeypatch, capsys, error, says):
     def run(argv):
-        bar = storage.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
+        bar = console.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
         raise error
 
     code, said = ends(monkeypatch, capsys, run)
@@ -693,13 +693,13 @@ def test_a_user_without_name_and_home_gets_a_place_for_caches(tmp_path, monkeypa
         monkeypatch.setenv(name, "x")  # so that it is as before in the end
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(console.tempfile, "tempdir", str(tmp_path))
     console.find_home()
     home = Path("~").expanduser()
     assert (
         home.parent == tmp_path
         and home.is_dir()
-        and storage.getpass.getuser() == os.environ["USER"]
+        and console.getpass.getuser() == os.environ["USER"]
     )
     console.find_home()
     assert Path("~").expanduser() == home
