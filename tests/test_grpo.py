@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import grpo
+from training import metrics
 
 EPS, BETA = 0.2, 0.04
 
@@ -748,7 +749,7 @@ def test_bf16_inputs_are_computed_in_float32(estimator):
 
 
 def test_diagnostics_of_a_worked_example():
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         objective=torch.tensor([1.0, -3.0, 2.0, 0.0]),
         kl=torch.tensor([0.1, 0.3, 0.2, 0.4]),
         clip_fraction=torch.tensor([0.0, 0.5, 0.0, 1.0]),
@@ -771,7 +772,7 @@ def test_diagnostics_of_a_worked_example():
 def test_ess_is_of_one_state_and_its_mean_over_the_states():
     """Two states of equal weights each are as good as can be, whatever the two weights are."""
     zeros, names = torch.zeros(7), ["policy", "policy", "careful", "careful", "policy", "policy"]
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         *[zeros[:6]] * 3, torch.tensor([2.0, 2, 2, 2, 0.1, 0.1]), names, [7, 7, 7, 7, 3, 3]
     )
     assert report["ess"] == pytest.approx((4 + 2) / 2) and report["ess_share"] == pytest.approx(1)
@@ -779,18 +780,18 @@ def test_ess_is_of_one_state_and_its_mean_over_the_states():
     assert report["ess/careful"] == pytest.approx(2)  # of the one state that keeps any of it
     assert report["weight_var"] == pytest.approx(0.81 * 1.9**2 / 0.81 * 2 / 9)
     # Weights 3, 1, 0 and 1, 1, 1, 1 of two states that take turns: 16 / 10 of 3 and 4 of 4.
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         *[zeros] * 3, torch.tensor([3.0, 1, 1, 1, 0, 1, 1]), ["policy"] * 7, list("abababb")
     )
     assert report["ess"] == pytest.approx((1.6 + 4) / 2)
     assert report["ess_share"] == pytest.approx((1.6 / 3 + 1) / 2)
     with pytest.raises(ValueError, match="7 sources for 2 states"):
-        grpo.diagnostics(*[zeros] * 3, None, ["policy"] * 7, [1, 2])
+        metrics.diagnostics(*[zeros] * 3, None, ["policy"] * 7, [1, 2])
 
 
 def test_diagnostics_relate_ess_to_the_variance_of_the_weights():
     w, zeros = (2 * torch.randn(50, generator=generator(0))).exp(), torch.zeros(50)
-    report = grpo.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)
+    report = metrics.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)
     assert 1 / report["ess_share"] == pytest.approx(
         1 + report["weight_var"] / w.mean().item() ** 2, rel=1e-5
     )
@@ -802,12 +803,14 @@ def test_diagnostics_of_extreme_weights_are_finite():
         torch.ones(3),
         grpo.importance_weights(torch.tensor([0.0, -1.0, -2e3]), torch.tensor([-1e3] * 3)),
     )
-    report = grpo.diagnostics(values, values, values, weights, ["policy", "policy", "careful"])
+    report = metrics.diagnostics(values, values, values, weights, ["policy", "policy", "careful"])
     assert all(math.isfinite(value) for value in report.values())
 
 
 def test_diagnostics_without_densities_say_nothing_about_weights():
-    report = grpo.diagnostics(*torch.rand(3, 2, generator=generator(0)), None, ["policy", "hasty"])
+    report = metrics.diagnostics(
+        *torch.rand(3, 2, generator=generator(0)), None, ["policy", "hasty"]
+    )
     assert set(report) == {
         name + suffix for name in ("clip_fraction", "kl") for suffix in ("", "/policy", "/hasty")
     }
@@ -816,10 +819,10 @@ def test_diagnostics_without_densities_say_nothing_about_weights():
 def test_diagnostics_refuse_what_does_not_fit():
     values = torch.zeros(2)
     with pytest.raises(ValueError, match="weights"):
-        grpo.diagnostics(
+        metrics.diagnostics(
             values, values, values, torch.tensor([1.0, math.nan]), ["policy", "policy"]
         )
     with pytest.raises(ValueError, match="sources"):
-        grpo.diagnostics(values, values, values, None, ["policy"])
+        metrics.diagnostics(values, values, values, None, ["policy"])
     with pytest.raises(ValueError, match="sources"):
-        grpo.diagnostics(values[:0], values[:0], values[:0], None, [])
+        metrics.diagnostics(values[:0], values[:0], values[:0], None, [])
