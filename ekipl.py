@@ -15,12 +15,11 @@ follows from seed, step and process, so a resumed run equals the run never stopp
 departures from the paper ("Where the paper is silent").
 """
 
-import dataclasses
 import math
 import os
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +40,7 @@ from sampling import Group, add_expert_logps, give_rewards, group_log_weights, s
 from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
+from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
 from training.method import MethodSettings
 from training.metrics import step_metrics
@@ -254,8 +254,8 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
 
     experts = Experts(config, config.corrected, states_of)
     policy, reference = load_policies(config, resume, world)
-    real = dataclasses.replace(config, states=len(questions))
-    plan.check_disk(real, policy, resume)
+    real = replace(config, states=len(questions))
+    check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)

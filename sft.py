@@ -21,11 +21,10 @@ Run directory, checkpoints, resume, learning rate and evaluation are those of ek
 the records that have a thought.
 """
 
-import dataclasses
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -42,6 +41,7 @@ from sampling import Sampler
 from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
+from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
 from training.rundir import open_run, take
 from training.settings import Settings, learning_rate, option
@@ -205,8 +205,8 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         policy = world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
-    real = dataclasses.replace(config, states=len(questions))
-    plan.check_disk(real, policy, resume)
+    real = replace(config, states=len(questions))
+    check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)

@@ -19,7 +19,7 @@ from data.state import State
 from policy import Policy, pack
 from rollouts import choice
 from sampling import Action, Group
-from training import plan, pretrained
+from training import activations, disk, plan, pretrained
 from training.checkpointing import restore
 from training.console import UserError
 from training.distributed import World
@@ -118,10 +118,10 @@ def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(
         kept(of_layers(random_model_dir, 1, 2).to(dtype), half)[0] - one,
     )
     config = of_layers(random_model_dir, 1, 1).model.config
-    assert plan.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(
+    assert activations.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(
         layer, rel=0.03
     )  # less the statistics of norms and softmax
-    assert plan.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
+    assert activations.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -141,8 +141,8 @@ def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_blocks(
         size, batch = kept(policy, half)
         found.append(size)
     config = policy.model.config
-    assert plan.kept_by_layer(config, batch, half, sharded)[1] == found[1] - found[0]
-    assert plan.kept_by_block(config, batch, half)[1] == found[2] - found[0]
+    assert activations.kept_by_layer(config, batch, half, sharded)[1] == found[1] - found[0]
+    assert activations.kept_by_block(config, batch, half)[1] == found[2] - found[0]
 
 
 def groups_of(policy: Policy, count: int) -> list[Group]:
@@ -264,7 +264,7 @@ def wordy(directory, tied: bool, chunk: int) -> Policy:
 def test_the_gradients_of_a_large_vocabulary_are_planned_as_often_as_they_exist(
     random_model_dir, monkeypatch, tied, chunk
 ):
-    monkeypatch.setattr(plan, "LOGIT_CHUNK", chunk)
+    monkeypatch.setattr(activations, "LOGIT_CHUNK", chunk)
     config = ekipl.Config(batch_size=4, micro_batch=2, group_size=G, max_new_tokens=T, beta=0.0,
                           gradient_checkpointing=True)  # fmt: skip
     policy = wordy(random_model_dir, tied, chunk)
@@ -299,7 +299,7 @@ def wide(directory) -> Policy:
 
 def sharded_peak(directory, config, words: bool = False) -> tuple[int, float]:
     """In one of two processes: bytes allocated in an update beside weights and moments; and what the plan says of that."""
-    plan.LOGIT_CHUNK = 64
+    activations.LOGIT_CHUNK = 64
     world = World.join("cpu")
     policy = world.place(wordy(directory, False, 64) if words else wide(directory), "fsdp")
     optimizer = torch.optim.AdamW(policy.parameters())
@@ -356,6 +356,23 @@ def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
 ])  # fmt: skip
 def test_it_says_whether_it_fits_and_what_helps(flags, says):
     assert says in ekipl.run(flags)
+
+
+def test_a_frozen_vision_tower_has_neither_gradients_nor_moments_nor_activations():
+    config, rows = ekipl.Config(parallel="fsdp"), {}
+    model, longest_edge = plan.described(config.start)
+    batch = plan.micro_batch(config, model, longest_edge, 2)
+    policy = Policy.load(config.start)
+    policy.freeze_vision()
+    learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    for frozen in (False, True):
+        config.freeze_vision = frozen
+        rows[frozen] = {row.name: row for row in plan.memory(config, model, batch, 2, False)}
+    assert rows[True]["gradients, float32"].learning == 4 * learnt / 2
+    assert rows[True]["AdamW, two moments, float32"].generating == 8 * learnt / 2
+    assert rows[True]["roots of the second moments"].step == 4 * learnt / 2
+    assert rows[True]["policy, float32"] == rows[False]["policy, float32"]
+    assert rows[True]["activations"].learning < rows[False]["activations"].learning
 
 
 def test_the_readme_shows_the_plan_as_it_is():
@@ -422,7 +439,7 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_anything_is_made(
              "--rollout", "transformers", "--runs", str(tmp_path / "runs")]  # fmt: skip
     free = [0]
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
     for often, room in (("1", 2 * size), ("0", size)):
         free[0] = room - 1
         with pytest.raises(UserError, match=r"the disk of .* GB free, and checkpoints") as error:
