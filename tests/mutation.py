@@ -36,7 +36,9 @@ TESTS = {  # of each module, in order
         "-k=plain or gradient or mean_1 or _says_",
     ],
 }
-ONLY = {"ekipl": {"MicroBatch", "micro_batches", "update", "loss_of"}}  # of a module these functions
+ONLY = {
+    "ekipl": {"MicroBatch", "micro_batches", "update", "loss_of"}
+}  # of a module these functions
 OPERATORS = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult,
     ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd, ast.And: ast.Or, ast.Or: ast.And,

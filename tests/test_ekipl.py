@@ -1,4 +1,5 @@
-"""The training loop: gradients that do not depend on how the batch is split, exact resume, and errors told in one line."""
+"""The training loop: gradients that do not depend on how the batch is split, exact resume, and
+errors told in one line."""
 
 import dataclasses
 import json
@@ -35,9 +36,19 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = World(0, 1, torch.device("cpu"))
 # A whole run in a second or two.
 SMALL = dict(
-    states=24, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=3, eval_states=4,
-    save_every=2, lr=1e-3, name="run", rollout="transformers",
-)  # fmt: skip
+    states=24,
+    batch_size=4,
+    num_samples=2,
+    group_size=3,
+    micro_batch=2,
+    max_new_tokens=12,
+    eval_every=3,
+    eval_states=4,
+    save_every=2,
+    lr=1e-3,
+    name="run",
+    rollout="transformers",
+)
 
 
 def small(tmp_path, **changes) -> Config:
@@ -97,7 +108,8 @@ def fixed_groups(policy: Policy, count: int, ragged: bool = False) -> list[Group
 def gradient_of(
     model_dir, world: World, config: Config, count: int = 6, ragged: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The gradient that one update on this process's share of `fixed_groups` leaves, before any clipping."""
+    """The gradient that one update on this process's share of `fixed_groups` leaves, before any
+    clipping."""
     policy, reference = Policy.load(model_dir), Policy.load(model_dir)
     with torch.no_grad():  # a reference that differs, so that the KL term has a gradient
         for parameter in reference.parameters():
@@ -265,7 +277,9 @@ def test_no_process_hangs_when_one_raises(tmp_path):
     script.write_text(
         "import os, sys; sys.path.insert(0, sys.argv[1]); import ekipl\n"
         "sample = ekipl.total_groups\n"
-        "def fails(*arguments):\n    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return sample(*arguments)\n"
+        "def fails(*arguments):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n"
+        "    return sample(*arguments)\n"
         "ekipl.total_groups = fails; sys.argv = sys.argv[1:]; ekipl.main()\n"
     )
     flags = [
@@ -276,7 +290,7 @@ def test_no_process_hangs_when_one_raises(tmp_path):
     assert done.returncode != 0 and "broken on purpose" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- weights and metrics
+# ------------------------------------------------------------------------------ weights and metrics
 
 
 def drawn_group(rng: random.Random, densities: dict[str, list[float]], n: int = 2) -> Group:
@@ -311,9 +325,14 @@ def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal(
         n = len(advantages)
         told = {name: [1.0] * n for name in ("format", "accuracy", "tokens", "objective", "kl")}
         return {
-            **told, "sources": ["policy"] * n, "truncated": [False] * n, "clip_fraction": [0.0] * n,
-            "kept": list(range(n)), "advantages": advantages, "weights": weights,
-        }  # fmt: skip
+            **told,
+            "sources": ["policy"] * n,
+            "truncated": [False] * n,
+            "clip_fraction": [0.0] * n,
+            "kept": list(range(n)),
+            "advantages": advantages,
+            "weights": weights,
+        }
 
     dead, same, apart = [0.0, 0.0], [0.7, 0.7, 0.7], [0.7, 0.7, 0.2, -1.0]
     groups = [of_group(dead, [2, 2]), of_group(same, [1, 0, 0]), of_group(apart, [3, 3, 3, 0])]
@@ -326,7 +345,7 @@ def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal(
     assert "ess" not in step_metrics(groups) and step_metrics(groups)["equal_advantages"] > 0
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -349,10 +368,16 @@ def test_a_run_leaves_what_it_says(finished):
     assert json.loads((finished / "config.json").read_text())["states"] == 24
     records = storage.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
-    names = "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
+    names = (
+        "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share "
+        "kl clip_fraction loss grad_norm lr tokens"
+    ).split()
     assert all(name in record for record in records[1:] for name in names)
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
-    phases = "preprocessing rollout experts rewards selection packing reference forward backward optimizer sync logging".split()
+    phases = (
+        "preprocessing rollout experts rewards selection packing reference forward backward "
+        "optimizer sync logging"
+    ).split()
     for record in records[1:]:
         timed = [key.removeprefix("seconds/") for key in record if key.startswith("seconds/")]
         assert sorted(timed) == sorted(
@@ -516,16 +541,20 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
     assert storage.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= trainer["step"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(experts="none", group_size=2),
-    dict(experts="quick", advantage="selected"),
-    dict(estimator="is"),
-    dict(estimator="snis", ties="policy_first"),
-    dict(selection="random", beta=0.0),
-    dict(updates_per_batch=4, lr=3e-2),
-    dict(task="structure"),
-    dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(experts="none", group_size=2),
+        dict(experts="quick", advantage="selected"),
+        dict(estimator="is"),
+        dict(estimator="snis", ties="policy_first"),
+        dict(selection="random", beta=0.0),
+        dict(updates_per_batch=4, lr=3e-2),
+        dict(task="structure"),
+        dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
+    ],
+    ids=str,
+)
 def test_every_method_runs(tmp_path, changes):
     path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
     records = storage.read(path / "metrics.jsonl")
@@ -573,7 +602,7 @@ def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------------------------------------- mistakes of the user
+# ----------------------------------------------------------------------------- mistakes of the user
 
 
 def test_help_explains_every_setting(capsys):
@@ -585,27 +614,31 @@ def test_help_explains_every_setting(capsys):
         assert f"--{setting.name.replace('_', '-')}" in text and setting.metadata["help"]
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--preset", "nope"], "preset"),
-    (["--nope", "1"], "--nope"),
-    (["--lr", "fast"], "lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--estimator", "best"], "estimator"),
-    (["--experts", "gpt-9"], "gpt-9"),
-    (["--group-size", "25"], "24 candidates"),
-    (["--states", "0"], "--states"),
-    (["--states", "10"], "batch"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--beta", "-1"], "--beta"),
-    (["--model", "no/such/model"], "no/such/model"),
-    (["--runs", "{file}"], "cannot make"),
-    (["--name", "taken"], "exists"),
-    (["--resume", "{runs}/missing"], "no run"),
-    (["--resume", "{runs}/taken"], "no run of this program"),
-    (["--resume", "{runs}/foreign"], "another version"),
-    (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
-    (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--preset", "nope"], "preset"),
+        (["--nope", "1"], "--nope"),
+        (["--lr", "fast"], "lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--estimator", "best"], "estimator"),
+        (["--experts", "gpt-9"], "gpt-9"),
+        (["--group-size", "25"], "24 candidates"),
+        (["--states", "0"], "--states"),
+        (["--states", "10"], "batch"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--beta", "-1"], "--beta"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--runs", "{file}"], "cannot make"),
+        (["--name", "taken"], "exists"),
+        (["--resume", "{runs}/missing"], "no run"),
+        (["--resume", "{runs}/taken"], "no run of this program"),
+        (["--resume", "{runs}/foreign"], "another version"),
+        (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
+        (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(
     tmp_path, monkeypatch, capsys, arguments, says
 ):

@@ -1,7 +1,8 @@
-"""Properties of grpo.py: every estimator against exact enumeration, every gradient against its definition.
+"""Properties of grpo.py: every estimator against exact enumeration, every gradient against its
+definition.
 
-The spaces are small enough to sum over, so "exact" below is a sum, not a formula of ours. Sampled checks allow four
-standard errors. Runs in seconds on one CPU core.
+The spaces are small enough to sum over, so "exact" below is a sum, not a formula of ours. Sampled
+checks allow four standard errors. Runs in seconds on one CPU core.
 """
 
 import itertools
@@ -28,7 +29,8 @@ def random_logp(size, seed, scale=1.0):
 
 
 def random_batch(seed, b=3, g=4, t=5, dtype=torch.float64):
-    """A batch with ragged actions: inputs of ekipl_loss by name. The last group lacks one action."""
+    """A batch with ragged actions: inputs of ekipl_loss by name. The last group lacks one
+    action."""
     rng = generator(seed)
     old_logp = -3 * torch.rand(b, g, t, generator=rng, dtype=dtype) - 0.1
     lengths = torch.randint(1, t + 1, (b, g), generator=rng)
@@ -57,7 +59,7 @@ def within_standard_errors(samples, exact):
     return error < 0.05 and abs(samples.mean() - exact) < 4 * error
 
 
-# ----------------------------------------------------------------------------------------------------- Eq 1, advantages
+# --------------------------------------------------------------------------------- Eq 1, advantages
 
 
 def test_advantages_of_a_worked_example():
@@ -68,7 +70,8 @@ def test_advantages_of_a_worked_example():
 
 
 def test_advantages_against_a_baseline_use_its_mean_and_std():
-    # All kept actions are perfect; among the candidates (mean 1, std 2/sqrt(3)) they are better than average.
+    # All kept actions are perfect; among the candidates (mean 1, std 2/sqrt(3)) they are better
+    # than average.
     advantages = grpo.group_advantages(torch.tensor([2.0, 2.0]), torch.tensor([2.0, 2.0, 0.0, 0.0]))
     torch.testing.assert_close(advantages, torch.full((2,), 1 / (2 / math.sqrt(3) + 1e-4)))
 
@@ -112,7 +115,7 @@ def test_advantages_refuse_non_finite_rewards():
         grpo.group_advantages(torch.tensor([1.0]), torch.tensor([1.0, math.inf]))
 
 
-# ------------------------------------------------------------------------------------------- Eq 2 and 3, ratio and clip
+# ----------------------------------------------------------------------- Eq 2 and 3, ratio and clip
 
 
 def test_ratio_is_that_of_the_probabilities():
@@ -123,7 +126,8 @@ def test_ratio_is_that_of_the_probabilities():
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0])
 def test_clip_sign_table(advantage, ratio):
-    """The clip stops the gradient where A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, and nowhere else."""
+    """The clip stops the gradient where A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, and
+    nowhere else."""
     rho = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
     value = grpo.clipped_objective(rho, torch.tensor(advantage, dtype=torch.float64), EPS)
     value.backward()
@@ -137,7 +141,7 @@ def test_clip_sign_table(advantage, ratio):
     assert rho.grad.item() == pytest.approx(expected_gradient)
 
 
-# --------------------------------------------------------------------------------------------------------- Eq 3, the KL
+# ------------------------------------------------------------------------------------- Eq 3, the KL
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
@@ -171,7 +175,7 @@ def test_kl_still_pulls_back_a_policy_far_above_the_reference():
     assert logp.grad.item() == pytest.approx(1.0)
 
 
-# ------------------------------------------------------------------------------------------- A.5: mixture and selection
+# ----------------------------------------------------------------------- A.5: mixture and selection
 
 
 def test_mixture_is_the_weighted_sum_of_densities():
@@ -279,7 +283,7 @@ def test_estimate_over_the_selected_is_the_estimate_of_f_on_s_over_all_candidate
     torch.testing.assert_close(selected, everything)
 
 
-# ------------------------------------------------------------------------------------- A.1 - A.4, estimators and bounds
+# ----------------------------------------------------------------- A.1 - A.4, estimators and bounds
 
 
 def old_policy_and_mixture(seed, size=6):
@@ -420,7 +424,7 @@ def test_total_variation_is_exact_in_expectation():
     torch.testing.assert_close(grpo.total_variation(w), torch.tensor(0.5 * (0.3 + 0.1 + 0.0 + 0.2)))
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def loop_loss(batch, estimator):
@@ -506,7 +510,8 @@ def test_no_gradient_reaches_anything_but_logp(estimator):
 
 
 def test_gradient_at_ratio_1_is_the_policy_gradient():
-    """With rho = 1 and no KL, d loss / d logp = -A / (tokens of the action) / (actions of the group)."""
+    """With rho = 1 and no KL, d loss / d logp = -A / (tokens of the action) / (actions of the
+    group)."""
     batch = random_batch(3)
     batch["old_logp"] = batch["logp"].clone()
     tokens, actions = (
@@ -594,7 +599,8 @@ def test_micro_batches_sum_to_the_full_batch(estimator):
 
 @pytest.mark.parametrize("estimator", grpo.ESTIMATORS)
 def test_padding_changes_nothing(estimator):
-    """More padded tokens, more absent actions and a group without any leave loss and gradient as they are."""
+    """More padded tokens, more absent actions and a group without any leave loss and gradient as
+    they are."""
     batch = random_batch(7)
     padded = {
         k: torch.nn.functional.pad(v, (0, 2, 0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 3
@@ -745,7 +751,7 @@ def test_bf16_inputs_are_computed_in_float32(estimator):
         assert function(rewards, rewards).dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------- diagnostics
+# -------------------------------------------------------------------------------------- diagnostics
 
 
 def test_diagnostics_of_a_worked_example():
@@ -757,14 +763,27 @@ def test_diagnostics_of_a_worked_example():
         sources=["policy", "policy", "policy", "careful"],
     )
     expected = {
-        "clip_fraction": 0.375, "clip_fraction/policy": 0.5 / 3, "clip_fraction/careful": 1.0,
-        "kl": 0.25, "kl/policy": 0.2, "kl/careful": 0.4,
-        "ess": 2.0, "ess/policy": 2.0, "ess/careful": 0.0,
-        "ess_share": 0.5, "ess_share/policy": 2 / 3, "ess_share/careful": 0.0,
-        "weight_var": 1.0, "weight_var/policy": 8 / 9, "weight_var/careful": 0.0,
-        "weight_q95": 2.0, "weight_q95/policy": 2.0, "weight_q95/careful": 0.0,
-        "tv": 0.5, "bias_bound": 2 * 3.0 * 0.5,
-    }  # fmt: skip
+        "clip_fraction": 0.375,
+        "clip_fraction/policy": 0.5 / 3,
+        "clip_fraction/careful": 1.0,
+        "kl": 0.25,
+        "kl/policy": 0.2,
+        "kl/careful": 0.4,
+        "ess": 2.0,
+        "ess/policy": 2.0,
+        "ess/careful": 0.0,
+        "ess_share": 0.5,
+        "ess_share/policy": 2 / 3,
+        "ess_share/careful": 0.0,
+        "weight_var": 1.0,
+        "weight_var/policy": 8 / 9,
+        "weight_var/careful": 0.0,
+        "weight_q95": 2.0,
+        "weight_q95/policy": 2.0,
+        "weight_q95/careful": 0.0,
+        "tv": 0.5,
+        "bias_bound": 2 * 3.0 * 0.5,
+    }
     assert report == pytest.approx(expected, rel=1e-6)
     assert all(type(value) is float for value in report.values())
 

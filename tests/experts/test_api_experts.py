@@ -208,13 +208,16 @@ def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(ser
         )
     )
     told, untold = ask(serve().openai), ask(server.openai)
-    assert [sample.expert_logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
+    assert [sample.expert_logp for sample in told.sample([STATE], 2)[0]] == [
+        -0.5 * 6
+    ] * 2  # six words
     assert [sample.expert_logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
         server.bodies
     ) == 2
-    assert [sample.expert_logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(
-        server.bodies
-    ) == 3
+    assert [sample.expert_logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [
+        None,
+        None,
+    ] and len(server.bodies) == 3
     own, others = Action([1], "a", told.name, expert_logp=-2.0), Action([1], "a", "policy")
     assert told.logp(STATE, own) == -2.0 and told.logp(STATE, others) == -math.inf
 

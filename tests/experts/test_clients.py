@@ -127,7 +127,9 @@ def test_a_refusal_that_goes_on_costs_the_state_and_drops_nothing_for_good(serve
     server.script = [always]
     assert expert.sample([COUNTING[1]], 4) == [[]]
     server.script = ["good"]
-    assert [sample.expert_logp is None for sample in expert.sample([COUNTING[2]], 4)[0]] == [False] * 4
+    assert [sample.expert_logp is None for sample in expert.sample([COUNTING[2]], 4)[0]] == [
+        False
+    ] * 4
     assert set(server.bodies[-1]) >= {"logprobs", "temperature", "n", "max_completion_tokens"}
 
 

@@ -166,7 +166,9 @@ def test_the_order_of_two_images_matters_as_it_does_to_the_policy(sampler):
     swapped = State("swapped", two.images[::-1], two.question, two.answer, two.kind)
     groups = sampled(sampler, [two, swapped], n=32)
     assert gap(sampler, groups) < 1e-4
-    first = [{action.tokens[0]: action.token_logps[0] for action in group.actions} for group in groups]
+    first = [
+        {action.tokens[0]: action.token_logps[0] for action in group.actions} for group in groups
+    ]
     shared = first[0].keys() & first[1].keys()
     assert shared and any(abs(first[0][token] - first[1][token]) > 1e-3 for token in shared)
 
@@ -257,7 +259,8 @@ def test_other_weights_change_what_it_says_of_the_same_prompt(sampler, part):
     (after,) = sampled(sampler, [STATES[0]], n=32)
     assert gap(sampler, [after]) < 1e-4
     old, new = (
-        {action.tokens[0]: action.token_logps[0] for action in group.actions} for group in (before, after)
+        {action.tokens[0]: action.token_logps[0] for action in group.actions}
+        for group in (before, after)
     )
     assert old.keys() & new.keys() and all(
         abs(old[token] - new[token]) > 1e-5 for token in old.keys() & new.keys()

@@ -1,4 +1,5 @@
-"""The plan of a GPU's memory, compared with what is really there: bytes of tensors, what autograd keeps, and the peak of a whole update."""
+"""The plan of a GPU's memory, compared with what is really there: bytes of tensors, what autograd
+keeps, and the peak of a whole update."""
 
 import dataclasses
 import os
@@ -69,7 +70,8 @@ def full_batch(policy: Policy, count: int):
 
 
 def kept(policy: Policy, half: bool) -> tuple[int, plan.MicroBatch]:
-    """Bytes that autograd keeps of a forward pass, beside the parameters, the batch, and copies of weights in bfloat16."""
+    """Bytes that autograd keeps of a forward pass, beside the parameters, the batch, and copies of
+    weights in bfloat16."""
     batch, described = full_batch(policy, 2)
     shapes = {parameter.shape for parameter in policy.parameters()} | {
         parameter.shape[::-1] for parameter in policy.parameters()
@@ -165,7 +167,8 @@ def groups_of(policy: Policy, count: int) -> list[Group]:
 
 
 def peak(function) -> int:
-    """Bytes that were allocated at once while it ran, beside those that were there before. CPU only."""
+    """Bytes that were allocated at once while it ran, beside those that were there before. CPU
+    only."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         function()
     events = sorted(
@@ -230,7 +233,8 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     )
     planned = sum(rows.values()) - sum(steady.values()) + steady["gradients, float32"]
     print(
-        f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}"
+        f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, "
+        f"measured {measured / 1e6:.1f}"
     )
     assert 0.6 * planned < measured < 1.05 * planned
 
@@ -265,8 +269,14 @@ def test_the_gradients_of_a_large_vocabulary_are_planned_as_often_as_they_exist(
     random_model_dir, monkeypatch, tied, chunk
 ):
     monkeypatch.setattr(activations, "LOGIT_CHUNK", chunk)
-    config = ekipl.Config(batch_size=4, micro_batch=2, group_size=G, max_new_tokens=T, beta=0.0,
-                          gradient_checkpointing=True)  # fmt: skip
+    config = ekipl.Config(
+        batch_size=4,
+        micro_batch=2,
+        group_size=G,
+        max_new_tokens=T,
+        beta=0.0,
+        gradient_checkpointing=True,
+    )
     policy = wordy(random_model_dir, tied, chunk)
     optimizer, groups = torch.optim.AdamW(policy.parameters()), groups_of(policy, 4)
     ekipl.update(config, policy, None, optimizer, groups, CPU, 1e-4)
@@ -298,7 +308,8 @@ def wide(directory) -> Policy:
 
 
 def sharded_peak(directory, config, words: bool = False) -> tuple[int, float]:
-    """In one of two processes: bytes allocated in an update beside weights and moments; and what the plan says of that."""
+    """In one of two processes: bytes allocated in an update beside weights and moments; and what
+    the plan says of that."""
     activations.LOGIT_CHUNK = 64
     world = World.join("cpu")
     policy = world.place(wordy(directory, False, 64) if words else wide(directory), "fsdp")
@@ -347,13 +358,16 @@ def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
         assert plan.sizes(pretrained.published(size)).total == parameters
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--preset", "counting-7b", "--parallel", "fsdp", "--plan", "80x8"], "fits:"),
-    (["--preset", "counting-7b", "--plan", "80x8"], "it fits with --parallel fsdp"),
-    (["--preset", "counting-2b", "--plan", "80"], "fits:"),
-    (["--preset", "counting-2b", "--plan", "24"], "does not fit:"),
-    (["--model", "tiny", "--plan", "0.2"], "it fits with --micro-batch 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--preset", "counting-7b", "--parallel", "fsdp", "--plan", "80x8"], "fits:"),
+        (["--preset", "counting-7b", "--plan", "80x8"], "it fits with --parallel fsdp"),
+        (["--preset", "counting-2b", "--plan", "80"], "fits:"),
+        (["--preset", "counting-2b", "--plan", "24"], "does not fit:"),
+        (["--model", "tiny", "--plan", "0.2"], "it fits with --micro-batch 1"),
+    ],
+)
 def test_it_says_whether_it_fits_and_what_helps(flags, says):
     assert says in ekipl.run(flags)
 
@@ -399,15 +413,29 @@ def test_a_model_that_is_not_there_gives_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- around the engine, and the disk
+# ------------------------------------------------------------------ around the engine, and the disk
 
 
 @pytest.mark.parametrize("program", [ekipl, sft])
 def test_the_engine_starts_before_moments_and_buckets_are_there_in_fresh_and_resumed_runs(
     tmp_path, monkeypatch, program
 ):
-    small = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--save-every", "1",
-             "--max-new-tokens", "4", "--rollout", "transformers", "--runs", str(tmp_path)]  # fmt: skip
+    small = [
+        "--states",
+        "8",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--rollout",
+        "transformers",
+        "--runs",
+        str(tmp_path),
+    ]
     flags = [*small, "--name", "run"]
     order = []
 
@@ -435,8 +463,20 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_anything_is_made(
     tmp_path, monkeypatch, program
 ):
     size = 12 * plan.sizes(AutoConfig.from_pretrained(ekipl.Config().start)).total
-    flags = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--max-new-tokens", "4",
-             "--rollout", "transformers", "--runs", str(tmp_path / "runs")]  # fmt: skip
+    flags = [
+        "--states",
+        "8",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--max-new-tokens",
+        "4",
+        "--rollout",
+        "transformers",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     free = [0]
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))

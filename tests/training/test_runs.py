@@ -1,4 +1,5 @@
-"""runs.py and curves.py: whatever moment a run is stopped at, what it left behind is whole, and can be drawn."""
+"""Run directories, checkpoints and pictures: whatever moment a run is stopped at, what it left is whole, and can
+be drawn."""
 
 import json
 import os
@@ -22,7 +23,7 @@ def one_line(error) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------- settings and records
+# ----------------------------------------------------------------------------- settings and records
 
 
 def test_a_new_runs_settings_are_read_back(tmp_path):
@@ -159,7 +160,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, brok
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class StubPolicy:
@@ -242,10 +243,19 @@ def save_until(path: Path, policy: StubPolicy, monkeypatch, where: tuple, call: 
             assert len(calls) <= call  # it has fewer of these calls, and none was to fail
 
 
-@pytest.mark.parametrize("where", [
-    (StubPolicy, "save"), (torch, "save"), (os, "fsync"), (os, "rename"), (Path, "symlink_to"), (os, "replace"),
-    (shutil, "rmtree"),
-], ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        (StubPolicy, "save"),
+        (torch, "save"),
+        (os, "fsync"),
+        (os, "rename"),
+        (Path, "symlink_to"),
+        (os, "replace"),
+        (shutil, "rmtree"),
+    ],
+    ids=lambda where: where[1],
+)
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatch, where, call):
     policy = StubPolicy()
@@ -316,8 +326,11 @@ def test_a_copy_whose_checkpoint_is_in_model_alone_can_be_resumed(tmp_path):
         checkpointing.last_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("where", [(os, "rename"), (os, "replace"), (shutil, "copytree"), (shutil, "rmtree")],
-                         ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [(os, "rename"), (os, "replace"), (shutil, "copytree"), (shutil, "rmtree")],
+    ids=lambda where: where[1],
+)
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_run_killed_while_saving_without_links_goes_on(tmp_path, monkeypatch, where, call):
     no_links(monkeypatch)
@@ -360,7 +373,7 @@ def test_the_newest_is_the_one_of_the_latest_step_however_long_its_name(tmp_path
     ]
 
 
-# ---------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------- curves
 
 
 def history(steps: int, *keys: str, start: int = 0) -> list[dict]:
@@ -382,12 +395,21 @@ NO_KL = {"step": 3, "states": 192, "kl": None}
 SPARSE = [*history(2, "reward"), NO_KL, *history(2, "accuracy", "eval/counting-id", start=3)]
 
 
-@pytest.mark.parametrize("histories", [
-    {"a": history(4, *curves.PANELS)},
-    {"few": history(4, "reward", "accuracy"), "b": history(7, *curves.PANELS, "eval/counting-id"), "sparse": SPARSE},
-    {"nothing yet": []}, {"one step": history(1, *curves.PANELS, "eval/counting-ood")},
-    {f"run {i}": history(2, "reward") for i in range(12)},
-], ids=lambda histories: next(iter(histories)))  # fmt: skip
+@pytest.mark.parametrize(
+    "histories",
+    [
+        {"a": history(4, *curves.PANELS)},
+        {
+            "few": history(4, "reward", "accuracy"),
+            "b": history(7, *curves.PANELS, "eval/counting-id"),
+            "sparse": SPARSE,
+        },
+        {"nothing yet": []},
+        {"one step": history(1, *curves.PANELS, "eval/counting-ood")},
+        {f"run {i}": history(2, "reward") for i in range(12)},
+    ],
+    ids=lambda histories: next(iter(histories)),
+)
 def test_curves_are_drawn_whatever_was_measured(tmp_path, histories):
     curves.draw(histories, tmp_path / "curves.png")
     picture(tmp_path / "curves.png")
@@ -560,12 +582,25 @@ def test_the_file_of_settings_is_json_for_people(tmp_path):
     )  # a line for each setting
 
 
-# ---------------------------------------------------------------------------------------------- pictures of any run
+# ------------------------------------------------------------------------------ pictures of any run
 
 
-@pytest.mark.parametrize("name", [
-    "p$x^$q", "$", r"a\$b", "_x", "\udcff", "100 % {x}", "n" * 250, "$\\frac{1}$-seed0", "a\nb", "r\u00fcn \u6570",
-], ids=ascii)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "p$x^$q",
+        "$",
+        r"a\$b",
+        "_x",
+        "\udcff",
+        "100 % {x}",
+        "n" * 250,
+        "$\\frac{1}$-seed0",
+        "a\nb",
+        "r\u00fcn \u6570",
+    ],
+    ids=ascii,
+)
 def test_any_name_of_a_run_is_text_in_its_picture(tmp_path, name):
     records = history(2, "reward", "accuracy", f"eval/{name}")
     curves.draw({name: records, "other": records}, tmp_path / "c.png")
@@ -601,7 +636,7 @@ def test_a_picture_at_a_bad_place_is_one_line(tmp_path, monkeypatch, capsys, out
     )
 
 
-# ---------------------------------------------------------------------------------------------- one process at a time
+# ---------------------------------------------------------------------------- one process at a time
 
 
 def test_a_directory_has_one_writer_and_is_free_when_it_dies(tmp_path):
@@ -634,7 +669,7 @@ def test_a_file_system_without_locks_is_told_and_used(
             storage.hold(tmp_path, "wait")
 
 
-# ---------------------------------------------------------------------------------------------- how a program ends
+# ------------------------------------------------------------------------------- how a program ends
 
 
 def ends(monkeypatch, capsys, run) -> tuple[int, str]:
@@ -644,10 +679,15 @@ def ends(monkeypatch, capsys, run) -> tuple[int, str]:
     return stopped.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error, says", [
-    (UserError("a\nb \x1b[31m \udcff"), "a b \\x1b[31m \\udcff"), (UserError("n" * 9999), "nnn ... nnn"),
-    (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device"),
-], ids=["odd characters", "long", "of the system"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (UserError("a\nb \x1b[31m \udcff"), "a b \\x1b[31m \\udcff"),
+        (UserError("n" * 9999), "nnn ... nnn"),
+        (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device"),
+    ],
+    ids=["odd characters", "long", "of the system"],
+)
 def test_a_mistake_is_one_line_of_its_own(monkeypatch, capsys, error, says):
     def run(argv):
         bar = console.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
