@@ -1,5 +1,4 @@
-"""Run directories, checkpoints and pictures: whatever moment a run is stopped at, what it left is whole, and can
-be drawn."""
+"""Run directories, checkpoints, pictures: a run stopped at any moment leaves them whole."""
 
 import json
 import os
