@@ -13,17 +13,22 @@ runs/NAME/config.json          every setting of the run
           lock                 held by the process that writes here
 """
 
+from __future__ import annotations
+
 import dataclasses
 import json
 import os
 import sys
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from training import storage
 from training.console import UserError
-from training.distributed import World
 from training.storage import write_aside, writing
+
+if TYPE_CHECKING:  # PyTorch: seconds, which programs that load no model do without
+    from training.distributed import World
 
 
 def must_be_new(path: Path) -> None:

@@ -10,8 +10,6 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from training import rundir
 from training.console import Parser, UserError
 
@@ -257,8 +255,11 @@ def check(config: Settings, world: int, resuming: bool) -> None:
             raise UserError(message)
     if config.name and not resuming:
         rundir.must_be_new(Path(config.runs) / config.name)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU here")
+    if config.device == "cuda":
+        import torch  # seconds, which programs that load no model do without
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda, but PyTorch sees no GPU here")
 
 
 def contradictions(config: Settings, world: int) -> list[tuple[bool, str]]:
