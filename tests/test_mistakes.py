@@ -123,7 +123,7 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
         (download, ["--data", "nowhere"], "nowhere"),
         (download, ["--data", LONG], "too long"),
         (download, ["--data", "empty", "--data-cache", "file"], "file"),
-        (collect, [], "asks no API"),
+        (collect, [], "command"),
         (collect, ["stats"], "CACHE"),
         (collect, ["stats", "file"], "file"),
         (collect, ["verify", LONG], "too long"),
