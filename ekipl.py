@@ -1,133 +1,78 @@
-"""Vision-EKIPL: GRPO whose groups hold the best actions of the policy and of external experts (paper, Sections 3.2 and 4.1).
+"""Vision-EKIPL: GRPO on the best actions of the policy and of experts (Sections 3.2 and 4.1).
 
-    python ekipl.py                                      # the blocks world on a laptop: minutes, no GPU, no key
-    python ekipl.py --experts none                       # plain GRPO
-    torchrun --nproc_per_node 8 ekipl.py ...             # the same over 8 processes, one GPU each; --parallel fsdp shares a large model out
-    python ekipl.py --resume runs/NAME                   # goes on exactly where the last checkpoint was
+    python ekipl.py                             # the blocks world: minutes, no GPU, no key
+    python ekipl.py --experts none              # plain GRPO
+    torchrun --nproc_per_node 8 ekipl.py ...    # 8 processes, one GPU each; --parallel fsdp shards
+    python ekipl.py --resume runs/NAME          # goes on exactly where the last checkpoint was
 
-One step:
+    states -> N actions of the policy + N of each expert (Eq 4-6) -> rewards (Eq 7) -> top G
+           -> advantages (Eq 1) -> log-probs of the kept actions, policy and reference
+           -> loss (Eq 2, 3; estimator A, B or C) -> AdamW
 
-    states -> N actions of the policy + N of each expert (Eq 4-6) -> rewards (Eq 7) -> top G -> advantages (Eq 1)
-           -> log-probs of the kept actions, policy and reference -> loss (Eq 2, 3; estimator A, B or C) -> AdamW
-
-The batch is global: `batch_size` states a step over all processes. The loss is a sum over groups, divided by the number of
-groups in the global batch before any micro-batching, so that micro-batches, accumulation and processes do not change the gradient.
-Every random number follows from seed, step and process, never from what happened before; so a run that is resumed with as many
-processes is the run never stopped.
-
-Departures from the paper, and readings of what it leaves open, are in README.md ("Where the paper is silent").
+The batch is global: `batch_size` states a step over all processes, and the loss is divided by that
+number, so micro-batches, accumulation and processes do not change the gradient. Every random number
+follows from seed, step and process, so a resumed run equals the run never stopped. README.md lists
+departures from the paper ("Where the paper is silent").
 """
 
-import dataclasses
 import math
 import os
 import random
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch.nn.utils.rnn import pad_sequence
 from transformers.utils import logging as transformers_logging
 
 import grpo
 from data.lengths import room_of
 from data.sets import reports, test_sets, training_states
+from data.state import State
 from evaluate import greedy_accuracy
 from experts import roster
-from experts.roster import api_counts, api_metrics, make_experts, run_ahead, try_out
+from experts.roster import Experts
 from experts.settings import ExpertSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
-from sampling import (
-    Group,
-    add_expert_logps,
-    log_weights,
-    select,
-    summary,
-    total_groups,
-    transcripts,
-)
-from training import checkpointing, console, curves, plan, settings, storage
-from training.checkpointing import restore, save
+from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
+from training import console, distributed, plan, settings
+from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
-from training.distributed import (
-    World,
-    accumulating,
-    autocast,
-    clear_gradients,
-    clip_gradients,
-    deterministic,
-)
+from training.disk import check_disk
+from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
+from training.method import MethodSettings
 from training.metrics import step_metrics
 from training.presets import PRESETS
-from training.rundir import log, open_run, take
+from training.rundir import open_run, take
 from training.settings import Settings, learning_rate, option
+from training.steplog import StepLog
 from training.stopwatch import Stopwatch
 
-AHEAD = 2  # steps that requests to APIs run ahead of the training
-
-
-# ---------------------------------------------------------------------------------------------- settings
+# --------------------------------------------------------------------------------------- settings
 
 
 @dataclass
-class Config(Settings, ExpertSettings):
-    """All settings of a run: those of settings.py, and these."""
+class Config(Settings, ExpertSettings, MethodSettings):
+    """All settings of a run; training/method.py has those of the method itself."""
 
-    # the total group (Eq 4-6) and what is kept of it
-    group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
-    selection: str = option(
-        "top", "which G are kept: the best, or any (a control)", ("top", "random")
-    )
-    ties: str = option(
-        "auto",
-        "which of equal rewards are kept first: the policy's (paper's Fig. 4), or any. auto: any for the estimators is and snis, "
-        "whose weights take the kept for a fair sample of the best; else the policy's",
-        ("auto", "policy_first", "random"),
-    )
-    temperature: float = option(
-        1.0, "of sampling and of scoring: the policy is softmax(logits / temperature)"
-    )
-    # the objective (Eq 1-3, A.2)
-    advantage: str = option(
-        "candidates",
-        "whose mean and std Eq 1 takes: of all M candidates, or of the G selected (then a group of perfect actions teaches nothing)",
-        ("candidates", "selected"),
-    )
-    estimator: str = option(
-        "uncorrected",
-        "A.7: uncorrected (A) is the paper's, is (B) weights each action by pi_old/q, which is faithful to the policy's own distribution and "
-        "so removes most of what experts teach, snis (C) normalises the weights, with a bias where few of the kept are the policy's",
-        grpo.ESTIMATORS,
-    )
-    clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
-    beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
-    updates_per_batch: int = option(
-        1,
-        "gradient steps on each batch of actions; with 1 the ratio is always 1 and nothing is clipped",
-    )
     # what is measured and kept
     parity_every: int = option(
         20,
-        "compare vLLM's log-probabilities with the policy's at the first step and every so many; 0: never",
+        "compare vLLM's log-probs with the policy's at the start and every so many steps; 0: never",
     )
     log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
-    """The settings that the command line asks for, and the run to resume if it does."""
+    """The settings that the command line asks for, and the run to resume if there is one."""
     return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
 
 
 def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
-    experts = roster.check(config)
-    if config.estimator != "uncorrected" and (
-        silent := [name for name in experts if name.startswith("gemini:")]
-    ):
-        raise UserError(
-            f"--estimator {config.estimator} needs every expert's density, and {silent[0]} tells none: use --estimator uncorrected"
-        )
+    experts = roster.check(config, config.estimator)
     settings.check(config, world, resuming)
     settings.must(config, 1, "group_size", "updates_per_batch")
     settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
@@ -140,24 +85,55 @@ def check(config: Config, world: int, resuming: bool) -> None:
         )
 
 
+# ------------------------------------------------------------------------------------- the update
+
+
 @dataclass
 class MicroBatch:
-    """Some groups of a batch, packed, with what does not change over the updates: pi_old, pi_ref, advantages and weights."""
+    """Some groups, packed, and the tensors of their kept actions that no update changes."""
 
     groups: list[Group]
     packed: PackedBatch
     advantages: torch.Tensor  # (B, G)
     ref_logp: torch.Tensor | None  # (B, G, T)
-    old_logp: torch.Tensor | None = (
-        None  # (B, G, T); None until the policy has scored the batch for the first time
-    )
-    log_weights: torch.Tensor | None = None  # (B, G), log w_S
+    old_logp: torch.Tensor | None = None  # (B, G, T); None until the policy has scored the batch
+    log_w: torch.Tensor | None = None  # (B, G), log w_S; None where a density is unknown
+
+    def set_old(self, old_logp: torch.Tensor, config: Config) -> None:
+        """pi_old of the actions, and the weights w_S that follow from it (A.5)."""
+        self.old_logp = old_logp
+        self.log_w = group_log_weights(self.groups, old_logp, config.group_size)
+        if config.corrected and self.log_w is None:
+            raise UserError(
+                f"--estimator {config.estimator} needs every expert's density, and one of "
+                f"{config.experts} reports none"
+            )
+
+    def measure(self, stats: dict[str, torch.Tensor]) -> None:
+        """Sets `measured` of each group. stats: (B, G) each, as ekipl_loss returns them."""
+        columns = dict(stats, weights=None if self.log_w is None else self.log_w.exp())
+        for b, group in enumerate(self.groups):
+            for name, values in columns.items():
+                known = values is not None
+                group.measured[name] = values[b, : len(group.kept)].tolist() if known else None
 
 
-def padded(rows: list[list], fill) -> torch.Tensor:
-    """Rows of different lengths as one tensor."""
-    width = max(map(len, rows))
-    return torch.tensor([row + [fill] * (width - len(row)) for row in rows])
+def micro_batches(config, reference, groups: list[Group], device, watch) -> list[MicroBatch]:
+    """The groups in micro-batches of similar lengths (less padding), scored by the reference."""
+    ordered = sorted(groups, key=lambda group: sum(map(len, group.kept_tokens)))
+    batches = []
+    for start in range(0, len(ordered), config.micro_batch):
+        chosen = ordered[start : start + config.micro_batch]
+        packed = pack([group.prompt for group in chosen], [group.kept_tokens for group in chosen])
+        packed = packed.to(device)
+        watch.lap("packing")
+        with torch.no_grad(), autocast(device, config.bf16):
+            ref_logp = None if reference is None else reference(packed)  # (B, G, T)
+        watch.lap("reference")
+        advantages = [torch.tensor(group.advantages) for group in chosen]
+        advantages = pad_sequence(advantages, batch_first=True).to(device)  # (B, G)
+        batches.append(MicroBatch(chosen, packed, advantages, ref_logp))
+    return batches
 
 
 def update(
@@ -168,233 +144,186 @@ def update(
     groups: list[Group],
     world: World,
     lr: float,
-    lap=lambda phase: None,
-) -> dict:
+    watch: Stopwatch | None = None,
+) -> dict[str, float]:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: as World.data_parallel returns it. Returns per-group rows of what was measured in the last update, the
-    loss (of this process's groups, over the global number of groups) and the norm of the gradient before clipping.
-    lap: is told each phase that has ended (metrics.Stopwatch).
+    policy: as World.data_parallel returns it. Returns the loss (of this process's groups, over the
+    global number of groups) and the norm of the gradient before clipping, means over the updates.
+    Sets each group's `measured`.
     """
-    device, total = world.device, config.batch_size
-    order = sorted(
-        range(len(groups)),
-        key=lambda i: sum(len(action.tokens) for action in groups[i].kept_actions),
-    )
-    batches = []
-    for start in range(0, len(order), config.micro_batch):  # similar lengths together: less padding
-        chosen = [groups[i] for i in order[start : start + config.micro_batch]]
-        packed = pack(
-            [group.prompt for group in chosen],
-            [[a.tokens for a in group.kept_actions] for group in chosen],
-        ).to(device)
-        lap("packing")
-        with torch.no_grad(), autocast(device, config.bf16):
-            ref_logp = reference(packed) if reference is not None else None
-        lap("reference")
-        batches.append(
-            MicroBatch(
-                chosen,
-                packed,
-                padded([group.advantages for group in chosen], 0.0).to(device),
-                ref_logp,
-            )
-        )
-
-    rows, loss_sum, norms = {}, 0.0, []
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    for _ in range(config.updates_per_batch):
+    device, watch = world.device, watch or Stopwatch(world.device)
+    batches = micro_batches(config, reference, groups, device, watch)
+    for parameters in optimizer.param_groups:
+        parameters["lr"] = lr
+    loss_sum, norms = 0.0, []
+    for number in range(config.updates_per_batch):
         clear_gradients(policy, optimizer)
-        if (
-            config.updates_per_batch > 1 and batches[0].old_logp is None
-        ):  # pi_old is the policy before the first update
+        if number == 0 and config.updates_per_batch > 1:  # pi_old: the policy before all updates
             with torch.no_grad(), autocast(device, config.bf16):
                 for batch in batches:
-                    batch.old_logp = policy(batch.packed)
-            lap("forward")
-        measured = []
-        for i, batch in enumerate(batches):
-            with accumulating(policy, last=i == len(batches) - 1):
-                with autocast(device, config.bf16):
-                    logp = policy(batch.packed)  # (B, G, T)
-                if (
-                    batch.old_logp is None
-                ):  # one update: pi_old is pi_theta, and the ratio is 1 with a gradient
-                    batch.old_logp = logp.detach()
-                if batch.log_weights is None:
-                    batch.log_weights = log_weights(batch.groups, batch.old_logp, config.group_size)
-                if config.estimator != "uncorrected" and batch.log_weights is None:
-                    raise UserError(
-                        f"--estimator {config.estimator} needs every expert's density, and one of {config.experts} tells none"
-                    )
-                loss, stats = grpo.ekipl_loss(
-                    logp, batch.old_logp, batch.ref_logp, batch.packed.action_mask, batch.advantages,
-                    estimator=config.estimator, log_weights=batch.log_weights, clip_eps=config.clip_eps, beta=config.beta,
-                )  # fmt: skip
-                lap("forward")
-                (
-                    loss * world.size / total
-                ).backward()  # DDP and FSDP take the mean over processes; the loss is a sum over groups
-                lap("backward")
-            measured.append((batch, loss.detach(), stats))
-        for batch, loss, stats in measured:
-            loss_sum += loss.item() / total / config.updates_per_batch
-            measure(rows, batch, stats)
+                    batch.set_old(policy(batch.packed), config)
+            watch.lap("forward")
+        results = []
+        for batch in batches:
+            with accumulating(policy, last=batch is batches[-1]):
+                loss, stats = loss_of(config, policy, batch, device)
+                watch.lap("forward")
+                # DDP and FSDP average over processes; the loss is a sum over groups.
+                (loss * world.size / config.batch_size).backward()
+                watch.lap("backward")
+            results.append((batch, loss.detach(), stats))
+        for batch, loss, stats in results:  # now: to read numbers is to wait for the GPU
+            loss_sum += loss.item() / config.batch_size / config.updates_per_batch
+            batch.measure(stats)
         norms.append(clip_gradients(policy, config.max_grad_norm))
         if not math.isfinite(norms[-1]):
             raise UserError(f"the gradient is not finite (norm {norms[-1]}): lower --lr")
         optimizer.step()
-        lap("optimizer")
-    return {
-        "rows": [rows[id(group)] for group in groups],
-        "loss": loss_sum,
-        "grad_norm": sum(norms) / len(norms),
-    }
+        watch.lap("optimizer")
+    return {"loss": loss_sum, "grad_norm": sum(norms) / len(norms)}
 
 
-def measure(rows: dict[int, dict], batch: MicroBatch, stats: dict[str, torch.Tensor]) -> None:
-    """Adds to `rows`, by group, what the last update saw: (G,) lists for grpo.diagnostics."""
-    weights = batch.log_weights.exp() if batch.log_weights is not None else None
-    for b, group in enumerate(batch.groups):
-        n = len(group.kept)
-        rows[id(group)] = {name: values[b, :n].tolist() for name, values in stats.items()}
-        rows[id(group)]["weights"] = weights[b, :n].tolist() if weights is not None else None
+def loss_of(config: Config, policy, batch: MicroBatch, device: torch.device):
+    """The loss of a micro-batch and its statistics, as grpo.ekipl_loss returns them."""
+    with autocast(device, config.bf16):
+        logp = policy(batch.packed)  # (B, G, T)
+    if batch.old_logp is None:  # one update: pi_old is pi_theta, the ratio is 1 with a gradient
+        batch.set_old(logp.detach(), config)
+    return grpo.ekipl_loss(
+        logp,
+        batch.old_logp,
+        batch.ref_logp,
+        batch.packed.action_mask,
+        batch.advantages,
+        estimator=config.estimator,
+        log_weights=batch.log_w,
+        clip_eps=config.clip_eps,
+        beta=config.beta,
+    )
 
 
-# ---------------------------------------------------------------------------------------------- the run
+# ---------------------------------------------------------------------------------------- the run
 
 
-def train(config: Config, resume: Path | None, world: World) -> Path:
-    """The whole run: returns its directory. Its last checkpoint is runs/NAME/model."""
-    deterministic(world)
-    take(resume, world)
-    room = room_of(config, checkpointing.last_checkpoint(resume) if resume else config.start)
-    questions, order = training_states(config, room=room)
-    tests = test_sets(config, room=room) if config.eval_every else {}
+@dataclass
+class Run:
+    """Everything that the training loop works with."""
 
-    def asked(step: int) -> list:
-        """This process's states of a step."""
-        return [
-            questions[i]
-            for i in world.mine(order[step * config.batch_size : (step + 1) * config.batch_size])
-        ]
+    config: Config  # with the real number of states
+    path: Path
+    states_of: Callable[[int], list[State]]  # this process's states of a step
+    tests: dict[str, list[State]]
+    experts: Experts
+    policy: Policy
+    reference: Policy | None
+    learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
+    optimizer: torch.optim.Optimizer
+    sampler: choice.Sampler
+    start: int  # steps done by the run that is resumed
 
-    experts = make_experts(config.experts, config, densities=config.estimator != "uncorrected")
-    try_out(experts, lambda: asked(0)[0], config.num_samples)
-    model = config.start
+
+def load_policies(config: Config, resume: Path | None, world: World) -> tuple:
+    """The policy, and the reference or None if the loss has no KL term, on this device."""
+    options = dict(temperature=config.temperature, **config.pixels)
+    path, reference = last_checkpoint(resume) if resume else config.start, None
     try:
-        load = dict(temperature=config.temperature, **config.pixels)
-        policy = Policy.load(
-            checkpointing.last_checkpoint(resume) if resume else model,
-            gradient_checkpointing=config.gradient_checkpointing,
-            **load,
-        )
+        policy = Policy.load(path, gradient_checkpointing=config.gradient_checkpointing, **options)
         if config.freeze_vision:
             policy.freeze_vision()
         policy = world.place(policy, config.parallel, config.bf16)
-        reference = (
-            world.place(
-                Policy.load(model, **load).requires_grad_(False), config.parallel, config.bf16
-            )
-            if config.beta
-            else None
-        )
+        if config.beta:
+            reference = Policy.load(config.start, **options).requires_grad_(False)
+            reference = world.place(reference, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
-    plan.check_disk(dataclasses.replace(config, states=len(questions)), policy, resume)
+    return policy, reference
+
+
+def prepare(config: Config, resume: Path | None, world: World) -> Run:
+    """Loads all that a run needs and makes its directory, or takes up that of `resume`."""
+    distributed.deterministic(world)
+    take(resume, world)
+    room = room_of(config, last_checkpoint(resume) if resume else config.start)
+    questions, order = training_states(config, room=room)
+    tests = test_sets(config, room=room) if config.eval_every else {}
+
+    def states_of(step: int) -> list[State]:
+        batch = order[step * config.batch_size : (step + 1) * config.batch_size]
+        return [questions[i] for i in world.shard(batch)]
+
+    experts = Experts(config, config.corrected, states_of)
+    policy, reference = load_policies(config, resume, world)
+    real = replace(config, states=len(questions))
+    check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
-    config = dataclasses.replace(
-        config, states=len(questions)
-    )  # what there is; config.json keeps what was asked for
-    optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    # The engine takes what is left of the GPU when moments and gradients are counted as to come: so
-    # before they are there.
-    sampler = choice.sampler_of(config, policy, model, room.longest)
+    optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
+    # vLLM takes what training will leave of the GPU, and counts moments and gradients as to come:
+    # so it starts before they exist.
+    sampler = choice.sampler_of(config, policy, config.start, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
-    ties = (
-        config.ties
-        if config.ties != "auto"
-        else ("policy_first" if config.estimator == "uncorrected" else "random")
+    return Run(
+        real, path, states_of, tests, experts, policy, reference, learner, optimizer, sampler, start
     )
 
-    bar = tqdm(
-        total=config.steps,
-        initial=start,
-        desc=path.name,
-        disable=world.rank > 0,
-        dynamic_ncols=True,
-    )
-    if start == 0 and config.eval_every:
-        record = {"step": 0, "states": 0, **greedy_accuracy(sampler, tests, world)}
-        log(path, [record], [], bar, world)
+
+def train(config: Config, resume: Path | None, world: World) -> Path:
+    """The whole run (A.6). Returns its directory; its last checkpoint is runs/NAME/model."""
+    run = prepare(config, resume, world)
+    config, sampler, experts = run.config, run.sampler, run.experts
+    log = StepLog(run.path, run.start, config.steps, world)
+    if run.start == 0 and config.eval_every:
+        log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
     watch = Stopwatch(world.device)
-    for step in range(start, config.steps):
-        # ---- states
-        states = asked(step)
-        for ahead in range(
-            step if step == start else step + AHEAD, min(step + AHEAD + 1, config.steps)
-        ):
-            run_ahead(experts, lambda: asked(ahead), config.num_samples)
-        # ---- actions and their rewards (Eq 4-7)
+    for step in range(run.start, config.steps):
+        # ---- rollouts: N actions of the policy and of each expert (Eq 4-6)
         seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
         expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
+        states = run.states_of(step)
+        experts.prefetch(step, config.steps)
         groups = total_groups(
-            states, sampler, experts, config.num_samples, seed, expert_seed, watch.lap
+            states, sampler, experts, config.num_samples, seed, expert_seed, watch
         )
+        # ---- rewards (Eq 7)
+        give_rewards(groups)
+        watch.lap("rewards")
         sampler.sleep()
-        parity = (
-            sampler.check_parity(groups)
-            if config.parity_every and (step == start or step % config.parity_every == 0)
-            else {}
-        )
-        # ---- the top G, and their advantages (Eq 1)
-        select(
-            groups, config.group_size, config.advantage, ties, config.selection, random.Random(seed)
-        )
+        due = config.parity_every and (step == run.start or step % config.parity_every == 0)
+        parity = sampler.check_parity(groups) if due else {}
+        # ---- selection: the top G, and their advantages (Eq 1)
+        rng = random.Random(seed)
+        select(groups, config.group_size, config.advantage, config.tie_rule, config.selection, rng)
         add_expert_logps(groups, experts)
         watch.lap("selection")
-        # ---- the update (Eq 2, 3)
+        # ---- update (Eq 2, 3)
         lr = learning_rate(config, step)
-        updated = update(config, learner, reference, optimizer, groups, world, lr, watch.lap)
-        clear_gradients(learner, optimizer)  # where they go, the engine wakes to so much more room
+        result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
+        clear_gradients(run.learner, run.optimizer)  # vLLM wakes to so much more memory
         sampler.sync_weights()
         watch.lap("sync")
-        # ---- evaluate, log, save
-        last = step + 1 == config.steps
-        record = {"step": step + 1, "states": (step + 1) * config.batch_size}
-        record |= step_metrics(world.gather(summary(groups, updated)))
-        record |= {
-            "loss": sum(world.gather([updated["loss"]])),
-            "grad_norm": updated["grad_norm"],
-            "lr": lr,
-        }
-        record |= api_metrics(world.gather([api_counts(experts)]))
-        record |= parity
+        # ---- log, evaluate, save
+        done = step + 1
+        record = {"step": done, "states": done * config.batch_size}
+        record |= step_metrics(world.gather([group.summary() for group in groups]))
+        record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
+        record |= {"lr": lr} | experts.metrics(world) | parity
         watch.lap("logging")
-        if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
-            record |= greedy_accuracy(sampler, tests, world)
+        if config.evaluates_after(done):
+            record |= greedy_accuracy(sampler, run.tests, world)
             watch.lap("evaluation")
         record |= watch.read()  # logging and saving: those of the step before
-        log(path, [record], transcripts(step + 1, groups[: config.log_groups]), bar, world)
-        if last or (config.save_every and (step + 1) % config.save_every == 0):
-            sampler.sleep()  # whole tensors need room, and of a sharded policy the rollouts may have bfloat16 copies
-            save(path, step + 1, policy, optimizer, world)
-            if not last:
+        log.write(record, [group.transcript(done) for group in groups[: config.log_groups]])
+        if config.saves_after(done):
+            sampler.sleep()  # full tensors need the memory that gathered copies may hold
+            save(run.path, done, run.policy, run.optimizer, world)
+            if done < config.steps:
                 sampler.sync_weights()
         watch.lap("logging")
-    bar.close()
     sampler.close()
-    if (
-        world.rank == 0 and start == config.steps
-    ):  # killed after the last checkpoint, perhaps before the picture
-        curves.draw_run(path / "metrics.jsonl", path.name)
-    storage.let_go(path)
-    return path
+    log.close()
+    return run.path
 
 
 def run(argv: list[str]) -> str:
@@ -406,7 +335,10 @@ def run(argv: list[str]) -> str:
     world = World.join(config.device)
     path = train(config, resume, world)
     world.leave()
-    return f"done: {path}/curves.png shows the run, {path}/time.png its time, {path}/samples.jsonl its groups, {path}/model is the model"
+    return (
+        f"done: {path}/curves.png shows the run, {path}/time.png its time, "
+        f"{path}/samples.jsonl its groups, {path}/model is the model"
+    )
 
 
 def main() -> None:

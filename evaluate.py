@@ -91,7 +91,7 @@ def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> di
     """Greedy accuracy on each test set; each process answers its shard."""
     result = {}
     for name, states in sets.items():
-        shard = world.mine(states)
+        shard = world.shard(states)
         actions = world.gather(answer_greedily(sampler, shard))
         result[f"eval/{name}"] = score(states, actions)["accuracy"]
     return result

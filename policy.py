@@ -280,6 +280,24 @@ class Policy(nn.Module):
             prompts.append(Prompt(state, ids[0], positions[:, 0], inputs.get("pixel_values"), grid))
         return prompts
 
+    def tokens_of(self, text: str, limit: int, ended: bool = True) -> tuple[list[int], bool]:
+        """A text as a response: at most `limit` tokens, and whether it is truncated.
+
+        Special tokens are dropped; EOS ends it unless it fills the limit, or was not `ended`.
+        Only the beginning of a long text is tokenised, until it has twice the tokens: near the cut
+        they may differ from those of the whole text, but no tokenizer looks that far ahead.
+        """
+        banned = set(self.suppressed_ids.tolist()) | {self.eos_id}
+        letters = 16 * limit + 1024
+        while True:
+            ids = self.tokenizer(text[:letters], add_special_tokens=False).input_ids
+            tokens = [token for token in ids if token not in banned]
+            if letters >= len(text) or len(tokens) >= 2 * limit + 64:
+                break
+            letters *= 4
+        truncated = len(tokens) >= limit or (not ended and len(tokens) > 0)
+        return (tokens[:limit] if truncated else [*tokens, self.eos_id]), truncated
+
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """log pi_theta of every action token, (B, G, T) float32; 0 where action_mask is False.
         A suppressed token has log-probability -inf: keep such actions out of a loss."""

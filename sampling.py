@@ -1,11 +1,12 @@
-"""Actions: drawn from the policy and the experts (Eq 4, 5), united (Eq 6), rewarded (Eq 7), and the top G of them kept.
+"""Actions and groups: N actions of the policy and of each expert (Eq 4-6), rewarded (Eq 7).
 
-    states -> N actions of the policy + N of each expert -> rewards -> top G -> advantages: one `Group` per state
+    states -> total_groups (Eq 4-6) -> give_rewards (Eq 7) -> select: top G, advantages (Eq 1)
 
-An `Action` is a whole response: the token ids up to and with EOS. The policy samples from softmax(logits / temperature) over
-the tokens that a response may hold, all of it: top_p 1 and no top_k, because that is the distribution which policy.py
-scores; a truncated one would bias the ratio of Eq 2. An expert's text becomes an action by the same tokenizer, with the
-same EOS and the same length limit, and earns its format reward like any other: nothing in it is repaired.
+An `Action` is a whole response: the token ids up to and with EOS. The policy samples from
+softmax(logits / temperature) over all tokens that a response may hold (top_p 1, no top_k), because
+policy.py scores that distribution: a truncated one would bias the ratio of Eq 2. An expert's text
+becomes an action by the same tokenizer, with the same EOS and length limit, and nothing in it is
+repaired.
 """
 
 from __future__ import annotations
@@ -20,87 +21,52 @@ import grpo
 from data.state import State
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
+from training.stopwatch import Stopwatch
 
-
-class Expert(Protocol):
-    """An auxiliary model."""
-
-    name: str
-
-    def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
-        """n responses for each state, fewer where it fails; the same seed and state give the same responses."""
-
-    def logp(self, state: State, action: Action) -> float | None:
-        """log pi_j(action | state) in nats: -inf for an action it never says, None if the density is unknown."""
-
-
-def summary(groups: list[Group], row: dict) -> list[dict]:
-    """What the metrics need of each group, small enough to be gathered from all processes."""
-    return [
-        {
-            "sources": [action.source for action in group.actions],
-            "format": group.format,
-            "accuracy": group.accuracy,
-            "tokens": [len(action.tokens) for action in group.actions],
-            "truncated": [action.truncated for action in group.actions],
-            "kept": group.kept,
-            "advantages": group.advantages,
-            **measured,
-        }
-        for group, measured in zip(groups, row["rows"], strict=True)
-    ]
-
-
-def transcripts(step: int, groups: list[Group]) -> list[dict]:
-    """Whole groups for people to read."""
-    records = []
-    for group in groups:
-        advantages = dict(zip(group.kept, group.advantages, strict=True))
-        records.append({
-            "step": step,
-            "state": group.state.id,
-            "question": group.state.question,
-            "answer": group.state.answer,
-            "actions": [
-                {"source": action.source, "text": action.text, "reward": reward, "kept": i in advantages, "advantage": advantages.get(i)}
-                for i, (action, reward) in enumerate(zip(group.actions, group.rewards, strict=True))
-            ],
-        })  # fmt: skip
-    return records
+# ------------------------------------------------------------------------------ actions and groups
 
 
 @dataclass
 class Action:
-    """One response: `tokens` ends with EOS unless `truncated`; `text` is without it. source: "policy" or an expert's name.
+    """One response. tokens end with EOS unless truncated; text is without it.
 
-    logp: its log-density in nats under the expert that said it, None if untold. logps: of each token, as it was sampled, where the sampler tells.
+    source: "policy" or an expert's name. expert_logp: log-density in nats under the expert that
+    wrote it, None if unknown. token_logps: of each token when it was sampled, if the sampler
+    reports them.
     """
 
     tokens: list[int]
     text: str
     source: str
     truncated: bool = False
-    logp: float | None = None
-    logps: list[float] | None = None
+    expert_logp: float | None = None
+    token_logps: list[float] | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What an expert says. logp: log-density of the text in nats, None if untold. truncated: the expert was cut off in the middle."""
+    """An expert's response. expert_logp: log-density of the text in nats, None if unknown.
+
+    truncated: the expert was cut off before it had finished.
+    """
 
     text: str
-    logp: float | None = None
+    expert_logp: float | None = None
     truncated: bool = False
 
 
 @dataclass
 class Group:
-    """A state, its M candidate actions (the policy's first), and what became of them.
+    """A state, its M candidate actions (the policy's first), and all that is computed of them.
 
-    format, accuracy: (M,), the parts of each reward. kept: indices of the G actions that train the policy, best first.
-    advantages: (G,), of the kept ones, in their order. expert_logps: (G, m), log-density of each kept action under each
-    expert that took part, -inf where it never says this, or None if some expert does not tell. selection: how they were
-    chosen, the "top" G or any at "random"; the weights of A.5 depend on it.
+    format, accuracy: (M,), the parts of each reward.
+    kept: indices of the G actions that train the policy, best first.
+    advantages: (G,), of the kept actions in their order.
+    expert_logps: (G, m), log-density of each kept action under each expert that took part, -inf
+        where it never writes this; None if a density is unknown.
+    selection: "top" G or any at "random"; the weights of A.5 depend on it.
+    measured: (G,) lists of what the last update measured: objective, kl, clip_fraction, and
+        weights, None where a density is unknown.
     """
 
     state: State
@@ -112,6 +78,7 @@ class Group:
     advantages: list[float] = field(default_factory=list)
     expert_logps: list[list[float]] | None = None
     selection: str = "top"
+    measured: dict[str, list[float] | None] = field(default_factory=dict)
 
     @property
     def rewards(self) -> list[float]:
@@ -123,24 +90,64 @@ class Group:
         return [self.actions[i] for i in self.kept]
 
     @property
+    def kept_tokens(self) -> list[list[int]]:
+        return [action.tokens for action in self.kept_actions]
+
+    @property
     def mixture(self) -> list[float]:
         """(m + 1,), alpha of A.5: each source's share of the draws, the policy's first."""
         sources = [action.source for action in self.actions]
         return [sources.count(source) / len(sources) for source in dict.fromkeys(sources)]
 
+    def summary(self) -> dict:
+        """What the metrics need of this group, small enough to gather from all processes."""
+        return {
+            "sources": [action.source for action in self.actions],
+            "format": self.format,
+            "accuracy": self.accuracy,
+            "tokens": [len(action.tokens) for action in self.actions],
+            "truncated": [action.truncated for action in self.actions],
+            "kept": self.kept,
+            "advantages": self.advantages,
+            **self.measured,
+        }
 
-# ---------------------------------------------------------------------------------------------- Eq 4: the policy
+    def transcript(self, step: int) -> dict:
+        """The whole group as a record for people to read."""
+        advantages = dict(zip(self.kept, self.advantages, strict=True))
+        actions = []
+        for i, (action, reward) in enumerate(zip(self.actions, self.rewards, strict=True)):
+            actions.append(
+                {
+                    "source": action.source,
+                    "text": action.text,
+                    "reward": reward,
+                    "kept": i in advantages,
+                    "advantage": advantages.get(i),
+                }
+            )
+        return {
+            "step": step,
+            "state": self.state.id,
+            "question": self.state.question,
+            "answer": self.state.answer,
+            "actions": actions,
+        }
+
+
+# ------------------------------------------------------------- where actions come from (Eq 4, 5)
 
 
 class Sampler:
-    """Where the policy's actions come from: `sample` and `greedy`. The rest is for a sampler with weights of its own.
+    """Where the policy's actions come from (Eq 4): `sample` and `greedy`.
 
-    bf16: on a GPU, by autocast, as the policy is scored there. seeds_each_state: whether a state's actions, by the same seed, are the
-    same whatever is sampled beside it.
+    The other methods are for a sampler that has weights of its own. bf16: compute in bfloat16 on a
+    GPU, as the policy is scored there. seeds_each_state: whether a state's actions, with the same
+    seed, stay the same whatever else is sampled beside it.
     """
 
     seeds_each_state = False
-    top_p, top_k = 1.0, 0  # of `sample`; evaluation alone may draw from less than is scored
+    top_p, top_k = 1.0, 0  # of `sample`; only evaluation draws from less than is scored
 
     def __init__(self, policy: Policy, max_new_tokens: int, bf16: bool):
         self.policy, self.max_new_tokens, self.bf16 = policy, max_new_tokens, bf16
@@ -149,52 +156,37 @@ class Sampler:
         """Leaves the device's memory to the trainer, until `sync_weights`."""
 
     def sync_weights(self) -> None:
-        """Takes over the policy's weights, after an update."""
+        """Takes over the policy's weights after an update."""
 
     def check_parity(self, groups: list[Group]) -> dict[str, float]:
-        """Metrics of how far the sampler's log-probabilities are from the policy's; raises if too far."""
+        """How far its log-probs are from the policy's, as metrics. Raises if too far."""
         return {}
 
     def close(self) -> None:
-        """Ends it, while the process group that it may use is still there."""
+        """Ends it, while the process group that it may use still exists."""
 
 
-# ---------------------------------------------------------------------------------------------- Eq 5, 6: experts, all
+class Expert(Protocol):
+    """An auxiliary model pi_j (Eq 5)."""
 
+    name: str
 
-def first_tokens(policy: Policy, text: str, count: int) -> list[int]:
-    """The tokens of a text without special ones: at least the first `count`, or all there are.
+    def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
+        """n responses for each state, fewer where it fails. They depend on seed and state only."""
 
-    Of a long text only the beginning is tokenised, in which there are twice as many: where it is cut,
-    tokens may differ from the whole text's, but a tokenizer splits at words and spaces, not that far back.
-    """
-    banned = set(policy.suppressed_ids.tolist()) | {policy.eos_id}
-    letters = 16 * count + 1024
-    while True:
-        ids = policy.tokenizer(text[:letters], add_special_tokens=False).input_ids
-        tokens = [token for token in ids if token not in banned]
-        if letters >= len(text) or len(tokens) >= 2 * count + 64:
-            return tokens
-        letters *= 4
+    def logp(self, state: State, action: Action) -> float | None:
+        """log pi_j(action | state) in nats: -inf for an action it never writes, None if unknown."""
 
 
 def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: int) -> Action:
-    """An expert's text as the policy would have said it: its tokenizer, EOS at the end, cut at the length limit.
+    """An expert's text as an action: the policy's tokens, EOS at the end, cut at the length limit.
 
-    Special tokens in the text are dropped: the policy cannot say them, and an image token would break the forward pass.
+    Special tokens in the text are dropped: the policy cannot sample them, and an image token would
+    break the forward pass.
     """
-    tokens = first_tokens(policy, sample.text, max_new_tokens)
-    truncated = len(tokens) >= max_new_tokens or (
-        sample.truncated and len(tokens) > 0
-    )  # no room for EOS, or it never came
-    tokens = tokens[:max_new_tokens] if truncated else [*tokens, policy.eos_id]
-    return Action(
-        tokens,
-        policy.tokenizer.decode(tokens, skip_special_tokens=True),
-        source,
-        truncated,
-        sample.logp,
-    )
+    tokens, truncated = policy.tokens_of(sample.text, max_new_tokens, ended=not sample.truncated)
+    text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
+    return Action(tokens, text, source, truncated, sample.expert_logp)
 
 
 def total_groups(
@@ -204,38 +196,37 @@ def total_groups(
     n: int,
     seed: int,
     expert_seed: int,
-    lap=lambda phase: None,
+    watch: Stopwatch | None = None,
 ) -> list[Group]:
-    """Eq 4-6: for each state n actions of the policy and n of each expert, and their union, rewarded by Eq 7.
+    """Eq 4-6: for each state n actions of the policy and n of each expert, in one group.
 
-    Where an expert gives fewer than n, or none, the group is that much smaller.
-    seed: the policy's, another one in each process. expert_seed: the experts', who add the state to it themselves.
-    lap: is told each phase that has ended (metrics.Stopwatch).
+    The group is smaller where an expert gives fewer. seed: the policy's, different in each
+    process. expert_seed: the experts', which each combine it with the state.
     """
+    watch = watch or Stopwatch()
     policy = sampler.policy
     prompts = policy.encode(states)
-    lap("preprocessing")
+    watch.lap("preprocessing")
     candidates = sampler.sample(prompts, n, seed)  # Eq 4
-    lap("rollout")
-    for expert in experts:  # Eq 5
-        for actions, samples in zip(candidates, expert.sample(states, n, expert_seed), strict=True):
-            actions += [
-                expert_action(policy, sample, expert.name, sampler.max_new_tokens)
-                for sample in samples
-            ]  # Eq 6
-    lap("experts")
-    groups = [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
-    for group in groups:  # Eq 7
+    watch.lap("rollout")
+    for expert in experts:
+        samples_of = expert.sample(states, n, expert_seed)  # Eq 5
+        for actions, samples in zip(candidates, samples_of, strict=True):
+            for sample in samples:  # Eq 6
+                actions.append(expert_action(policy, sample, expert.name, sampler.max_new_tokens))
+    watch.lap("experts")
+    return [Group(*parts) for parts in zip(states, prompts, candidates, strict=True)]
+
+
+def give_rewards(groups: list[Group]) -> None:
+    """Eq 7: sets `format` and `accuracy` of each group, the parts of its actions' rewards."""
+    for group in groups:
+        answer, kind = group.state.answer, group.state.kind
         group.format = [format_reward(action.text) for action in group.actions]
-        group.accuracy = [
-            accuracy_reward(action.text, group.state.answer, group.state.kind)
-            for action in group.actions
-        ]
-    lap("rewards")
-    return groups
+        group.accuracy = [accuracy_reward(action.text, answer, kind) for action in group.actions]
 
 
-# ---------------------------------------------------------------------------------------------- selection
+# ------------------------------------------------------------------------------------- selection
 
 
 def select_top_g(
@@ -245,11 +236,12 @@ def select_top_g(
     selection: str = "top",
     rng: random.Random | None = None,
 ) -> list[int]:
-    """The indices of the g actions to keep, by reward, descending (Section 3.2, "Action Selection").
+    """The indices of the g actions to keep, by descending reward (Section 3.2, "Action Selection").
 
-    rewards: (M,), the policy's actions first. ties: "policy_first" is a stable sort, so that among equal rewards the policy's
-    actions win, and the experts' share falls as the policy improves (Fig. 4); "random" shuffles before sorting.
-    selection: "random" keeps any g, the control that shows what selection is worth. rng: for the random choices.
+    rewards: (M,), the policy's actions first. ties: "policy_first" is a stable sort, so that the
+    policy's actions win among equal rewards, and the experts' share falls as the policy improves
+    (Fig. 4); "random" shuffles before sorting. selection: "random" keeps any g, the control that
+    shows what selection is worth. rng: for the random choices.
     Raises ValueError if g is not between 1 and M, or for another word.
     """
     rewards = [float(reward) for reward in rewards]
@@ -257,7 +249,8 @@ def select_top_g(
         raise ValueError(f"cannot keep {g} of {len(rewards)} actions")
     if ties not in ("policy_first", "random") or selection not in ("top", "random"):
         raise ValueError(
-            f"ties are policy_first or random, not {ties!r}; selection is top or random, not {selection!r}"
+            f"ties are policy_first or random, not {ties!r}; "
+            f"selection is top or random, not {selection!r}"
         )
     order = list(range(len(rewards)))
     if "random" in (ties, selection):
@@ -270,53 +263,54 @@ def select_top_g(
 def select(
     groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random
 ) -> None:
-    """Sets `kept`, `selection` and `advantages` (Eq 1) of each group. A group of fewer than g actions keeps them all.
+    """Sets `kept`, `selection` and `advantages` (Eq 1) of each group.
 
-    baseline: whose mean and std Eq 1 takes, those of all the "candidates" or those of the "selected".
+    A group of fewer than g actions keeps them all. baseline: whose mean and std Eq 1 takes, of all
+    "candidates" or of the "selected".
     """
     for group in groups:
         group.kept = select_top_g(group.rewards, min(g, len(group.actions)), ties, selection, rng)
         group.selection = selection
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)
-        group.advantages = grpo.group_advantages(
-            kept, rewards if baseline == "candidates" else None
-        ).tolist()
+        compared = rewards if baseline == "candidates" else None
+        group.advantages = grpo.group_advantages(kept, compared).tolist()  # Eq 1
+
+
+# ---------------------------------------------------------------------------------- weights (A.5)
 
 
 def add_expert_logps(groups: list[Group], experts: list[Expert]) -> None:
-    """Sets `expert_logps` of each group, the densities that Appendix A's weights need. Unknown ones stay None, never 0."""
+    """Sets `expert_logps` of each group, which Appendix A's weights need. Unknown stays None."""
     for group in groups:
-        present = [
-            expert
-            for expert in experts
-            if any(action.source == expert.name for action in group.actions)
-        ]
-        logps = [
-            [expert.logp(group.state, action) for expert in present]
-            for action in group.kept_actions
-        ]  # (G, m)
-        if not any(logp is None for row in logps for logp in row):
-            group.expert_logps = logps
+        sources = {action.source for action in group.actions}
+        present = [expert for expert in experts if expert.name in sources]
+        rows, known = [], True  # (G, m)
+        for action in group.kept_actions:
+            rows.append([expert.logp(group.state, action) for expert in present])
+            known = known and None not in rows[-1]
+        if known:
+            group.expert_logps = rows
 
 
-def log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Tensor | None:
-    """log w_S = log pi_old - log q_S of each kept action (A.5), (B, G); 0 for an absent one; None if a density is unknown."""
+def group_log_weights(groups: list[Group], old_logp: torch.Tensor, g: int) -> torch.Tensor | None:
+    """A.5: log w_S = log pi_old - log q_S of each kept action. None if a density is unknown.
+
+    old_logp: (B, G, T). Returns (B, G), 0 for an absent action.
+    """
     if any(group.expert_logps is None for group in groups):
         return None
     policy_logp = old_logp.sum(-1).double().cpu()  # (B, G), whole actions
     result = torch.zeros(policy_logp.shape)
     for row, group in enumerate(groups):
-        own = policy_logp[row, : len(group.kept)]  # (G,)
-        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(
-            len(own), len(group.mixture) - 1
-        )  # (G, m)
-        proposal = grpo.mixture_logp(
-            torch.cat([own[:, None], experts], dim=1), group.mixture
-        )  # (G,) log q
+        n, m = len(group.kept), len(group.mixture) - 1
+        own = policy_logp[row, :n]  # (G,)
+        experts = torch.tensor(group.expert_logps, dtype=torch.float64).reshape(n, m)  # (G, m)
+        components = torch.cat([own[:, None], experts], dim=1)  # (G, m + 1)
+        proposal = grpo.mixture_logp(components, group.mixture)  # (G,) log q
         survival = 1.0  # q(S): where any G are kept, S holds every action
         if group.selection == "top":
             survival = grpo.selection_probability(group.rewards, min(g, len(group.actions)))
         proposal = grpo.selected_proposal_logp(proposal, survival)  # (G,) log q_S
-        result[row, : len(own)] = grpo.log_importance_weights(own, proposal)
+        result[row, :n] = grpo.log_importance_weights(own, proposal)
     return result.to(old_logp.device)

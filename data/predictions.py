@@ -108,7 +108,7 @@ def predict(
     bar.update(len(states) - len(missing))
     for start in range(0, len(missing), batch * world.size):
         chunk = missing[start : start + batch * world.size]
-        shard = world.mine(chunk)
+        shard = world.shard(chunk)
         predictions = world.gather(answers(shard) if shard else [])
         if world.rank == 0:
             records = [dataclasses.asdict(p) for p in predictions if p is not None]

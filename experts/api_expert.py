@@ -149,7 +149,7 @@ class ApiExpert:
     def logp(self, state: State, action: Action) -> float | None:
         """What the API says of its own sample. Other actions count as ones that it never says: the
         approximation of A.5 for unknown densities."""
-        return action.logp if action.source == self.name else -math.inf
+        return action.expert_logp if action.source == self.name else -math.inf
 
     def usable(self, answer: Answer) -> Sample | None:
         """The answer as an action's text, unchanged; None if it was blocked or cut to nothing."""

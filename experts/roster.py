@@ -1,8 +1,8 @@
-"""TODO experts.roster"""
+"""The experts of a run: made by name, tried out, and, if they are APIs, asked ahead of training."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from blocks.scripted import ACCURACY, ScriptedExpert
 from data.state import State
@@ -13,13 +13,23 @@ from experts.cache import Cache
 from sampling import Expert
 from training import settings
 from training.console import UserError
+from training.distributed import World
+
+AHEAD = 2  # steps that requests to APIs run ahead of the training
+COUNTS = (
+    "requests",
+    "cache_hits",
+    "failures",
+    "states_without",
+    "blocked",
+)  # always in the metrics
 
 
 def expert_specs(names: str, offline: bool = False) -> list[str]:
-    """The experts of a comma-separated list, such as "careful,openai:gpt-4o"; "none" gives none. Loads nothing.
+    """The experts of a comma-separated list, such as "careful,openai:gpt-4o"; none of "none".
 
-    ValueError on an unknown or repeated name and, unless offline, on a model that its vendor no longer
-    serves and on a key that is missing.
+    Loads nothing. ValueError on an unknown or repeated name and, unless offline, on a model that
+    its vendor no longer serves and on a missing key.
     """
     if names == "none":
         return []
@@ -35,92 +45,123 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
         elif spec in ACCURACY:
             sources.append(spec)
         else:
-            raise ValueError(
-                f"no expert '{spec}'; there are {', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none"
-            )
+            known = f"{', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none"
+            raise ValueError(f"no expert '{spec}'; there are {known}")
     if len(set(sources)) < len(sources):
         raise ValueError(f"an expert is named twice in '{names}'")
     return specs
 
 
-def check(config) -> list[str]:
-    """The experts of the settings (`ExpertSettings`, `training.settings.Settings`). UserError for
-    what cannot work."""
+def check(config, estimator: str = "uncorrected") -> list[str]:
+    """The experts that the settings name (`ExpertSettings`). UserError for what cannot work."""
     try:
         specs = expert_specs(config.experts, config.offline)
         parse_price(config.price)
     except ValueError as error:
         raise UserError(str(error)) from None
+    silent = [name for name in specs if name.startswith("gemini:")]
+    if estimator != "uncorrected" and silent:
+        raise UserError(
+            f"--estimator {estimator} needs every expert's density, and {silent[0]} reports none: "
+            "use --estimator uncorrected"
+        )
     counts = ("num_samples", "expert_tokens", "expert_requests", "expert_failures")
     settings.must(config, 1, *counts)
     settings.above_zero(config, "expert_deadline")
     if config.data != "blocks" and (scripted := [name for name in specs if name in ACCURACY]):
         raise UserError(
-            f"the scripted expert '{scripted[0]}' knows the blocks world only: with --data {config.data} choose other --experts, or none"
+            f"the scripted expert '{scripted[0]}' knows the blocks world only: "
+            f"with --data {config.data} choose other --experts, or none"
         )
     return specs
 
 
 def make_experts(names: str, settings=None, densities: bool = False) -> list[Expert]:
-    """The experts of such a list. settings: the run's (`ekipl.Config`), for API experts. densities: see `ApiExpert`."""
+    """The experts of such a list.
+
+    settings: the run's (`ExpertSettings`), for APIs. densities: see `ApiExpert`.
+    """
     specs = expert_specs(names, getattr(settings, "offline", False))
-    cache = (
-        Cache(settings.cache, read_only=settings.offline)
-        if any(spec not in ACCURACY for spec in specs)
-        else None
-    )
-    return [
-        ScriptedExpert(spec) if spec in ACCURACY else ApiExpert(spec, cache, settings, densities)
-        for spec in specs
-    ]
+    cache = None
+    if any(spec not in ACCURACY for spec in specs):
+        cache = Cache(settings.cache, read_only=settings.offline)
+    experts = []
+    for spec in specs:
+        scripted = spec in ACCURACY
+        experts.append(
+            ScriptedExpert(spec) if scripted else ApiExpert(spec, cache, settings, densities)
+        )
+    return experts
 
 
 def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
-    """Asks each API for a state that training needs anyway, before anything is loaded. UserError for what only the user can mend:
-    an API that does not answer, and, where the estimator needs them, densities that it does not tell."""
+    """Asks each API about a state that training needs anyway, before anything is loaded.
+
+    UserError for what only the user can repair: an API that does not answer or, if densities are
+    needed, reports none.
+    """
     for expert in experts:
-        if isinstance(expert, ApiExpert):
-            first = state()
-            expert.introduce(first, n)
-            needed, expert.densities = expert.densities, False
-            (samples,) = expert.sample([first], n)
-            expert.densities = needed
-            for name in ("cache_hits", "states_without"):  # the first step will count this state
-                expert.counts.pop(name, None)
-            if needed and samples and all(sample.logp is None for sample in samples):
-                raise UserError(
-                    f"--estimator is and snis need every expert's density, and {expert.name} tells no log-probs: use --estimator uncorrected"
-                )
-            if needed:
-                LOG.warning(
-                    "%s: only the density of its own samples is known; q(a) is taken as alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, "
-                    "and without its term for other actions", expert.name,
-                )  # fmt: skip
+        if not isinstance(expert, ApiExpert):
+            continue
+        first = state()
+        expert.introduce(first, n)
+        needed, expert.densities = expert.densities, False
+        (samples,) = expert.sample([first], n)
+        expert.densities = needed
+        for name in ("cache_hits", "states_without"):  # the first step will count this state
+            expert.counts.pop(name, None)
+        if needed and samples and all(sample.expert_logp is None for sample in samples):
+            raise UserError(
+                f"--estimator is and snis need every expert's density, and {expert.name} "
+                "reports no log-probs: use --estimator uncorrected"
+            )
+        if needed:
+            LOG.warning(
+                "%s: only the density of its own samples is known; q(a) is taken as "
+                "alpha_0 pi_old(a) + alpha_j pi_j(a) for its own, and without its term for other "
+                "actions",
+                expert.name,
+            )
 
 
-def run_ahead(experts: list[Expert], states: Callable[[], list[State]], n: int) -> None:
-    """Requests to APIs for the states of a coming step begin, while the policy works on this one."""
-    if api := [expert for expert in experts if isinstance(expert, ApiExpert)]:
-        coming = states()
-        for expert in api:
-            expert.prefetch(coming, n)
+class Experts:
+    """The experts of a training run; iterate over it for the single ones.
 
+    states_of(step): this process's states of a step. An API is asked for those of the next AHEAD
+    steps while the policy works on the current one.
+    """
 
-def api_counts(experts: list[Expert]) -> dict[str, float] | None:
-    """What the API experts of this process did since the last time, by `ApiExpert.metrics`' names; None without API experts."""
-    if not (counts := [expert.metrics() for expert in experts if isinstance(expert, ApiExpert)]):
-        return None
-    return {name: sum(one.get(name, 0) for one in counts) for name in sorted(set().union(*counts))}
+    def __init__(self, settings, densities: bool, states_of: Callable[[int], list[State]]):
+        """Tries each API out, on the first state of the run. UserError as `try_out`."""
+        self.n, self.states_of = settings.num_samples, states_of
+        self.members = make_experts(settings.experts, settings, densities)
+        self.apis = [expert for expert in self.members if isinstance(expert, ApiExpert)]
+        self.next = 0  # the first step that no API was asked for
+        try_out(self.members, lambda: states_of(0)[0], self.n)
 
+    def __iter__(self) -> Iterator[Expert]:
+        return iter(self.members)
 
-def api_metrics(shares: list[dict | None]) -> dict[str, float]:
-    """A step's metrics from the counts of all processes. api/latency: mean seconds of a request. api/cost: USD, where prices are known."""
-    shares = [share for share in shares if share is not None]
-    if not shares:
-        return {}
-    names = {"requests", "cache_hits", "failures", "states_without", "blocked"}.union(*shares)
-    total = {name: sum(share.get(name, 0) for share in shares) for name in sorted(names)}
-    seconds = total.pop("seconds", 0.0)
-    return {f"api/{name}": value for name, value in total.items()} | {
-        "api/latency": seconds / max(1, total["requests"])
-    }
+    def prefetch(self, step: int, steps: int) -> None:
+        """Starts the requests of this step and the AHEAD next ones, of `steps` in all."""
+        if not self.apis:
+            return
+        for coming in range(max(step, self.next), min(step + AHEAD + 1, steps)):
+            states = self.states_of(coming)
+            for expert in self.apis:
+                expert.prefetch(states, self.n)
+            self.next = coming + 1
+
+    def metrics(self, world: World) -> dict[str, float]:
+        """What the APIs did since the last call, in all processes. Nothing without APIs.
+
+        api/latency: mean seconds of a request. api/cost: USD, where prices are known.
+        """
+        if not self.apis:
+            return {}
+        counts = world.gather([expert.metrics() for expert in self.apis])
+        total = {}
+        for name in sorted(set(COUNTS).union(*counts)):
+            total[name] = sum(count.get(name, 0) for count in counts)
+        latency = total.pop("seconds", 0.0) / max(1, total["requests"])
+        return {f"api/{name}": value for name, value in total.items()} | {"api/latency": latency}

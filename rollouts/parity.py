@@ -48,12 +48,12 @@ def gaps(policy: Policy, groups: list[Group], bf16: bool) -> torch.Tensor:
     """|difference| of log-probability, engine and policy, for each sampled token of some groups."""
     prompts, actions, theirs = [], [], []
     for group in groups[:PARITY_GROUPS]:
-        sampled = [action for action in group.actions if action.logps]
+        sampled = [action for action in group.actions if action.token_logps]
         if sampled:
             prompts.append(group.prompt)
             actions.append([action.tokens for action in sampled])
             for action in sampled:
-                theirs += action.logps
+                theirs += action.token_logps
     batch, device = pack(prompts, actions), policy.suppressed_ids.device
     with torch.no_grad(), autocast(device, bf16):
         ours = policy(batch.to(device)).cpu()[batch.action_mask]  # (tokens,)

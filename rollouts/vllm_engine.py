@@ -14,7 +14,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Runner
 
 from policy import Policy
 from training.console import UserError
-from training.distributed import keeps_gradients, own
+from training.distributed import keeps_gradients, local
 from training.pretrained import directory_of
 
 GIB = 2**30
@@ -124,7 +124,7 @@ def derived_gpu_memory_utilization(policy: Policy) -> float:
     torch.cuda.empty_cache()  # what loading left over counts as used
     free, total = torch.cuda.mem_get_info(device)
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    parameters = sum(own(parameter).numel() for parameter in trained)
+    parameters = sum(local(parameter).numel() for parameter in trained)
     to_come = (12 if keeps_gradients(policy) else 8) * parameters
     share = (free - to_come) / total - 0.05
     if share < 0.05:

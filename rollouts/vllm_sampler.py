@@ -27,7 +27,7 @@ from rollouts.parity import check_gaps, check_pixels, check_prompt, gaps
 from rollouts.vllm_engine import derived_max_model_len, first_line, start_engine
 from sampling import Action, Group, Sampler
 from training.console import UserError
-from training.distributed import whole
+from training.distributed import full
 from training.metrics import POLICY
 
 
@@ -137,7 +137,7 @@ class VLLMSampler(Sampler):
             logps = [step[token].logprob for step, token in steps]
         text = self.policy.tokenizer.decode(tokens, skip_special_tokens=True)
         return Action(
-            tokens, text, POLICY, truncated=completion.finish_reason == "length", logps=logps
+            tokens, text, POLICY, truncated=completion.finish_reason == "length", token_logps=logps
         )
 
     # ------------------------------------------------------------------ weights and memory
@@ -187,7 +187,7 @@ class VLLMSampler(Sampler):
         """
         for name, parameter in self.policy.model.named_parameters():
             value = parameter.detach()
-            yield name, whole(value.to(self.dtype)) if isinstance(value, DTensor) else value
+            yield name, full(value.to(self.dtype)) if isinstance(value, DTensor) else value
 
     def _recording(self, weights) -> set[str]:
         """vLLM's own `load_weights`, recorded; vLLM itself only logs what is missing."""

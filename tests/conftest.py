@@ -1,4 +1,5 @@
-"""A random Qwen2-VL of 0.2 M parameters, in Hugging Face layout, that tests load like any other checkpoint."""
+"""A random Qwen2-VL of 0.2 M parameters, in Hugging Face layout, that tests load like any other
+checkpoint."""
 
 import multiprocessing
 import os
@@ -57,12 +58,17 @@ def in_two_processes(function, *arguments, timeout: float = 300) -> list:
 
 @contextmanager
 def held_elsewhere(directory: Path):
-    """Another process holds this directory (runs.hold)."""
-    code = "import sys, pathlib; from training import storage; storage.hold(pathlib.Path(sys.argv[1]), ''); print(); sys.stdin.read()"
+    """Another process holds this directory (storage.hold)."""
+    code = (
+        "import sys, pathlib; from training import storage; "
+        "storage.hold(pathlib.Path(sys.argv[1]), ''); print(); sys.stdin.read()"
+    )
     other = subprocess.Popen(
         [sys.executable, "-c", code, str(directory)],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     try:
         assert other.stdout.readline()
         yield other
@@ -88,17 +94,24 @@ def as_rank(rank: int, port: int, environment: dict, function, arguments):
             torch.distributed.destroy_process_group()
 
 
-# The processor repeats an image token without spaces between: only a special token survives that as a token.
-SPECIAL = "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> <|video_pad|>".split()
+# The processor repeats an image token without spaces between: only a special token survives that as
+# a token.
+SPECIAL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|vision_start|> <|vision_end|> <|image_pad|> "
+    "<|video_pad|>"
+).split()
 WORDS = (
     "user assistant how many red blue cubes spheres are there in the first second image ? . , "
-    "0 1 2 3 4 5 6 7 8 9 a number or letter sequence of functions Reason step by between then give final answer "
+    "0 1 2 3 4 5 6 7 8 9 a number or letter sequence of functions Reason step by between then give "
+    "final answer "
     "<think> </think> <answer> </answer> and"
 ).split()
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|> {{ message['role'] }} {% for part in message['content'] %}"
-    "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-    "{% endfor %} <|im_end|> {% endfor %}{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+    "{% for message in messages %}<|im_start|> {{ message['role'] }} "
+    "{% for part in message['content'] %}{% if part['type'] == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
 )
 
 
@@ -117,21 +130,40 @@ def random_model(
     tokenizer, *, unused_ids: int = 9, seed: int = 0
 ) -> Qwen2VLForConditionalGeneration:
     """A vocabulary larger than the tokenizer's, as in the real checkpoints, which pad theirs."""
-    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in (
-        ("image_token_id", "<|image_pad|>"), ("video_token_id", "<|video_pad|>"),
-        ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
-    )}  # fmt: skip
+    ids = {
+        name: tokenizer.convert_tokens_to_ids(token)
+        for name, token in (
+            ("image_token_id", "<|image_pad|>"),
+            ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"),
+            ("vision_end_token_id", "<|vision_end|>"),
+        )
+    }
     text = dict(
-        vocab_size=len(tokenizer) + unused_ids, hidden_size=128, intermediate_size=128, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+        vocab_size=len(tokenizer) + unused_ids,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
-        bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.2,  # far from uniform, so that an error shows in the log-probabilities
-    )  # fmt: skip
+    )
     vision = dict(
-        depth=2, embed_dim=64, hidden_size=128, num_heads=2, mlp_ratio=2, patch_size=8, spatial_merge_size=2,
-        temporal_patch_size=2, initializer_range=0.3,
-    )  # fmt: skip
+        depth=2,
+        embed_dim=64,
+        hidden_size=128,
+        num_heads=2,
+        mlp_ratio=2,
+        patch_size=8,
+        spatial_merge_size=2,
+        temporal_patch_size=2,
+        initializer_range=0.3,
+    )
     config = Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     torch.manual_seed(seed)
     return Qwen2VLForConditionalGeneration(config)
@@ -190,7 +222,7 @@ def serve():
 
 @pytest.fixture
 def tell(capsys, monkeypatch):
-    """Runs `python experts.py ...` in this process: exit code, stdout, stderr."""
+    """Runs `python -m experts.collect ...` in this process: exit code, stdout, stderr."""
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["experts.collect", *map(str, arguments)])
@@ -205,7 +237,8 @@ def tell(capsys, monkeypatch):
 
 
 def agrees(counts: dict, probabilities: dict) -> bool:
-    """Pearson's chi-square test of how often each outcome was drawn, at a level of 1e-4; rare outcomes are one."""
+    """Pearson's chi-square test of how often each outcome was drawn, at a level of 1e-4; rare
+    outcomes are one."""
     if any(counts[outcome] and not probabilities.get(outcome) for outcome in counts):
         return False  # what is impossible was drawn
     n, bins, rare = sum(counts.values()), [], [0, 0.0]

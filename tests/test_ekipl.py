@@ -1,4 +1,5 @@
-"""The training loop: gradients that do not depend on how the batch is split, exact resume, and errors told in one line."""
+"""The training loop: gradients that do not depend on how the batch is split, exact resume, and
+errors told in one line."""
 
 import dataclasses
 import json
@@ -25,18 +26,29 @@ from data.state import State
 from ekipl import Config
 from policy import Policy
 from sampling import Action, Group, select
-from training import checkpointing, console, curves, distributed, rundir, settings, storage
+from training import checkpointing, console, curves, settings, storage
 from training.console import UserError
 from training.distributed import World
 from training.metrics import step_metrics
+from training.steplog import StepLog
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = World(0, 1, torch.device("cpu"))
 # A whole run in a second or two.
 SMALL = dict(
-    states=24, batch_size=4, num_samples=2, group_size=3, micro_batch=2, max_new_tokens=12, eval_every=3, eval_states=4,
-    save_every=2, lr=1e-3, name="run", rollout="transformers",
-)  # fmt: skip
+    states=24,
+    batch_size=4,
+    num_samples=2,
+    group_size=3,
+    micro_batch=2,
+    max_new_tokens=12,
+    eval_every=3,
+    eval_states=4,
+    save_every=2,
+    lr=1e-3,
+    name="run",
+    rollout="transformers",
+)
 
 
 def small(tmp_path, **changes) -> Config:
@@ -96,14 +108,15 @@ def fixed_groups(policy: Policy, count: int, ragged: bool = False) -> list[Group
 def gradient_of(
     model_dir, world: World, config: Config, count: int = 6, ragged: bool = False
 ) -> dict[str, torch.Tensor]:
-    """The gradient that one update on this process's share of `fixed_groups` leaves, before any clipping."""
+    """The gradient that one update on this process's share of `fixed_groups` leaves, before any
+    clipping."""
     policy, reference = Policy.load(model_dir), Policy.load(model_dir)
     with torch.no_grad():  # a reference that differs, so that the KL term has a gradient
         for parameter in reference.parameters():
             parameter.mul_(1.02)
     learner = world.data_parallel(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
-    groups = world.mine(fixed_groups(policy, count, ragged))
+    groups = world.shard(fixed_groups(policy, count, ragged))
     ekipl.update(config, learner, reference, optimizer, groups, world, lr=0.0)
     return {name: parameter.grad.clone() for name, parameter in policy.named_parameters()}
 
@@ -173,11 +186,13 @@ def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_ne
     groups[1].expert_logps = None
     config = update_config(batch_size=4, micro_batch=1, estimator=estimator, beta=0.0)
 
-    def update() -> dict:
-        return ekipl.update(config, policy, None, optimizer, groups, CPU, lr=0.0)
+    def update() -> None:
+        ekipl.update(config, policy, None, optimizer, groups, CPU, lr=0.0)
 
     if estimator == "uncorrected":
-        assert [row["weights"] is None for row in update()["rows"]] == [False, True, False, False]
+        update()
+        unknown = [group.measured["weights"] is None for group in groups]
+        assert unknown == [False, True, False, False]
     else:
         with pytest.raises(UserError, match=f"{estimator} needs every expert's density"):
             update()
@@ -190,7 +205,7 @@ def test_a_gradient_that_is_not_finite_says_so_and_changes_no_weight(
     policy = Policy.load(random_model_dir)
     before = {name: value.clone() for name, value in policy.state_dict().items()}
     optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
-    monkeypatch.setattr(distributed, "clip_gradients", lambda policy, limit: norm)
+    monkeypatch.setattr(ekipl, "clip_gradients", lambda policy, limit: norm)
     config = update_config(batch_size=2, beta=0.0)
     with pytest.raises(console.UserError, match="not finite.*lower --lr"):
         ekipl.update(config, policy, None, optimizer, fixed_groups(policy, 2), CPU, lr=1.0)
@@ -262,7 +277,9 @@ def test_no_process_hangs_when_one_raises(tmp_path):
     script.write_text(
         "import os, sys; sys.path.insert(0, sys.argv[1]); import ekipl\n"
         "sample = ekipl.total_groups\n"
-        "def fails(*arguments):\n    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n    return sample(*arguments)\n"
+        "def fails(*arguments):\n"
+        "    if os.environ['RANK'] == '1': raise RuntimeError('broken on purpose')\n"
+        "    return sample(*arguments)\n"
         "ekipl.total_groups = fails; sys.argv = sys.argv[1:]; ekipl.main()\n"
     )
     flags = [
@@ -273,7 +290,7 @@ def test_no_process_hangs_when_one_raises(tmp_path):
     assert done.returncode != 0 and "broken on purpose" in done.stderr
 
 
-# ---------------------------------------------------------------------------------------------- weights and metrics
+# ------------------------------------------------------------------------------ weights and metrics
 
 
 def drawn_group(rng: random.Random, densities: dict[str, list[float]], n: int = 2) -> Group:
@@ -297,7 +314,7 @@ def test_where_any_are_kept_the_weights_have_the_mean_1(g):
     for group in groups:
         group.expert_logps = [[math.log(expert[a.tokens[0]])] for a in group.kept_actions]
         old_logp = torch.tensor([[[math.log(policy[a.tokens[0]])] for a in group.kept_actions]])
-        weights.append(sampling.log_weights([group], old_logp, g).exp().mean())
+        weights.append(sampling.group_log_weights([group], old_logp, g).exp().mean())
     weights = torch.stack(weights)
     error = weights.std() / len(weights) ** 0.5
     assert 0 < error < 0.03 and abs(weights.mean() - 1) < 4 * error
@@ -308,9 +325,14 @@ def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal(
         n = len(advantages)
         told = {name: [1.0] * n for name in ("format", "accuracy", "tokens", "objective", "kl")}
         return {
-            **told, "sources": ["policy"] * n, "truncated": [False] * n, "clip_fraction": [0.0] * n,
-            "kept": list(range(n)), "advantages": advantages, "weights": weights,
-        }  # fmt: skip
+            **told,
+            "sources": ["policy"] * n,
+            "truncated": [False] * n,
+            "clip_fraction": [0.0] * n,
+            "kept": list(range(n)),
+            "advantages": advantages,
+            "weights": weights,
+        }
 
     dead, same, apart = [0.0, 0.0], [0.7, 0.7, 0.7], [0.7, 0.7, 0.2, -1.0]
     groups = [of_group(dead, [2, 2]), of_group(same, [1, 0, 0]), of_group(apart, [3, 3, 3, 0])]
@@ -323,7 +345,7 @@ def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal(
     assert "ess" not in step_metrics(groups) and step_metrics(groups)["equal_advantages"] > 0
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -346,10 +368,16 @@ def test_a_run_leaves_what_it_says(finished):
     assert json.loads((finished / "config.json").read_text())["states"] == 24
     records = storage.read(finished / "metrics.jsonl")
     assert [record["step"] for record in records] == list(range(7))
-    names = "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share kl clip_fraction loss grad_norm lr tokens".split()
+    names = (
+        "reward accuracy format expert_share dead_groups equal_advantages reward_std ess ess_share "
+        "kl clip_fraction loss grad_norm lr tokens"
+    ).split()
     assert all(name in record for record in records[1:] for name in names)
     assert [r["step"] for r in records if "eval/counting-id" in r] == [0, 3, 6]
-    phases = "preprocessing rollout experts rewards selection packing reference forward backward optimizer sync logging".split()
+    phases = (
+        "preprocessing rollout experts rewards selection packing reference forward backward "
+        "optimizer sync logging"
+    ).split()
     for record in records[1:]:
         timed = [key.removeprefix("seconds/") for key in record if key.startswith("seconds/")]
         assert sorted(timed) == sorted(
@@ -368,15 +396,15 @@ def test_a_run_leaves_what_it_says(finished):
 @contextmanager
 def stopped_in_the_step_after(step: int):
     """A training run inside is interrupted in that step, when it is logged and not yet saved."""
-    log = rundir.log
+    write = StepLog.write
 
-    def stop(path, records, *rest):
-        log(path, records, *rest)
-        if records[0]["step"] == step + 1:
+    def stop(self, record, *groups):
+        write(self, record, *groups)
+        if record["step"] == step + 1:
             raise KeyboardInterrupt
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(rundir, "log", stop)
+        patch.setattr(StepLog, "write", stop)
         yield
 
 
@@ -513,16 +541,20 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
     assert storage.read(tmp_path / "run" / "metrics.jsonl")[-1]["step"] >= trainer["step"]
 
 
-@pytest.mark.parametrize("changes", [
-    dict(experts="none", group_size=2),
-    dict(experts="quick", advantage="selected"),
-    dict(estimator="is"),
-    dict(estimator="snis", ties="policy_first"),
-    dict(selection="random", beta=0.0),
-    dict(updates_per_batch=4, lr=3e-2),
-    dict(task="structure"),
-    dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(experts="none", group_size=2),
+        dict(experts="quick", advantage="selected"),
+        dict(estimator="is"),
+        dict(estimator="snis", ties="policy_first"),
+        dict(selection="random", beta=0.0),
+        dict(updates_per_batch=4, lr=3e-2),
+        dict(task="structure"),
+        dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
+    ],
+    ids=str,
+)
 def test_every_method_runs(tmp_path, changes):
     path = ekipl.train(small(tmp_path, states=8, eval_every=0, **changes), None, CPU)
     records = storage.read(path / "metrics.jsonl")
@@ -557,7 +589,7 @@ def test_the_learning_rate_warms_up_then_falls_as_a_cosine():
 def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
     seen, sample = [], sampling.total_groups
     monkeypatch.setattr(
-        sampling,
+        ekipl,
         "total_groups",
         lambda states, *rest: seen.extend(s.id for s in states) or sample(states, *rest),
     )
@@ -570,7 +602,7 @@ def test_an_epoch_sees_every_question_once(tmp_path, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------------------------------------- mistakes of the user
+# ----------------------------------------------------------------------------- mistakes of the user
 
 
 def test_help_explains_every_setting(capsys):
@@ -582,27 +614,31 @@ def test_help_explains_every_setting(capsys):
         assert f"--{setting.name.replace('_', '-')}" in text and setting.metadata["help"]
 
 
-@pytest.mark.parametrize("arguments, says", [
-    (["--preset", "nope"], "preset"),
-    (["--nope", "1"], "--nope"),
-    (["--lr", "fast"], "lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--estimator", "best"], "estimator"),
-    (["--experts", "gpt-9"], "gpt-9"),
-    (["--group-size", "25"], "24 candidates"),
-    (["--states", "0"], "--states"),
-    (["--states", "10"], "batch"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--beta", "-1"], "--beta"),
-    (["--model", "no/such/model"], "no/such/model"),
-    (["--runs", "{file}"], "cannot make"),
-    (["--name", "taken"], "exists"),
-    (["--resume", "{runs}/missing"], "no run"),
-    (["--resume", "{runs}/taken"], "no run of this program"),
-    (["--resume", "{runs}/foreign"], "another version"),
-    (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
-    (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["--preset", "nope"], "preset"),
+        (["--nope", "1"], "--nope"),
+        (["--lr", "fast"], "lr"),
+        (["--lr", "nan"], "--lr"),
+        (["--estimator", "best"], "estimator"),
+        (["--experts", "gpt-9"], "gpt-9"),
+        (["--group-size", "25"], "24 candidates"),
+        (["--states", "0"], "--states"),
+        (["--states", "10"], "batch"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--beta", "-1"], "--beta"),
+        (["--model", "no/such/model"], "no/such/model"),
+        (["--runs", "{file}"], "cannot make"),
+        (["--name", "taken"], "exists"),
+        (["--resume", "{runs}/missing"], "no run"),
+        (["--resume", "{runs}/taken"], "no run of this program"),
+        (["--resume", "{runs}/foreign"], "another version"),
+        (["--resume", "{runs}/unsaved"], "before its first checkpoint"),
+        (["--resume", "{runs}/unsaved", "--lr", "1"], "leave out --lr"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(
     tmp_path, monkeypatch, capsys, arguments, says
 ):

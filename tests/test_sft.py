@@ -1,4 +1,5 @@
-"""sft.py: what is learnt, gradients that do not depend on how the batch is split, exact resume, and the same commands on real data."""
+"""sft.py: what is learnt, gradients that do not depend on how the batch is split, exact resume, and
+the same commands on real data."""
 
 import dataclasses
 import io
@@ -26,6 +27,7 @@ from training import presets, rundir, storage
 from training.checkpointing import checkpoints
 from training.distributed import World
 from training.settings import TASKS, learning_rate
+from training.steplog import StepLog
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(
@@ -48,11 +50,12 @@ def flags(**settings) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
 
 
-# ---------------------------------------------------------------------------------------------- the loss
+# ----------------------------------------------------------------------------------------- the loss
 
 
 class DoublePolicy(Policy):
-    """Computes in float64, where what is left of a difference is no rounding of float32 (gradients here are as large as 2)."""
+    """Computes in float64, where what is left of a difference is no rounding of float32 (gradients
+    here are as large as 2)."""
 
     @classmethod
     def load(cls, path) -> Policy:
@@ -116,7 +119,8 @@ def fixed_examples(policy: Policy, count: int) -> list[Example]:
 
 
 def gradient_of(model_dir, world: World, micro_batch: int, count: int) -> tuple[dict, dict]:
-    """The gradient that one update on this process's share of `fixed_examples` leaves, before any clipping, and what it reports."""
+    """The gradient that one update on this process's share of `fixed_examples` leaves, before any
+    clipping, and what it reports."""
     policy = DoublePolicy.load(model_dir)
     learner = world.data_parallel(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
@@ -124,7 +128,7 @@ def gradient_of(model_dir, world: World, micro_batch: int, count: int) -> tuple[
         Config(micro_batch=micro_batch, max_grad_norm=1e9),
         learner,
         optimizer,
-        world.mine(fixed_examples(policy, count)),
+        world.shard(fixed_examples(policy, count)),
         world,
         lr=0.0,
     )
@@ -160,8 +164,11 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
         ids = torch.cat([inputs["input_ids"][0], torch.tensor(example.tokens)])[None]
         kinds = F.pad(inputs["mm_token_type_ids"], (0, len(example.tokens)))
         logits = policy.model(
-            input_ids=ids, pixel_values=inputs["pixel_values"], image_grid_thw=inputs["image_grid_thw"], mm_token_type_ids=kinds
-        ).logits[0, -len(example.tokens) - 1 : -1]  # fmt: skip
+            input_ids=ids,
+            pixel_values=inputs["pixel_values"],
+            image_grid_thw=inputs["image_grid_thw"],
+            mm_token_type_ids=kinds,
+        ).logits[0, -len(example.tokens) - 1 : -1]
         logits = logits.index_fill(1, policy.suppressed_ids, -torch.inf)
         nats.append(F.cross_entropy(logits, torch.tensor(example.tokens), reduction="sum"))
         tokens += len(example.tokens)
@@ -193,7 +200,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
         assert told == pytest.approx(alone)
 
 
-# ---------------------------------------------------------------------------------------------- what is learnt
+# ----------------------------------------------------------------------------------- what is learnt
 
 
 @pytest.fixture(scope="module")
@@ -221,7 +228,8 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
             assert rewards.accuracy_reward(
                 state.reading(text), state.answer, state.kind
             ) == 1 and rewards.format_reward(text) == (method == "cot")
-            # Reason-RFT's own reward reads it too, of several lines as it is, but no blanks within calls.
+            # Reason-RFT's own reward reads it too, of several lines as it is, but no blanks within
+            # calls.
             spaced = source == "blocks" and state.kind == "function"
             legacy = rewards.accuracy_reward(text, state.answer, state.kind, legacy=True)
             assert legacy == (0 if spaced else 1)
@@ -271,7 +279,7 @@ def test_special_tokens_in_a_target_are_left_out():
     ).split() == "<think> a1 cube gone </think> <answer>".split() + [state.answer, "</answer>"]
 
 
-# ---------------------------------------------------------------------------------------------- the vision tower left as it is
+# ------------------------------------------------------------------- the vision tower left as it is
 
 
 def moved(before: dict, after: dict) -> set[str]:
@@ -290,9 +298,17 @@ def test_a_frozen_vision_tower_stays_to_the_bit_and_all_else_learns(
     tmp_path, module, checkpointing
 ):
     frozen = dict(
-        states=8, batch_size=4, micro_batch=3, eval_every=0, lr=1e-2, weight_decay=0.1, runs=str(tmp_path), name="run", freeze_vision=True,
+        states=8,
+        batch_size=4,
+        micro_batch=3,
+        eval_every=0,
+        lr=1e-2,
+        weight_decay=0.1,
+        runs=str(tmp_path),
+        name="run",
+        freeze_vision=True,
         gradient_checkpointing=checkpointing,
-    )  # fmt: skip
+    )
     if module is ekipl:
         frozen |= dict(num_samples=2, group_size=3, max_new_tokens=12, beta=0.04)
     path = module.train(module.Config(**frozen, rollout="transformers"), None, CPU)
@@ -355,7 +371,7 @@ def test_warm_up_takes_its_number_of_steps_whatever_there_are(steps):
     assert rates[100:] == sorted(rates[100:], reverse=True) and all(0 < rate <= 1 for rate in rates)
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture(scope="module")
@@ -404,12 +420,20 @@ def test_two_processes_train_and_leave_one_log(tmp_path):
         )
 
 
-# ---------------------------------------------------------------------------------------------- the presets' commands, shortened
+# ----------------------------------------------------------------- the presets' commands, shortened
 
 
 SHORT = dict(
-    model="tiny", limit=8, batch_size=4, micro_batch=2, max_new_tokens=8, eval_every=2, eval_states=2, save_every=0, name="run",
-)  # fmt: skip
+    model="tiny",
+    limit=8,
+    batch_size=4,
+    micro_batch=2,
+    max_new_tokens=8,
+    eval_every=2,
+    eval_states=2,
+    save_every=0,
+    name="run",
+)
 REAL = [name for name in presets.PRESETS if not name.startswith("blocks")]
 
 
@@ -488,21 +512,31 @@ def test_sft_runs_on_real_data_and_rl_goes_on_from_it(
 
 def test_rl_on_real_data_resumes_to_the_bit(directory, tmp_path, monkeypatch):
     real = dict(
-        SHORT, preset="structure-2b", data=directory, data_cache=tmp_path / "cache", runs=tmp_path, epochs=2, experts="none", num_samples=2,
-        group_size=2, save_every=2, eval_every=0, rollout="transformers",
-    )  # fmt: skip
+        SHORT,
+        preset="structure-2b",
+        data=directory,
+        data_cache=tmp_path / "cache",
+        runs=tmp_path,
+        epochs=2,
+        experts="none",
+        num_samples=2,
+        group_size=2,
+        save_every=2,
+        eval_every=0,
+        rollout="transformers",
+    )
     whole = ekipl.train(ekipl.parse(flags(**real))[0], None, CPU)
-    log = rundir.log
+    write = StepLog.write
 
-    def stop(path, records, *rest):
-        log(path, records, *rest)
-        if records[0]["step"] == 3:
+    def stop(self, record, *groups):
+        write(self, record, *groups)
+        if record["step"] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(rundir, "log", stop)
+    monkeypatch.setattr(StepLog, "write", stop)
     with pytest.raises(KeyboardInterrupt):
         ekipl.train(ekipl.parse(flags(**dict(real, name="stopped")))[0], None, CPU)
-    monkeypatch.setattr(rundir, "log", log)
+    monkeypatch.setattr(StepLog, "write", write)
     path = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped")]), CPU)
     assert timeless(path) == timeless(whole) and storage.read(
         path / "samples.jsonl"
@@ -525,28 +559,36 @@ def test_two_processes_share_real_data(directory, tmp_path):
     assert [record["step"] for record in storage.read(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
 
 
-# ---------------------------------------------------------------------------------------------- mistakes of the user
+# ----------------------------------------------------------------------------- mistakes of the user
 
 
-@pytest.mark.parametrize("module, arguments, says", [
-    (sft, ["--method", "best"], "method"),
-    (sft, ["--lr", "0"], "--lr"),
-    (sft, ["--experts", "none"], "--experts"),
-    (sft, ["--data", "{tmp}/nowhere"], "nowhere"),
-    (sft, ["--data", "{tmp}"], "has no train_jsons"),
-    (sft, ["--fraction", "1.5"], "--fraction"),
-    (sft, ["--limit", "3"], "less than one batch"),
-    (sft, ["--skip", "5000"], "less than one batch"),
-    (sft, ["--warmup-steps", "-1"], "--warmup-steps"),
-    (sft, ["--data-cache", "~nobody-of-that-name/x", "--data", "{tmp}/thoughtless"], "no home directory"),
-    (sft, ["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels"),
-    (sft, ["--resume", "{tmp}/rl"], "another program"),
-    (sft, ["--data", "{tmp}/thoughtless", "--eval-every", "0"], "no usable thought"),
-    (ekipl, ["--data", "{tmp}"], "scripted expert 'careful'"),
-    (ekipl, ["--data", "{tmp}/nowhere", "--experts", "none"], "nowhere"),
-    (ekipl, ["--fraction", "nan"], "--fraction"),
-    (ekipl, ["--skip", "-1"], "--skip"),
-], ids=lambda value: " ".join(value) if isinstance(value, list) else "")  # fmt: skip
+@pytest.mark.parametrize(
+    "module, arguments, says",
+    [
+        (sft, ["--method", "best"], "method"),
+        (sft, ["--lr", "0"], "--lr"),
+        (sft, ["--experts", "none"], "--experts"),
+        (sft, ["--data", "{tmp}/nowhere"], "nowhere"),
+        (sft, ["--data", "{tmp}"], "has no train_jsons"),
+        (sft, ["--fraction", "1.5"], "--fraction"),
+        (sft, ["--limit", "3"], "less than one batch"),
+        (sft, ["--skip", "5000"], "less than one batch"),
+        (sft, ["--warmup-steps", "-1"], "--warmup-steps"),
+        (
+            sft,
+            ["--data-cache", "~nobody-of-that-name/x", "--data", "{tmp}/thoughtless"],
+            "no home directory",
+        ),
+        (sft, ["--min-pixels", "9", "--max-pixels", "8"], "--min-pixels"),
+        (sft, ["--resume", "{tmp}/rl"], "another program"),
+        (sft, ["--data", "{tmp}/thoughtless", "--eval-every", "0"], "no usable thought"),
+        (ekipl, ["--data", "{tmp}"], "scripted expert 'careful'"),
+        (ekipl, ["--data", "{tmp}/nowhere", "--experts", "none"], "nowhere"),
+        (ekipl, ["--fraction", "nan"], "--fraction"),
+        (ekipl, ["--skip", "-1"], "--skip"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
 def test_a_mistake_is_told_in_one_line_with_exit_code_2(
     tmp_path, monkeypatch, capsys, module, arguments, says
 ):

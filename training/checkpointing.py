@@ -1,4 +1,9 @@
-"""TODO training.checkpointing"""
+"""Checkpoints: saved so that a run can be killed at any moment, and resumed exactly.
+
+A checkpoint is written beside its place, synced to the disk and renamed, so that the last complete
+one is always whole. All randomness follows from the seed and the step, so weights, optimizer and
+step are the whole state.
+"""
 
 import os
 import pickle
@@ -10,49 +15,56 @@ import torch
 
 from training import console, curves, storage
 from training.console import UserError
-from training.distributed import World, collected, own, shared_out, weights_of
+from training.distributed import (
+    World,
+    full_state,
+    full_weights,
+    local,
+    parameters_of,
+    sharded_state,
+)
 from training.storage import sync, writing
+
+UNREADABLE = (  # what torch.load and load_state_dict raise on a damaged file
+    OSError,
+    RuntimeError,
+    EOFError,
+    pickle.UnpicklingError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
 
 
 def save_checkpoint(
     path: Path, step: int, policy, weights: dict, optimizer: dict, processes: int = 1
 ) -> None:
-    """Writes checkpoint-STEP, makes it `model`, and removes the older ones. UserError if it cannot be written.
+    """Writes checkpoint-STEP, makes it `model`, and removes the older ones. UserError if it cannot.
 
-    weights, optimizer: whole tensors, by name and as a state dict; so another number of processes, or none of them, can read it.
+    weights, optimizer: full tensors, by name and as a state dict, so that any number of processes
+    can read them.
     """
-    with writing(path):
-        _save_checkpoint(
-            path, policy, weights, {"step": step, "processes": processes, "optimizer": optimizer}
-        )
-
-
-def _save_checkpoint(path: Path, policy, weights: dict, trainer: dict) -> None:
-    step = trainer["step"]
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    import torch  # seconds, which data.py, blocks.py and the cache of answers do without
-
+    trainer = {"step": step, "processes": processes, "optimizer": optimizer}
     trainer["threads"] = torch.get_num_threads()
-    policy.save(aside, weights)
-    torch.save(trainer, aside / "trainer.pt")
-    for file in [
-        *path.glob("*.jsonl"),
-        *aside.iterdir(),
-        aside,
-    ]:  # before the name says that it is complete
-        sync(file)
-    os.rename(aside, final)
-    publish(path)
-    for old in checkpoints(path)[:-1]:
-        shutil.rmtree(old, ignore_errors=True)
+    with writing(path):
+        shutil.rmtree(aside, ignore_errors=True)
+        policy.save(aside, weights)
+        torch.save(trainer, aside / "trainer.pt")
+        for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:
+            sync(file)  # before the name says that it is complete
+        os.rename(aside, final)
+        publish(path)
+        for old in checkpoints(path)[:-1]:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def publish(path: Path) -> None:
-    """Makes `model` the newest checkpoint: a link, or where the file system has none a copy of its model.
+    """Makes `model` the newest checkpoint: a link, or a copy if the file system has no links.
 
-    Whoever is killed here leaves a run that can be resumed, and the resumed run does it again.
+    A run that is killed here can be resumed, and does it again then.
     """
     if not (found := checkpoints(path)):
         return
@@ -74,7 +86,7 @@ def publish(path: Path) -> None:
 
 
 def is_directory(path: Path) -> bool:
-    """Whether it is one itself, and no link to one."""
+    """Whether it is a directory itself, not a link to one."""
     return path.is_dir() and not path.is_symlink()
 
 
@@ -88,12 +100,11 @@ def remove(path: Path) -> None:
 
 def checkpoints(path: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [
-        found
-        for found in path.glob("checkpoint-*")
-        if re.fullmatch(r"checkpoint-\d+", found.name) and found.is_dir()
-    ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    found = {}  # by step
+    for entry in path.glob("checkpoint-*"):
+        if (name := re.fullmatch(r"checkpoint-(\d+)", entry.name)) and entry.is_dir():
+            found[int(name[1])] = entry
+    return [found[step] for step in sorted(found)]
 
 
 def last_checkpoint(path: Path) -> Path:
@@ -109,74 +120,70 @@ def last_checkpoint(path: Path) -> Path:
 
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
-    """The optimizer as the last checkpoint of the run has it; returns the steps done by then, and forgets the records of later ones."""
+    """Loads the optimizer of the run's last checkpoint. Returns the steps done by then.
+
+    Records of later steps are dropped. UserError if there is nothing that training can go on from.
+    """
     file = last_checkpoint(resume) / "trainer.pt"
     if not file.exists():
         raise UserError(
-            f"{file} is missing (sweep.py drops it when a run has finished): nothing to go on with; "
-            f"--model {resume}/model starts a new run from its weights"
+            f"{file} is missing (experiments.sweep drops it from finished runs): nothing to go on "
+            f"with; --model {resume}/model starts a new run from its weights"
         )
-    # To the CPU first: Adam's step counters have to stay there. Mapped, so that not every process
-    # of a machine reads all of it into memory.
     try:
+        # To the CPU first: Adam's step counters have to stay there. Mapped, so that the processes
+        # of a machine do not each read it into memory.
         trainer = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        optimizer.load_state_dict(shared_out(trainer["optimizer"], optimizer))
+        optimizer.load_state_dict(sharded_state(trainer["optimizer"], optimizer))
         start, processes = int(trainer["step"]), int(trainer["processes"])
         threads = int(trainer.get("threads", torch.get_num_threads()))
-    except (
-        OSError,
-        RuntimeError,
-        EOFError,
-        pickle.UnpicklingError,
-        LookupError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ):
+    except UNREADABLE:
         raise UserError(f"{resume}: its checkpoint has no usable trainer.pt") from None
-    if broken := unsound(optimizer):
-        raise UserError(f"{resume} cannot go on: {broken} of its checkpoint; start a new run")
+    if problem := unsound(optimizer):
+        raise UserError(f"{resume} cannot go on: {problem} of its checkpoint; start a new run")
     if world.rank == 0:
-        went_on_otherwise(resume, processes, threads, world)
-        for file in ("metrics.jsonl", "samples.jsonl"):
-            storage.forget_after(resume / file, start)
-        with storage.writing(resume / "model"):
+        warn_of_differences(resume, processes, threads, world)
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            storage.forget_after(resume / name, start)
+        with writing(resume / "model"):
             publish(resume)  # the run may have been killed before it did
     return start
 
 
-def went_on_otherwise(resume: Path, processes: int, threads: int, world: World) -> None:
-    """Tells what keeps a resumed run from being the run never stopped."""
+def warn_of_differences(resume: Path, processes: int, threads: int, world: World) -> None:
+    """Says why a resumed run differs from one that was never stopped, if it does."""
     if processes != world.size:
         console.say(
-            f"{resume} was made by {processes} processes and goes on with {world.size}: with other samples than had it never stopped"
+            f"{resume} was made by {processes} processes and goes on with {world.size}: "
+            "with other samples than if it had never stopped"
         )
     now = torch.get_num_threads()
     if world.device.type == "cpu" and threads != now:
         console.say(
-            f"{resume} was made with {threads} threads and goes on with {now}: sums are rounded otherwise, OMP_NUM_THREADS={threads} keeps them"
+            f"{resume} was made with {threads} threads and goes on with {now}: sums are rounded "
+            f"differently; OMP_NUM_THREADS={threads} keeps them the same"
         )
 
 
 def unsound(optimizer: torch.optim.Optimizer) -> str | None:
-    """What of AdamW's state no training can go on from, None if nothing is."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            for name, value in optimizer.state.get(parameter, {}).items():
-                value = torch.as_tensor(value)
-                if name != "step" and value.shape != parameter.shape:
-                    return f"AdamW's {name} is of another shape than its weights"
-                if not own(value).isfinite().all():
-                    return f"AdamW's {name} holds what is no finite number (NaN or infinity)"
+    """What is wrong with AdamW's state, so that it cannot be used; None if nothing is."""
+    for parameter in parameters_of(optimizer):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            value = torch.as_tensor(value)
+            if name != "step" and value.shape != parameter.shape:
+                return f"AdamW's {name} is of another shape than its weights"
+            if not local(value).isfinite().all():
+                return f"AdamW's {name} holds what is no finite number (NaN or infinity)"
     return None
 
 
 def save(
     path: Path, step: int, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> None:
-    """A checkpoint and the picture so far, written by the first process of what all have; nobody runs ahead of it."""
-    weights, state = weights_of(policy, world.rank), collected(optimizer.state_dict(), world.rank)
+    """A checkpoint and the pictures so far, by the first process; the others wait for it."""
+    weights = full_weights(policy, world.rank)
+    state = full_state(optimizer.state_dict(), world.rank)
     if world.rank == 0:
         save_checkpoint(path, step, policy, weights, state, world.size)
         curves.draw_run(path / "metrics.jsonl", path.name)
-    world.agree(None)
+    world.broadcast(None)

@@ -1,4 +1,4 @@
-"""TODO training.console"""
+"""What all programs share on the command line: mistakes in one line, and lines beside bars."""
 
 import argparse
 import getpass
@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 
 class UserError(Exception):
-    """A mistake of the user's or of their machine: told in one line, without traceback, with exit code 2."""
+    """A mistake of the user's or of their machine: one line, no traceback, exit code 2."""
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose mistakes are told as all others are: UserError, without the usage text."""
+    """A command line whose mistakes raise UserError, without the usage text."""
 
     def error(self, message):
         raise UserError(f"{message} (--help explains every flag)")
@@ -27,20 +27,21 @@ class Parser(argparse.ArgumentParser):
 def command(program: str, run: Callable, stopped: str = "the same command goes on") -> None:
     """Runs `run(argv)` and prints what it returns, if anything, in the first process.
 
-    A mistake is told in one line, with exit code 2; so is what the system refuses of a file. stopped: what to say after Ctrl-C.
+    A UserError ends it with one line and exit code 2; so does an OSError of a file. stopped: what
+    to say after Ctrl-C.
     """
     rank = int(os.environ.get("RANK", 0))
-    logging.lastResort = Told()  # what a library has to say, where nothing else is set
+    logging.lastResort = LineHandler()  # for warnings of libraries
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a name may hold any byte
     try:
         find_home()
         try:
-            said = run(sys.argv[1:])
+            result = run(sys.argv[1:])
         finally:
             close_bars()
-        if said and rank == 0:
-            print(said)
+        if result and rank == 0:
+            print(result)
         sys.stdout.flush()
     except UserError as error:
         fail(program, str(error), rank)
@@ -60,7 +61,7 @@ def command(program: str, run: Callable, stopped: str = "the same command goes o
 def fail(program: str, message: str, rank: int) -> None:
     """Ends the process with exit code 2 and one line, whatever the message holds."""
     if rank > 0:
-        # The first process tells, and torchrun ends the others; who is alone with the mistake tells it.
+        # If the first process fails too, torchrun ends this one before it repeats the message.
         time.sleep(10)
     line = " ".join(message.splitlines())
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
@@ -80,8 +81,8 @@ def say_once(line: str) -> None:
     say(line)
 
 
-class Told(logging.Handler):
-    """Warnings of a library as lines of ours: none is written into a progress bar."""
+class LineHandler(logging.Handler):
+    """Warnings of libraries as lines above the progress bars."""
 
     def __init__(self):
         super().__init__(logging.WARNING)
@@ -91,13 +92,13 @@ class Told(logging.Handler):
 
 
 def close_bars() -> None:
-    """Ends the lines of all progress bars, which an exception leaves open: what is said next has a line of its own."""
+    """Ends the lines of progress bars that an exception left open, before the next message."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def find_home() -> None:
-    """Libraries keep caches in the user's home, named after the user. A container may know neither."""
+    """Sets HOME and USER, which libraries need for their caches, where a container has neither."""
     name = f"uid-{os.getuid()}"
     try:
         getpass.getuser()

@@ -1,16 +1,16 @@
 """Pictures of runs, from their metrics.jsonl: what to look at while a policy learns.
 
-    python -m training.curves runs/A                              # redraws runs/A/curves.png and runs/A/time.png, where a step's time goes
-    python -m training.curves runs/A runs/B --out compare.png     # several runs in one picture; also metrics files themselves
+    python -m training.curves runs/A                            # redraws its curves.png, time.png
+    python -m training.curves runs/A runs/B --out compare.png   # several runs or metrics files
 
-Runs whose names differ in "-seedN" only share a colour.
+Runs whose names differ only in "-seedN" share a colour.
 
-reward, accuracy   rise; accuracy is of the policy's samples, and dots are greedy accuracy on the test sets
+reward, accuracy   rise; of the policy's samples. Dots are greedy accuracy on the test sets
 expert share       of the kept actions (Fig. 4): falls as the policy's own get better
-dead groups        share of groups without any advantage, which teach nothing: if near 1, nothing is learnt. Dashed: share of groups
-                   whose kept actions all have the same advantage, 0 or not, so that none is preferred to another
-ESS                effective sample size of the importance weights, as a share of a state's kept actions, mean over states (A.3): how
-                   far what is kept is from what the policy would have done
+dead groups        groups without any advantage, which teach nothing: near 1, nothing is learnt.
+                   Dashed: groups whose kept actions all have the same advantage, 0 or not
+ESS                effective sample size of the importance weights, as a share of a state's kept
+                   actions, mean over states (A.3): how far they are from the policy's own
 """
 
 import errno
@@ -43,7 +43,7 @@ def method_of(name: str) -> str:
 
 
 def shown(name: str) -> str:
-    """A run's name as text of a picture, where $ is no mathematics, a leading _ hides nothing, and 200 letters leave room for curves."""
+    """A run's name as text of a picture: short, with $ and a leading _ as themselves."""
     name = name.encode(errors="replace").decode()
     name = name if len(name) <= 60 else f"{name[:40]} ... {name[-15:]}"
     return (" " if name.startswith("_") else "") + name.replace("$", r"\$")
@@ -74,112 +74,106 @@ def save(figure, out: Path, dpi: int = 90) -> None:
 
 def smooth(values: list[float], width: int = 5) -> list[float]:
     """Mean over the last `width` values."""
-    return [
-        sum(values[max(0, i - width + 1) : i + 1]) / len(values[max(0, i - width + 1) : i + 1])
-        for i in range(len(values))
-    ]
+    means = []
+    for end in range(1, len(values) + 1):
+        last = values[max(0, end - width) : end]
+        means.append(sum(last) / len(last))
+    return means
+
+
+def colors_of(names) -> dict[str, str]:
+    """The colour of each run, by name: runs of one method share it."""
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    methods = list(dict.fromkeys(map(method_of, names)))
+    return {name: cycle[methods.index(method_of(name)) % len(cycle)] for name in names}
+
+
+def markers_of(histories) -> dict[str, str]:
+    """The marker of each test set that some run was evaluated on."""
+    tests = {}
+    for history in histories:
+        for record in history:
+            tests |= dict.fromkeys(key for key in record if key.startswith("eval/"))
+    return dict(zip(tests, "os^DvP*X", strict=False))
+
+
+def draw_curve(axis, history: list[dict], key: str, style: str, color: str) -> None:
+    """A figure of one run over the states seen, and smoothed."""
+    points = [(r["states"], r[key]) for r in history if r.get(key) is not None]
+    if points:
+        x, y = zip(*points, strict=True)
+        axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
+        axis.plot(x, smooth(list(y)), style, color=color, linewidth=1.5)
+
+
+def draw_dots(axis, histories: dict[str, list[dict]], colors: dict[str, str]) -> None:
+    """Greedy accuracy on the test sets, and what their markers mean."""
+    markers = markers_of(histories.values())
+    for name, history in histories.items():
+        for test, marker in markers.items():
+            tested = [record for record in history if test in record]
+            x, y = [record["states"] for record in tested], [record[test] for record in tested]
+            axis.plot(x, y, marker, color=colors[name], markersize=4)
+    if markers:
+        axis.set_ylim(-0.02, 1.05 + 0.075 * len(markers))  # the legend stands above the dots
+        look = dict(color="grey", linestyle="", markersize=4)
+        dots = []
+        for test, marker in markers.items():
+            label = shown(test.removeprefix("eval/"))
+            dots.append(Line2D([], [], marker=marker, label=label, **look))
+        axis.legend(handles=dots, fontsize=7, loc="upper left")
 
 
 def draw(histories: dict[str, list[dict]], out: Path) -> None:
-    """Draws the panels of each run (its name and its metrics) over the states seen, and saves them as PNG."""
+    """The panels of each run, from its metrics by name, saved as PNG."""
     figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout="constrained")
-    methods = list(dict.fromkeys(method_of(name) for name in histories))
-    colors = plt.rcParams["axes.prop_cycle"].by_key()["color"]
-    tests = dict.fromkeys(
-        key
-        for history in histories.values()
-        for record in history
-        for key in record
-        if key.startswith("eval/")
-    )
-    sets = dict(zip(tests, "os^DvP*X", strict=False))  # the marker of each test set
+    colors = colors_of(histories)
     for axis, (key, (title, label)) in zip(axes.flat, PANELS.items(), strict=True):
         for name, history in histories.items():
-            method = method_of(name)
-            color = colors[methods.index(method) % len(colors)]
-            for figure_of, style in ((key, "-"), (DASHED.get(key), "--")):
-                points = [
-                    (r["states"], r[figure_of]) for r in history if r.get(figure_of) is not None
-                ]
-                if points:
-                    x, y = zip(*points, strict=True)
-                    axis.plot(x, y, color=color, alpha=0.25, linewidth=1)
-                    axis.plot(x, smooth(list(y)), style, color=color, linewidth=1.5)
-            for test in sets if key == "accuracy" else ():
-                tested = [record for record in history if test in record]
-                axis.plot(
-                    [record["states"] for record in tested],
-                    [record[test] for record in tested],
-                    sets[test],
-                    color=color,
-                    markersize=4,
-                )
+            draw_curve(axis, history, key, "-", colors[name])
+            if key in DASHED:
+                draw_curve(axis, history, DASHED[key], "--", colors[name])
         axis.set(title=title, xlabel="states seen", ylabel=label)
         if key in ("expert_share", "dead_groups", "ess_share"):
             axis.set_ylim(-0.02, 1.02)
         if key == "kl":  # k3 jumps on expert actions while the policy's way of thinking changes
             axis.set_yscale("symlog", linthresh=1)
+        if key == "accuracy":
+            draw_dots(axis, histories, colors)
         axis.grid(alpha=0.3)
-        if key == "accuracy" and sets:  # above the dots
-            axis.set_ylim(-0.02, 1.05 + 0.075 * len(sets))
-            dots = [
-                Line2D(
-                    [],
-                    [],
-                    color="grey",
-                    marker=marker,
-                    linestyle="",
-                    markersize=4,
-                    label=shown(test.removeprefix("eval/")),
-                )
-                for test, marker in sets.items()
-            ]
-            axis.legend(handles=dots, fontsize=7, loc="upper left")
+    methods = {method_of(name): color for name, color in colors.items()}
     if len(methods) > 1:  # colours mean the same in all panels
-        lines = [
-            Line2D([], [], color=colors[i % len(colors)], label=shown(method))
-            for i, method in enumerate(methods)
-        ]
+        lines = [Line2D([], [], color=c, label=shown(method)) for method, c in methods.items()]
         figure.legend(handles=lines, loc="outside lower center", ncols=min(len(lines), 7))
     save(figure, out)
 
 
 def draw_time(history: list[dict], out: Path) -> None:
-    """Where the time of each step went (metrics.Stopwatch), evaluations left out, and the share of each phase in the whole, saved as PNG."""
+    """The time of each step by phase without evaluations, and each phase's share, saved as PNG."""
     records = [record for record in history if "loss" in record]
-    phases = list(
-        dict.fromkeys(
-            key
-            for record in records
-            for key in record
-            if key.startswith("seconds/") and key != "seconds/evaluation"
-        )
-    )
-    totals = {phase: sum(record.get(phase, 0.0) for record in records) for phase in phases}
+    totals: dict[str, float] = {}  # by phase
+    for record in records:
+        for key, seconds in record.items():
+            if key.startswith("seconds/") and key != "seconds/evaluation":
+                totals[key] = totals.get(key, 0.0) + seconds
     figure, axis = plt.subplots(figsize=(10, 5), layout="constrained")
-    below = [0.0] * len(records)
-    for i, phase in enumerate(sorted(phases, key=totals.get, reverse=True)):
+    steps, below = [record["step"] for record in records], [0.0] * len(records)
+    for i, phase in enumerate(sorted(totals, key=totals.get, reverse=True)):
         heights = [record.get(phase, 0.0) for record in records]
         share = 100 * totals[phase] / max(sum(totals.values()), 1e-9)
-        axis.bar(
-            [record["step"] for record in records],
-            heights,
-            1.0,
-            below,
-            label=f"{phase.removeprefix('seconds/')} {share:.1f} %",
-            color=plt.cm.tab20(i % 20),
-        )
+        label = f"{phase.removeprefix('seconds/')} {share:.1f} %"
+        axis.bar(steps, heights, 1.0, below, label=label, color=plt.cm.tab20(i % 20))
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axis.set(
         title="where a step's time goes, in the first process", xlabel="step", ylabel="seconds"
     )
-    if phases:
+    if totals:
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     save(figure, out)
 
 
 def draw_run(file: Path, name: str) -> None:
-    """A run's own pictures, beside its metrics so far. Never ends the run: it is worth more than its pictures."""
+    """A run's own pictures, beside its metrics. An error is reported and does not end the run."""
     try:
         draw_both(file, name)
     except Exception as error:

@@ -1,10 +1,13 @@
-"""This process among all of a run's: which share of the work is its own, and how the shares come together (torchrun, DDP, FSDP2).
+"""The processes of a run: which shard of the work is this one's, and how results come together.
 
-    ddp     every process has the whole model, its gradients and its optimizer; gradients are averaged in the last backward pass of a batch
-    fsdp    every process has its share of each: a parameter is gathered where a layer computes with it, and given up again
+    ddp     every process holds the whole model, its gradients and its optimizer; gradients are
+            averaged in the last backward pass of a batch
+    fsdp    every process holds a shard of each (FSDP2); a layer's parameters are gathered while it
+            computes, and freed again
 
-Both give the gradient of one process with the whole batch. With fsdp every forward and backward pass is one of all processes together:
-they have to make equally many. Weights, gradients and optimizer are float32 in both.
+Both give the gradient of one process with the whole batch. With fsdp all processes take part in
+every forward and backward pass, so they must make equally many. Weights, gradients and optimizer
+are float32 in both.
 """
 
 import os
@@ -25,7 +28,7 @@ from training.console import UserError
 
 @dataclass
 class World:
-    """This process among all of them: one without torchrun, else one per GPU (nccl), or on CPUs (gloo)."""
+    """This process among all: alone, or under torchrun one per GPU (nccl) or on CPUs (gloo)."""
 
     rank: int
     size: int
@@ -33,90 +36,83 @@ class World:
 
     @classmethod
     def join(cls, device: str) -> "World":
-        rank, size, local = (
-            int(os.environ.get(name, default))
-            for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        rank = int(os.environ.get("RANK", 0))
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        gpu = int(os.environ.get("LOCAL_RANK", 0))
         cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-        if cuda and local >= torch.cuda.device_count():
+        if cuda and gpu >= torch.cuda.device_count():
             raise UserError(
-                f"process {local + 1} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node"
+                f"process {gpu + 1} of this machine finds {torch.cuda.device_count()} GPUs: "
+                "lower --nproc_per_node"
             )
         if cuda:
-            torch.cuda.set_device(local)
+            torch.cuda.set_device(gpu)
             # cuDNN's attention is tried first on an H100, and plans anew for each shape; ours
             # change with every micro-batch.
             torch.backends.cuda.enable_cudnn_sdp(False)
-        if size > 1:  # no process waits for ever for one that died
+        if size > 1:  # the timeout: no process waits forever for one that died
             dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
-        return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+        return cls(rank, size, torch.device("cuda", gpu) if cuda else torch.device("cpu"))
 
     def place(
         self, policy: torch.nn.Module, parallel: str = "ddp", bf16: bool = False
     ) -> torch.nn.Module:
-        """The policy on this process's device: the whole of it, or with "fsdp" this process's share of every parameter (the same object).
+        """The policy on this process's device: all of it, or with "fsdp" a shard of each parameter.
 
-        What is gathered at a time: a layer of the language model, a block of the vision tower, or all the rest (embeddings, LM head), which
-        `Policy.forward` needs as a whole. bf16: on a GPU parameters are gathered in bfloat16, and gradients summed in float32. Inputs of layers
-        are left as they are: the vision tower's rotary angles must not be rounded. A single process has nothing to share.
+        Returns the same object. FSDP gathers at a time a layer of the language model, a block of
+        the vision tower, or all the rest (embeddings, LM head), which `Policy.forward` needs as a
+        whole. bf16: on a GPU parameters are gathered in bfloat16, and gradients summed in float32.
+        Inputs of layers are not cast: the vision tower's rotary angles must not be rounded.
         """
         if parallel == "ddp" or self.size == 1:
             return policy.to(self.device)
-        mesh = init_device_mesh(self.device.type, (self.size,))
-        half = (
-            dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if bf16 and self.device.type == "cuda"
-            else {}
-        )
-        # Nothing stays gathered after a forward pass without gradients: the next optimizer step would make it stale.
+        half = {}
+        if bf16 and self.device.type == "cuda":
+            half = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         how = dict(
-            mesh=mesh,
+            mesh=init_device_mesh(self.device.type, (self.size,)),
             mp_policy=MixedPrecisionPolicy(**half, cast_forward_inputs=False),
+            # Else parameters gathered in a pass without gradients are stale after the next step.
             reshard_after_forward=True,
         )
         for block in [*policy.model.model.language_model.layers, *policy.model.model.visual.blocks]:
-            fully_shard(
-                block, **how
-            )  # moves it to the device: there is never more than a block there in whole
+            fully_shard(block, **how)  # moves it to the device: never more than one whole block
         fully_shard(policy, **how)
-        fully_shard.state(
-            policy
-        )._lazy_init()  # or the first layer that `generate` calls would take itself for the root
+        # Now, or the first layer that `generate` calls would take itself for the root.
+        fully_shard.state(policy)._lazy_init()
         return policy
 
     def data_parallel(self, policy: torch.nn.Module) -> torch.nn.Module:
-        """A placed policy as this process trains it: its gradients are the mean over the processes."""
+        """A placed policy as it is trained: its gradients are the mean over the processes."""
         if self.size == 1 or isinstance(policy, FSDPModule):
             return policy
         for parameter in policy.parameters():
-            if (
-                parameter.requires_grad
-            ):  # DDP takes what is there into its buckets; this 0 has no memory
+            if parameter.requires_grad:  # DDP copies it into its buckets; this 0 has no memory
                 parameter.grad = parameter.new_zeros(()).expand_as(parameter)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # PyTorch 2.13 has another name for broadcast_buffers, 2.11 does not know it
+            # PyTorch 2.13 renames broadcast_buffers; 2.11 does not know the new name.
+            warnings.simplefilter("ignore", FutureWarning)
+            # gradient_as_bucket_view: no second copy of the gradients.
             return DistributedDataParallel(
                 policy, broadcast_buffers=False, gradient_as_bucket_view=True
-            )  # no second copy of the gradients
+            )
 
-    def mine(self, items: list) -> list:
-        """This process's share of a list; shares differ by one at most."""
+    def shard(self, items: list) -> list:
+        """This process's shard of a list; shards differ in length by one at most."""
         return items[self.rank :: self.size]
 
     def gather(self, items: list) -> list:
-        """Every process's share, back in the order of the whole list."""
+        """The list of which `items` is this process's shard, in all processes."""
         if self.size == 1:
             return items
-        shares = [None] * self.size
-        dist.all_gather_object(shares, items)
-        whole = [None] * sum(map(len, shares))
-        for rank, share in enumerate(shares):
-            whole[rank :: self.size] = share
-        return whole
+        shards = [None] * self.size
+        dist.all_gather_object(shards, items)
+        gathered = [None] * sum(map(len, shards))
+        for rank, shard in enumerate(shards):
+            gathered[rank :: self.size] = shard
+        return gathered
 
-    def agree(self, value):
+    def broadcast(self, value):
         """The first process's value."""
         values = [value]
         if self.size > 1:
@@ -124,14 +120,17 @@ class World:
         return values[0]
 
     def first(self, action):
-        """What action() returns in the first process, which alone calls it; all raise the UserError that it raises there."""
+        """Calls action() in the first process only, and returns its result in all.
+
+        All processes raise the UserError that it raises there.
+        """
         result, problem = None, None
         if self.rank == 0:
             try:
                 result = action()
             except UserError as error:
                 problem = str(error)
-        result, problem = self.agree((result, problem))
+        result, problem = self.broadcast((result, problem))
         if problem:
             raise UserError(problem)
         return result
@@ -142,19 +141,18 @@ class World:
             dist.destroy_process_group()
 
 
-# ---------------------------------------------------------------------------------------------- what DDP and FSDP do differently
+# ------------------------------------------------------------------------------------- gradients
 
 
 def accumulating(learner: torch.nn.Module, last: bool):
-    """The context of a forward and backward pass, of which a batch has several.
+    """The context of one of a batch's forward and backward passes.
 
-    DDP waits with averaging for the last. FSDP does not: what it would keep until then are whole gradients, all that it saves.
+    DDP averages gradients only in the last. FSDP does in each: to wait it would have to keep whole
+    gradients, and they are what it saves.
     """
-    return (
-        learner.no_sync()
-        if isinstance(learner, DistributedDataParallel) and not last
-        else nullcontext()
-    )
+    if isinstance(learner, DistributedDataParallel) and not last:
+        return learner.no_sync()
+    return nullcontext()
 
 
 def keeps_gradients(policy: torch.nn.Module) -> bool:
@@ -164,33 +162,37 @@ def keeps_gradients(policy: torch.nn.Module) -> bool:
 
 
 def clear_gradients(learner: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Gives their memory back, or with DDP sets them to 0 where they are.
+    """Frees the gradients, or with DDP sets them to 0 in place.
 
-    Had DDP none, a backward pass that does not average yet would make new ones outside of its
-    buckets: 4 bytes a parameter more.
+    If DDP's were freed, a backward pass that does not average yet would make new ones outside of
+    its buckets: 4 bytes a parameter more.
     """
     optimizer.zero_grad(set_to_none=not isinstance(learner, DistributedDataParallel))
 
 
 def clip_gradients(policy: torch.nn.Module, limit: float) -> float:
-    """Scales the gradient to this norm at most; returns the norm before, of the whole gradient."""
-    return float(whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)))
+    """Scales the gradient to this norm at most. Returns the norm of the full gradient before."""
+    return float(full(torch.nn.utils.clip_grad_norm_(policy.parameters(), limit)))
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of which each process has a share, in all of them; any other as it is."""
+# ----------------------------------------------------------------------------- shards of a policy
+
+
+def full(tensor: torch.Tensor) -> torch.Tensor:
+    """A sharded tensor gathered in all processes; any other as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def own(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process has of it."""
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """The local shard of a tensor; one that is not sharded as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def unshard(policy: torch.nn.Module) -> None:
-    """Gathers all parameters until `reshard`, so that each process may call the model as often as it likes. Does nothing without FSDP.
+    """Gathers all parameters until `reshard`, so that each process can call the model on its own.
 
-    Meanwhile they are copies in the dtype of the computation, not those that the optimizer knows.
+    Until then the parameters are copies in the dtype of the computation, not those that the
+    optimizer updates. Does nothing without FSDP.
     """
     for module in policy.modules():
         if isinstance(module, FSDPModule):
@@ -199,41 +201,52 @@ def unshard(policy: torch.nn.Module) -> None:
 
 
 def reshard(policy: torch.nn.Module) -> None:
-    """Back to this process's share of every parameter."""
+    """Frees the gathered parameters; each process keeps its shard."""
     for module in policy.modules():
         if isinstance(module, FSDPModule):
             module.set_reshard_after_forward(True, recurse=False)
             module.reshard()
 
 
-def weights_of(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
-    """The model's parameters by name, tied ones once, `collected`. RuntimeError while they are gathered: those are copies, on a GPU rounded ones."""
+def full_weights(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """`full_state` of the model's parameters by name, tied ones once.
+
+    RuntimeError while they are gathered: those are copies, on a GPU rounded ones.
+    """
     parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-    if isinstance(policy, FSDPModule) and not all(
-        isinstance(parameter, DTensor) for parameter in parameters.values()
-    ):
+    sharded = all(isinstance(parameter, DTensor) for parameter in parameters.values())
+    if isinstance(policy, FSDPModule) and not sharded:
         raise RuntimeError("the policy is gathered for rollouts: reshard it first")
-    return collected(parameters, rank)
+    return full_state(parameters, rank)
 
 
-def collected(state, rank: int):
-    """A state dict with whole tensors in the memory of the first process's machine, gathered one at a time; without FSDP as it is."""
+def full_state(state, rank: int):
+    """A state dict with full tensors on the first process's CPU, gathered one by one.
+
+    None in the place of tensors in the other processes. Without FSDP the state as it is.
+    """
     if isinstance(state, dict):
-        return {name: collected(value, rank) for name, value in state.items()}
+        return {name: full_state(value, rank) for name, value in state.items()}
     if not isinstance(state, DTensor):
         return state
-    full = state.full_tensor()
-    return full.cpu() if rank == 0 else None
+    tensor = state.full_tensor()
+    return tensor.cpu() if rank == 0 else None
 
 
-def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """The state dict of an optimizer as `restore` reads it, with this process's share of what
-    belongs to a parameter that is shared out.
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    parameters = []
+    for group in optimizer.param_groups:
+        parameters += group["params"]
+    return parameters
 
-    What stays in the machine's memory is copied: a view would keep the mapped file on the disk when
-    a newer checkpoint has replaced it.
+
+def sharded_state(state: dict, optimizer: torch.optim.Optimizer) -> dict:
+    """An optimizer's full state dict, with the local shard of what belongs to a sharded parameter.
+
+    What stays in the machine's memory is copied: a view would keep the mapped file on the disk
+    after a newer checkpoint has replaced it.
     """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    parameters = parameters_of(optimizer)
     for i, values in state["state"].items():
         parameter = parameters[i]
         for name, value in values.items():
@@ -246,13 +259,16 @@ def shared_out(state: dict, optimizer: torch.optim.Optimizer) -> dict:
     return state
 
 
+# ------------------------------------------------------------------------------------- numerics
+
+
 def autocast(device: torch.device, bf16: bool):
-    """bfloat16 on a GPU, if asked for, with weights that stay float32: for rollouts and scores alike, or they disagree."""
+    """bfloat16 on a GPU, if wanted, with float32 weights. Rollouts and scores must use the same."""
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16 and device.type == "cuda")
 
 
 def deterministic(world: World) -> None:
-    """On CPUs: else threads add up the gradients of one tensor in whatever order they come."""
+    """On CPUs sums are made in a fixed order, however many threads share them."""
     if world.device.type == "cpu":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False

@@ -1,8 +1,8 @@
-"""A model's directory in Hugging Face layout, read as the stranger's files that they are.
+"""A model's directory in Hugging Face layout, read as a stranger's files.
 
-Code that comes with a model is never run (`auto_map`, pickled weights), nothing is allocated that
-its weights do not fill, and what would fail later, when a checkpoint is written, fails here: each
-in one line, by a ValueError.
+Code that comes with a model is never run (`auto_map`, pickled weights), no memory is allocated that
+its weights do not fill, and what would fail when a checkpoint is written fails here: each is a
+ValueError of one line.
 
     directory = directory_of("Qwen/Qwen2-VL-2B-Instruct")   # downloads; a directory is itself
     config = read_config(directory)
@@ -52,16 +52,8 @@ OBJECTS = (
 )
 MOST_LAYERS = 1000  # a list as long is made before anything else is known of a model
 NUMBERS = ("F64", "F32", "F16", "BF16")  # safetensors' names
-SAMPLING = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "top_h",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-)
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p")
+SAMPLING += ("epsilon_cutoff", "eta_cutoff")
 
 
 def one_line(error: Exception, width: int = 240) -> str:
@@ -315,27 +307,26 @@ def writable(generation: GenerationConfig) -> None:
         generation.to_json_string()
 
 
-# ---------------------------------------------------------------------------------------- without weights
+# -------------------------------------------------------------------------------- without weights
 
 
 def published(size: str) -> Qwen2VLConfig:
-    """Qwen2-VL-2B or 7B, by the config.json of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2-VL-7B-Instruct."""
+    """Qwen2-VL-2B or 7B, as the config.json of Qwen/Qwen2-VL-2B-Instruct or 7B-Instruct has it."""
     hidden, intermediate, heads, key_heads, words = {
         "2B": (1536, 8960, 12, 2, 151936),
         "7B": (3584, 18944, 28, 4, 152064),
     }[size]
-    text = dict(hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=28, num_attention_heads=heads, num_key_value_heads=key_heads,
-                vocab_size=words, max_position_embeddings=32768)  # fmt: skip
-    vision = dict(
-        depth=32,
-        embed_dim=1280,
+    text = dict(
         hidden_size=hidden,
-        num_heads=16,
-        mlp_ratio=4,
-        patch_size=14,
-        spatial_merge_size=2,
-        temporal_patch_size=2,
+        intermediate_size=intermediate,
+        num_hidden_layers=28,
+        num_attention_heads=heads,
+        num_key_value_heads=key_heads,
+        vocab_size=words,
+        max_position_embeddings=32768,
     )
+    vision = dict(depth=32, embed_dim=1280, hidden_size=hidden, num_heads=16, mlp_ratio=4)
+    vision |= dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "2B")
 
 

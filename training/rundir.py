@@ -1,4 +1,19 @@
-"""TODO training.rundir"""
+"""A run's directory: what a run leaves behind.
+
+runs/NAME/config.json          every setting of the run
+          metrics.jsonl        one line a step
+          samples.jsonl        some whole groups of each step: question and every action with its
+                               source, reward and advantage, and whether it was kept
+          left_out.jsonl       records of Reason-RFT-CoT that cannot be used, and why
+          curves.png, time.png drawn from metrics.jsonl (curves.py)
+          checkpoint-000060/   the model in Hugging Face layout and trainer.pt: the optimizer's
+                               state, the step, the number of processes and of threads
+          model                a link to the newest complete checkpoint, or a copy of its model
+                               if the file system has no links
+          lock                 held by the process that writes here
+"""
+
+from __future__ import annotations
 
 import dataclasses
 import json
@@ -6,13 +21,14 @@ import os
 import sys
 from datetime import datetime
 from pathlib import Path
-
-from tqdm import tqdm
+from typing import TYPE_CHECKING
 
 from training import storage
 from training.console import UserError
-from training.distributed import World
 from training.storage import write_aside, writing
+
+if TYPE_CHECKING:  # PyTorch: seconds, which programs that load no model do without
+    from training.distributed import World
 
 
 def must_be_new(path: Path) -> None:
@@ -28,7 +44,7 @@ def must_be_new(path: Path) -> None:
 
 
 def create(root: str, name: str, config: dict) -> Path:
-    """Makes the directory of a new run and writes its settings. UserError if it exists or cannot be written."""
+    """Makes a new run's directory and writes its settings. UserError if it exists or cannot."""
     path = Path(root) / name
     must_be_new(path)
     try:
@@ -58,9 +74,9 @@ BUSY = "wait until that run has ended, or stop it first"
 def open_run(
     config, resume: Path | None, world: World, lines: list[str], left_out: list[dict]
 ) -> Path:
-    """Makes the directory of a new run, which nobody else writes into meanwhile, and tells what of the sets cannot be used.
+    """The directory of this run. A new one is made, held, and says which records cannot be used.
 
-    lines, left_out: as data.sets.reports returns them.
+    lines, left_out: as `data.sets.reports` returns them.
     """
 
     def make() -> Path:
@@ -76,33 +92,6 @@ def open_run(
 
 
 def take(resume: Path | None, world: World) -> None:
-    """Keeps other processes out of a run that is resumed. UserError if one is at it."""
+    """Keeps other programs out of a run that is resumed. UserError if one is writing there."""
     if resume:
         world.first(lambda: storage.hold(resume, BUSY))
-
-
-def log(path: Path, records: list[dict], groups: list[dict], bar: tqdm, world: World) -> None:
-    """Writes the step's records, in the first process, and moves the bar."""
-    if world.rank > 0:
-        return
-    storage.append(path / "metrics.jsonl", records)
-    if groups:
-        storage.append(path / "samples.jsonl", groups)
-    for record in records:
-        if evaluated := {
-            name.removeprefix("eval/"): f"{100 * value:.1f}"
-            for name, value in record.items()
-            if name.startswith("eval/")
-        }:
-            bar.write(
-                f"step {record['step']}: greedy accuracy "
-                + "  ".join(f"{name} {value}" for name, value in evaluated.items())
-            )
-        if "reward" in record:
-            bar.set_postfix({
-                "reward": f"{record['reward']:.2f}", "accuracy": f"{record['accuracy']:.2f}",
-                "experts": f"{record['expert_share']:.2f}", "dead": f"{record['dead_groups']:.2f}", "kl": f"{record['kl']:.2f}",
-            }, refresh=False)  # fmt: skip
-        elif "loss" in record:
-            bar.set_postfix({"loss": f"{record['loss']:.3f}"}, refresh=False)
-        bar.update(int("loss" in record))

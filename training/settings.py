@@ -1,7 +1,7 @@
-"""Settings of a training run: documented dataclasses whose fields are the command line's flags, and presets of them.
+"""Settings of a training run: dataclasses whose fields are the flags of the command line; presets.
 
-`Settings` holds what every training program has; ekipl.py and sft.py add their own fields. A field's type, default and help are those of
-its flag, so that --help, config.json and the code cannot disagree.
+`Settings` holds what every training program has; ekipl.py and sft.py add their own. The type,
+default and help of a field are those of its flag, so --help, config.json and the code agree.
 """
 
 import argparse
@@ -10,22 +10,19 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from training import rundir
 from training.console import Parser, UserError
 
 CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
 TASKS = ("counting", "structure", "transformation")
 ROLLOUTS = ("auto", "vllm", "transformers")
-MOST = 10**8  # of whatever is counted: more states than that have no room in the order of a run
+MOST = 10**8  # of any count: the order of more states than that does not fit into memory
 
 
 def place_of(model: str) -> str:
     """The directory or hub id that --model means: "tiny" comes with this code."""
-    return (
-        str(Path(__file__).resolve().parents[1] / "blocks" / "tiny") if model == "tiny" else model
-    )
+    tiny = Path(__file__).resolve().parents[1] / "blocks" / "tiny"
+    return str(tiny) if model == "tiny" else model
 
 
 def option(default, help: str, choices: tuple = ()):
@@ -34,70 +31,64 @@ def option(default, help: str, choices: tuple = ()):
 
 @dataclass
 class Settings:
-    """What every training run has to know. Each field is a flag of the command line; a preset sets several."""
+    """What every training run has to know. A preset sets several."""
 
     preset: str = option("blocks", "settings to start from; other flags change them")
     name: str = option("", "the run's directory under --runs (default: the preset, date and time)")
     runs: str = option("runs", "where run directories are made")
     plan: str = option(
         "",
-        "starts nothing: prints what memory a GPU needs, and whether it fits; GB of a GPU, or GBxGPUS, such as 80x8",
+        "start nothing, print the memory that a GPU needs and whether it fits: GB of a GPU, or "
+        "GBxGPUS, such as 80x8",
     )
     seed: int = option(0, "of everything random: questions, order, sampling")
     # what is trained, on what
     model: str = option(
         "tiny",
-        "what to start from: a directory in Hugging Face layout or a hub id; 'tiny' comes with this code",
+        "what to start from: a directory in Hugging Face layout or a hub id; 'tiny' comes with "
+        "this code",
     )
     data: str = option(
         "blocks",
-        "questions: 'blocks' (the blocks world), 'reason-rft' (Reason-RFT-CoT, downloaded), or a directory with a copy of the latter",
+        "questions: 'blocks' (the blocks world), 'reason-rft' (Reason-RFT-CoT, downloaded), or a "
+        "directory with a copy of the latter",
     )
     data_cache: str = option(
-        CACHE, "where 'reason-rft' is downloaded to, and where it is kept which images were checked"
+        CACHE, "where 'reason-rft' is downloaded to, with a list of the images that were checked"
     )
     task: str = option("counting", "the task", TASKS)
     states: int = option(
-        3840,
-        "questions in the training set of the blocks world (Reason-RFT-CoT has its own number)",
+        3840, "questions in the blocks world's training set (Reason-RFT-CoT has its own number)"
     )
-    skip: int = option(
-        0,
-        "leave out the first so many questions of the training set: another stage has learnt from them",
-    )
+    skip: int = option(0, "leave out the first questions, which another stage has learnt from")
     fraction: float = option(
         1.0,
-        "share of the training set (less --skip) that is used; a smaller share is part of a larger one",
+        "share of the training set (less --skip) to use; smaller shares are parts of larger ones",
     )
     limit: int = option(0, "use at most so many questions of the training set; 0: all")
     epochs: int = option(1, "passes over the training set")
-    min_pixels: int = option(0, "enlarge pictures to at least so many pixels; 0: as the model says")
-    max_pixels: int = option(0, "shrink pictures to at most so many pixels; 0: as the model says")
+    min_pixels: int = option(0, "enlarge pictures to at least so many pixels; 0: the model's limit")
+    max_pixels: int = option(0, "shrink pictures to at most so many pixels; 0: the model's limit")
     max_new_tokens: int = option(80, "length limit of a response, in tokens")
     # the optimizer
     batch_size: int = option(64, "states a step, over all processes")
     micro_batch: int = option(
-        16,
-        "states per forward pass of a process; smaller needs less memory, the gradient is the same",
+        16, "states a forward pass of a process; fewer need less memory, the gradient is the same"
     )
     lr: float = option(5e-4, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     warmup: float = option(0.05, "share of the steps in which the learning rate rises")
-    warmup_steps: int = option(
-        0, "number of steps in which it rises, whatever that share is; 0: --warmup's share"
-    )
+    warmup_steps: int = option(0, "number of steps in which it rises; 0: --warmup's share")
     weight_decay: float = option(0.0, "of AdamW")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     freeze_vision: bool = option(
-        False,
-        "leave the vision tower and its projector as they are: the language model alone learns",
+        False, "train the language model only, not the vision tower and its projector"
     )
     # the machine
-    device: str = option(
-        "auto", "where to compute; auto is a GPU if there is one", ("auto", "cpu", "cuda")
-    )
+    device: str = option("auto", "where to compute; auto: a GPU if any", ("auto", "cpu", "cuda"))
     parallel: str = option(
         "ddp",
-        "under torchrun each process has the whole model (ddp), or its share of model, gradients and optimizer (fsdp): for 7B",
+        "under torchrun: each process holds the whole model (ddp), or a shard of model, gradients "
+        "and optimizer (fsdp), for 7B",
         ("ddp", "fsdp"),
     )
     rollout: str = option(
@@ -109,8 +100,7 @@ class Settings:
         0.0, "share of the GPU that vLLM may take while it generates; 0: what training will leave"
     )
     max_model_len: int = option(
-        0,
-        "vLLM's limit for prompt and response, in tokens; 0: from the pixel limits and --max-new-tokens",
+        0, "vLLM's limit for prompt and response, in tokens; 0: what the longest question needs"
     )
     bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
     gradient_checkpointing: bool = option(
@@ -119,7 +109,8 @@ class Settings:
     # what is measured and kept
     eval_every: int = option(
         20,
-        "greedy evaluation on the task's test sets every so many steps, and before the first and after the last; 0: never",
+        "greedy evaluation on the task's test sets every so many steps, before the first and after "
+        "the last; 0: never",
     )
     eval_states: int = option(200, "questions of each test set in an evaluation")
     save_every: int = option(
@@ -129,6 +120,14 @@ class Settings:
     @property
     def steps(self) -> int:
         return self.states * self.epochs // self.batch_size
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, ends with an evaluation."""
+        return bool(self.eval_every) and (step % self.eval_every == 0 or step == self.steps)
+
+    def saves_after(self, step: int) -> bool:
+        """Whether a step, counted from 1, ends with a checkpoint."""
+        return step == self.steps or (bool(self.save_every) and step % self.save_every == 0)
 
     @property
     def start(self) -> str:
@@ -142,145 +141,158 @@ class Settings:
 
 
 def presets(paper) -> dict[str, dict]:
-    """By name: the blocks world's tasks, and paper(task, size), the paper's settings for Reason-RFT-CoT."""
-    return {
+    """By name: the blocks world's tasks, and paper(task, size), the paper's for Reason-RFT-CoT."""
+    named = {
         "blocks": {},
         "blocks-structure": {"task": "structure", "max_new_tokens": 48},
         "blocks-transformation": {"task": "transformation", "max_new_tokens": 96},
-        **{f"{task}-{size.lower()}": paper(task, size) for task in TASKS for size in ("2B", "7B")},
     }
+    for task in TASKS:
+        for size in ("2B", "7B"):
+            named[f"{task}-{size.lower()}"] = paper(task, size)
+    return named
 
 
-def parse(
-    kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]
-) -> tuple[Settings, Path | None]:
-    """The settings that the command line asks for, and the run to resume if it does. UserError for what cannot be read."""
+# ------------------------------------------------------------------------------- the command line
 
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def parser_of(kind: type[Settings], presets: dict[str, dict], about: str) -> Parser:
+    """A command line with a flag for each field."""
     parser = Parser(description=about, allow_abbrev=False)
     parser.add_argument(
         "--resume", metavar="RUN", help="go on with an earlier run, with its own settings"
     )
     for setting in dataclasses.fields(kind):
-        flag, text, choices = (
-            "--" + setting.name.replace("_", "-"),
-            setting.metadata["help"],
-            setting.metadata["choices"],
-        )
-        choices = tuple(presets) if setting.name == "preset" else choices
-        text = f"{text} (default: {setting.default})" if setting.default != "" else text
+        choices = tuple(presets) if setting.name == "preset" else setting.metadata["choices"]
+        text = setting.metadata["help"]
+        if setting.default != "":
+            text += f" (default: {setting.default})"
+        kinds = dict(type=setting.type, choices=choices or None)
         if setting.type is bool:
-            parser.add_argument(
-                flag, action=argparse.BooleanOptionalAction, default=None, help=text
-            )
-        else:
-            parser.add_argument(
-                flag, type=setting.type, choices=choices or None, default=None, help=text
-            )
-    given = {
-        name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None
-    }
+            kinds = dict(action=argparse.BooleanOptionalAction)
+        parser.add_argument(flag(setting.name), default=None, help=text, **kinds)
+    return parser
 
+
+def parse(
+    kind: type[Settings], presets: dict[str, dict], about: str, argv: list[str]
+) -> tuple[Settings, Path | None]:
+    """The settings that the command line asks for, and the run to resume if there is one.
+
+    UserError for what cannot be read.
+    """
+    arguments = vars(parser_of(kind, presets, about).parse_args(argv))
+    given = {name: value for name, value in arguments.items() if value is not None}
     if (resume := given.pop("resume", None)) is not None:
         if given:
             raise UserError(
-                f"--resume goes on with the run's own settings: leave out --{next(iter(given)).replace('_', '-')}"
+                f"--resume goes on with the run's own settings: leave out {flag(next(iter(given)))}"
             )
-        stored = rundir.read_config(Path(resume))
-        fields = dataclasses.fields(kind)
-        known = {setting.name for setting in fields}
-        if not {"model", "seed", "states"} <= set(stored) <= known:
-            raise UserError(
-                f"{resume} was made by another program or another version of this one: "
-                "its settings have other names"
-            )
-        # A setting that an older version did not have: its default is what that version did.
-        stored = {setting.name: setting.default for setting in fields} | stored
-        for setting in fields:
-            value, choices = stored[setting.name], setting.metadata["choices"]
-            kinds = (int, float) if setting.type is float else (setting.type,)
-            if type(value) not in kinds or (choices and value not in choices):
-                raise UserError(f"{resume}/config.json: {setting.name} cannot be {value!r}")
-        return kind(**stored), Path(resume)
+        return stored_settings(kind, Path(resume)), Path(resume)
     preset = given.get("preset", kind.preset)
     names = {setting.name for setting in dataclasses.fields(kind)}  # a program may know fewer
     chosen = {name: value for name, value in presets[preset].items() if name in names}
     return kind(**{**chosen, **given, "preset": preset}), None
 
 
-def check(config: Settings, world: int, resuming: bool) -> None:
-    """UserError for settings that cannot work in any program, before anything is loaded."""
-    must(config, 1, "states", "epochs", "batch_size", "micro_batch", "max_new_tokens")
-    must(
-        config,
-        0,
-        "skip",
-        "limit",
-        "min_pixels",
-        "max_pixels",
-        "warmup",
-        "warmup_steps",
-        "weight_decay",
-        "gpu_memory_utilization",
-        "max_model_len",
-        "eval_every",
-        "eval_states",
-        "save_every",
-    )
-    above_zero(config, "lr", "max_grad_norm")
-    if config.gpu_memory_utilization >= 1:
-        raise UserError("--gpu-memory-utilization is a share of the GPU, below 1")
-    if config.warmup > 1:
-        raise UserError("--warmup is a share of the steps, at most 1")
-    if not 0 < config.fraction <= 1:
+def stored_settings(kind: type[Settings], run: Path) -> Settings:
+    """The settings of an earlier run, from its config.json. UserError if it is of another kind."""
+    stored = rundir.read_config(run)
+    fields = dataclasses.fields(kind)
+    known = {setting.name for setting in fields}
+    if not {"model", "seed", "states"} <= set(stored) <= known:
         raise UserError(
-            f"--fraction is a share of the training set, above 0 and at most 1, not {config.fraction}"
+            f"{run} was made by another program or another version of this one: "
+            "its settings have other names"
         )
-    if config.max_pixels and config.min_pixels > config.max_pixels:
-        raise UserError(
-            f"--min-pixels {config.min_pixels} is more than --max-pixels {config.max_pixels}"
-        )
-    if config.eval_every and config.eval_states < world:
-        raise UserError(
-            f"--eval-states must be at least 1 for each of {world} processes; --eval-every 0 evaluates never"
-        )
-    if config.batch_size < world:
-        raise UserError(
-            f"--batch-size {config.batch_size} leaves some of {world} processes without a state"
-        )
-    if config.parallel == "fsdp" and config.batch_size % world:
-        raise UserError(
-            f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {config.batch_size}"
-        )
-    if config.states * config.epochs > MOST:
-        raise UserError(f"--states times --epochs must be at most {MOST}")
-    if config.data == "blocks" and config.steps < 1:
-        raise UserError(
-            f"{config.states} states x {config.epochs} epochs are less than one batch of {config.batch_size}"
-        )
-    if config.name and not resuming:
-        rundir.must_be_new(Path(config.runs) / config.name)
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda, but PyTorch sees no GPU here")
+    # A setting that an older version did not have: its default is what that version did.
+    stored = {setting.name: setting.default for setting in fields} | stored
+    for setting in fields:
+        value, choices = stored[setting.name], setting.metadata["choices"]
+        kinds = (int, float) if setting.type is float else (setting.type,)
+        if type(value) not in kinds or (choices and value not in choices):
+            raise UserError(f"{run}/config.json: {setting.name} cannot be {value!r}")
+    return kind(**stored)
+
+
+# ---------------------------------------------------------------------------------------- checks
+
+
+def must(config: Settings, least: int, *names: str) -> None:
+    """UserError for a setting that is less than `least`, or beyond any machine, or no number."""
+    for name in names:
+        value = getattr(config, name)
+        if MOST < value < math.inf:
+            raise UserError(f"{flag(name)} must be at most {MOST}")
+        if not least <= value < math.inf:
+            bound = "at least 1" if least else "0 or above"
+            raise UserError(f"{flag(name)} must be {bound}, not {value}")
 
 
 def above_zero(config: Settings, *names: str) -> None:
     """UserError for a setting that is not above 0, or no number."""
     for name in names:
         if not 0 < getattr(config, name) < math.inf:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be above 0, not {getattr(config, name)}"
-            )
+            raise UserError(f"{flag(name)} must be above 0, not {getattr(config, name)}")
 
 
-def must(config: Settings, least: int, *names: str) -> None:
-    """UserError for a setting that is less than that, or beyond any machine, or no number."""
-    for name in names:
-        if MOST < getattr(config, name) < math.inf:
-            raise UserError(f"--{name.replace('_', '-')} must be at most {MOST}")
-        if not least <= getattr(config, name) < math.inf:
-            raise UserError(
-                f"--{name.replace('_', '-')} must be {'at least 1' if least else '0 or above'}, not {getattr(config, name)}"
-            )
+def check(config: Settings, world: int, resuming: bool) -> None:
+    """UserError for settings that cannot work in any program, before anything is loaded.
+
+    world: the number of processes.
+    """
+    must(config, 1, "states", "epochs", "batch_size", "micro_batch", "max_new_tokens")
+    must(config, 0, "skip", "limit", "min_pixels", "max_pixels", "warmup", "warmup_steps")
+    must(config, 0, "weight_decay", "gpu_memory_utilization", "max_model_len")
+    must(config, 0, "eval_every", "eval_states", "save_every")
+    above_zero(config, "lr", "max_grad_norm")
+    for wrong, message in contradictions(config, world):
+        if wrong:
+            raise UserError(message)
+    if config.name and not resuming:
+        rundir.must_be_new(Path(config.runs) / config.name)
+    if config.device == "cuda":
+        import torch  # seconds, which programs that load no model do without
+
+        if not torch.cuda.is_available():
+            raise UserError("--device cuda, but PyTorch sees no GPU here")
+
+
+def contradictions(config: Settings, world: int) -> list[tuple[bool, str]]:
+    """Mistakes and their messages, each with whether it was made."""
+    size, least, most = config.batch_size, config.min_pixels, config.max_pixels
+    return [
+        (
+            config.gpu_memory_utilization >= 1,
+            "--gpu-memory-utilization is a share of the GPU, below 1",
+        ),
+        (config.warmup > 1, "--warmup is a share of the steps, at most 1"),
+        (
+            not 0 < config.fraction <= 1,
+            f"--fraction is a share of the training set, above 0 and at most 1, not "
+            f"{config.fraction}",
+        ),
+        (0 < most < least, f"--min-pixels {least} is more than --max-pixels {most}"),
+        (
+            config.eval_every > 0 and config.eval_states < world,
+            f"--eval-states must be at least 1 for each of {world} processes; "
+            "--eval-every 0 evaluates never",
+        ),
+        (size < world, f"--batch-size {size} leaves some of {world} processes without a state"),
+        (
+            config.parallel == "fsdp" and size % world > 0,
+            f"--parallel fsdp needs a --batch-size that {world} processes share evenly, not {size}",
+        ),
+        (config.states * config.epochs > MOST, f"--states times --epochs must be at most {MOST}"),
+        (
+            config.data == "blocks" and config.steps < 1,
+            f"{config.states} states x {config.epochs} epochs are less than one batch of {size}",
+        ),
+    ]
 
 
 def learning_rate(config: Settings, step: int) -> float:
@@ -288,6 +300,5 @@ def learning_rate(config: Settings, step: int) -> float:
     warmup = config.warmup_steps or max(1, round(config.warmup * config.steps))
     if step < warmup:
         return config.lr * (step + 1) / warmup
-    return (
-        config.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, config.steps - warmup)))
-    )
+    angle = math.pi * (step - warmup) / max(1, config.steps - warmup)
+    return config.lr * 0.5 * (1 + math.cos(angle))

@@ -1,4 +1,4 @@
-"""TODO training.stopwatch"""
+"""Where a step's time goes, phase by phase."""
 
 import time
 from itertools import pairwise
@@ -7,32 +7,32 @@ import torch
 
 
 class Stopwatch:
-    """Where the time goes, phase by phase. A GPU writes down the time itself when it has come so far: nobody waits for it before `read`."""
+    """Seconds by phase. A GPU records its own times, and nothing waits for it before `read`."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device | None = None):
+        self.cuda = device is not None and device.type == "cuda"
         self.device = device
         self.marks = [("", self._now())]  # the phase that ended, and when
 
     def lap(self, phase: str) -> None:
-        """What has passed since the last call belongs to this phase."""
+        """Gives the time since the last call to this phase."""
         self.marks.append((phase, self._now()))
 
     def read(self) -> dict[str, float]:
         """Seconds by phase since the last reading, for metrics.jsonl."""
-        if self.device.type == "cuda":
+        if self.cuda:
             torch.cuda.synchronize(self.device)
         seconds: dict[str, float] = {}
         for (_, before), (phase, now) in pairwise(self.marks):
+            # CUDA's events count in milliseconds.
+            passed = before.elapsed_time(now) / 1000 if self.cuda else now - before
             name = f"seconds/{phase}"
-            passed = (
-                before.elapsed_time(now) / 1000 if self.device.type == "cuda" else now - before
-            )  # events tell milliseconds
             seconds[name] = seconds.get(name, 0.0) + passed
         self.marks = self.marks[-1:]
         return seconds
 
     def _now(self):
-        if self.device.type != "cuda":
+        if not self.cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))

@@ -1,21 +1,4 @@
-"""A run's directory: what a run leaves behind, and how it goes on after an interruption.
-
-    runs/NAME/config.json          every setting of the run
-              metrics.jsonl        one line a step
-              samples.jsonl        a few whole groups a step: question, every action, its source, reward, advantage, kept or not
-              left_out.jsonl       the records of Reason-RFT-CoT that could not be used, and why (data.py)
-              curves.png, time.png drawn from metrics.jsonl (curves.py)
-              checkpoint-000060/   the model in Hugging Face layout and trainer.pt: the optimizer's state,
-                                   the step, the number of processes and of threads
-              model                a link to the newest complete checkpoint, or where the file system
-                                   has no links a copy of its model
-              lock                 held by the process that writes here
-
-A checkpoint is written aside, synced to the disk and renamed, so that whatever moment the run is killed at, the last complete one
-is whole. All randomness follows from the seed and the step, so weights, optimizer and step are the whole state.
-
-What every program's command line and end have in common stands here too: `Parser`, `command`.
-"""
+"""Files that survive an interruption: locks, whole replacements, JSONL that can be repaired."""
 
 import errno
 import json
@@ -30,35 +13,28 @@ from safetensors import SafetensorError
 
 from training.console import UserError, say, say_once
 
-# ---------------------------------------------------------------------------------------------- the directory
+# By directory: this process's locks, which the system releases when the process dies.
+HELD: dict[Path, FileLock] = {}
 
 
 @contextmanager
 def writing(path: Path):
-    """A full or read-only disk is the user's to mend: UserError."""
+    """UserError if the disk is full or read-only, which only the user can repair."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
-        ) from error
-    except RuntimeError as error:
-        if "PytorchStreamWriter" in str(error) or "inline_container" in str(
-            error
-        ):  # torch.save on a full disk
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot write {path}: {why}") from error
+    except RuntimeError as error:  # torch.save's on a full disk
+        if "PytorchStreamWriter" in str(error) or "inline_container" in str(error):
             raise UserError(f"cannot write {path}: is the disk full?") from error
         raise
 
 
-HELD: dict[
-    Path, FileLock
-] = {}  # by directory: this process's locks, which the system releases when it dies
-
-
 def hold(directory: Path, instead: str) -> None:
-    """Keeps every other process out of a directory until this one lets go of it or ends; it may come back to its own.
+    """Keeps other processes out of a directory until this one lets go of it or ends.
 
-    UserError if another process has it. instead: what the user can do then.
+    UserError if another process holds it. instead: what the user can do then.
     """
     place = directory.resolve()
     if place in HELD:
@@ -78,7 +54,7 @@ def hold(directory: Path, instead: str) -> None:
 
 @contextmanager
 def locked(file: Path):
-    """One process at a time, of all that use this file. UserError where none can be written."""
+    """One process at a time works on this file. UserError where none can be written."""
     with writing(file.parent):
         file.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(f"{file}.lock")
@@ -90,13 +66,13 @@ def locked(file: Path):
 
 
 def let_go(directory: Path) -> None:
-    """Of a directory that this process may hold."""
+    """Ends `hold`, if this process holds the directory."""
     if lock := HELD.pop(directory.resolve(), None):
         lock.release()
 
 
 def write_aside(path: Path, text: str) -> None:
-    """Replaces a file as a whole: whoever reads it sees the old or the new text."""
+    """Replaces a file as a whole: a reader sees the old or the new text, never a part."""
     aside = path.with_name(path.name + ".tmp")
     with open(aside, "w") as file:
         file.write(text)
@@ -106,13 +82,13 @@ def write_aside(path: Path, text: str) -> None:
 
 
 def append(path: Path, records: list[dict]) -> None:
-    """Adds lines of JSON, whole lines only, NaN not allowed."""
+    """Adds lines of JSON. ValueError for NaN."""
     with writing(path), open(path, "a") as file:
         file.write("".join(json.dumps(record, allow_nan=False) + "\n" for record in records))
 
 
 def lines(path: Path) -> Iterator[tuple[bytes, dict | None]]:
-    """Each line of a JSONL file with its record, None where it holds none: something has damaged it.
+    """Each line of a JSONL file with its record, None if the line is damaged.
 
     A last line that an interruption cut short is left out.
     """
@@ -133,7 +109,7 @@ def parsed(line: bytes) -> dict | None:
 
 
 def read(path: Path) -> list[dict]:
-    """The records of a JSONL file. Damaged lines and a last one that an interruption cut short are left out."""
+    """The records of a JSONL file, without damaged lines and a last one that was cut short."""
     records = []
     for number, (_, record) in enumerate(lines(path), 1):
         if record is None:
@@ -144,10 +120,10 @@ def read(path: Path) -> list[dict]:
 
 
 def mend(path: Path, wanted: Callable[[dict], bool]) -> list[dict]:
-    """Leaves the records that are wanted in a JSONL file, in whole lines to append to, and returns them.
+    """Keeps the wanted records of a JSONL file, in whole lines, and returns them.
 
-    Damaged lines are moved to PATH.damaged, and that is told: those that hold no record, or one of
-    which `wanted` raises KeyError or TypeError.
+    Damaged lines, without a record or one of which `wanted` raises KeyError or TypeError, are moved
+    to PATH.damaged, with a message.
     """
     if not path.exists():
         return []
@@ -176,7 +152,7 @@ def forget_after(path: Path, step: int) -> None:
 
 
 def finite(value):
-    """A value of JSON with the name of a number in the place of one that JSON does not know: NaN, Infinity."""
+    """A value for JSON: numbers that JSON does not have (NaN, infinity) become their names."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if isinstance(value, dict):
@@ -184,11 +160,8 @@ def finite(value):
     return [finite(item) for item in value] if isinstance(value, list) else value
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
-
-
 def sync(path: Path) -> None:
-    """Onto the disk, a file's content or a directory's names."""
+    """Writes a file's content or a directory's names to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -129,6 +129,7 @@ class Step:
         self.groups = sampling.total_groups(
             self.states, self.sampler, experts, config.num_samples, 0, 0
         )
+        sampling.give_rewards(self.groups)
         size, baseline, rng = config.group_size, config.advantage, random.Random(0)
         sampling.select(self.groups, size, baseline, "policy_first", config.selection, rng)
 

@@ -68,8 +68,8 @@ def test_the_density_of_a_sampled_action_survives_its_tokens(expert, name, block
             assert (
                 expert.logp(state, action)
                 == math.log(expert.density(state)[sample.text])
-                == sample.logp
-                == action.logp
+                == sample.expert_logp
+                == action.expert_logp
             )
             assert format_reward(action.text) == 1.0
 

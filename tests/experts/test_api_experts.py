@@ -218,14 +218,17 @@ def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(ser
         )
     )
     told, untold = ask(serve().openai), ask(server.openai)
-    assert [sample.logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
-    assert [sample.logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
+    assert [sample.expert_logp for sample in told.sample([STATE], 2)[0]] == [
+        -0.5 * 6
+    ] * 2  # six words
+    assert [sample.expert_logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
         server.bodies
     ) == 2
-    assert [sample.logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [None, None] and len(
-        server.bodies
-    ) == 3
-    own, others = Action([1], "a", told.name, logp=-2.0), Action([1], "a", "policy", logp=None)
+    assert [sample.expert_logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [
+        None,
+        None,
+    ] and len(server.bodies) == 3
+    own, others = Action([1], "a", told.name, expert_logp=-2.0), Action([1], "a", "policy")
     assert told.logp(STATE, own) == -2.0 and told.logp(STATE, others) == -math.inf
 
 
@@ -672,10 +675,10 @@ def test_training_goes_on_without_an_api_that_does_not_answer_any_more(serve, tm
 def test_estimators_that_need_densities_stop_at_the_start_where_there_are_none(
     serve, tmp_path, caplog
 ):
-    with pytest.raises(UserError, match="gemini:x tells none"):
+    with pytest.raises(UserError, match="gemini:x reports none"):
         ekipl.check(config(tmp_path, "gemini:x", estimator="is"), 1, False)
     silent = serve(lambda body: chat(good(body["n"]), logprobs=False))
-    with pytest.raises(UserError, match="openai:tiny tells no log-probs"):
+    with pytest.raises(UserError, match="openai:tiny reports no log-probs"):
         trained(config(tmp_path, silent.openai, estimator="is"))
     telling = serve()
     records, _ = trained(config(tmp_path, telling.openai, estimator="snis", name="telling"))

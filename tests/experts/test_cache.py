@@ -210,7 +210,7 @@ def buy(path: str, name: str, rounds: int) -> list:
             )
             for i in range(12)
         ]
-        world.agree(None)
+        world.broadcast(None)
         expert = expert or make_experts(name, settings)[0]
         got.append(expert.sample(states, 3))
     return got

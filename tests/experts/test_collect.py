@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerFast
 
 from experts import api_expert, collect, collection, integrity
 from experts.cache import Cache
-from sampling import first_tokens
+from policy import Policy
 
 ROOT = Path(__file__).resolve().parents[2]
 AT_ONCE = {"x-should-retry": "false"}
@@ -359,9 +359,9 @@ def test_a_long_answer_is_cut_before_it_is_tokenised_and_keeps_its_tokens(kind):
     whole = tokenizer(text, add_special_tokens=False).input_ids
     whole = [token for token in whole if token != tokenizer.eos_token_id]
     for count in (1, 2, 7, 31):
-        tokens = first_tokens(policy, text, count)
-        assert tokens[:count] == whole[:count]
-        assert (len(tokens) >= count) == (len(whole) >= count)
+        tokens, truncated = Policy.tokens_of(policy, text, count)
+        assert truncated == (len(whole) >= count)
+        assert tokens == (whole[:count] if truncated else [*whole, policy.eos_id])
     read.clear()
-    first_tokens(policy, text * 200, 7)
+    Policy.tokens_of(policy, text * 200, 7)
     assert sum(read) < max(3 * len(text), 6000)

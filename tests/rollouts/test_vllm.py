@@ -80,7 +80,7 @@ def gap(sampler: VLLMSampler, groups: list[Group]) -> float:
     with torch.no_grad():
         ours = sampler.policy(batch)[batch.action_mask].cpu()
     theirs = torch.tensor(
-        [logp for group in groups for action in group.actions for logp in action.logps]
+        [logp for group in groups for action in group.actions for logp in action.token_logps]
     )
     return float((ours - theirs).abs().max())
 
@@ -169,7 +169,9 @@ def test_the_order_of_two_images_matters_as_it_does_to_the_policy(sampler):
     swapped = State("swapped", two.images[::-1], two.question, two.answer, two.kind)
     groups = sampled(sampler, [two, swapped], n=32)
     assert gap(sampler, groups) < 1e-4
-    first = [{action.tokens[0]: action.logps[0] for action in group.actions} for group in groups]
+    first = [
+        {action.tokens[0]: action.token_logps[0] for action in group.actions} for group in groups
+    ]
     shared = first[0].keys() & first[1].keys()
     assert shared and any(abs(first[0][token] - first[1][token]) > 1e-3 for token in shared)
 
@@ -226,7 +228,7 @@ def test_actions_end_with_eos_or_are_marked_truncated(sampler):
     actions = [action for group in sampled(sampler, STATES, n=40) for action in group.actions]
     assert {action.truncated for action in actions} == {True, False}
     for action in actions:
-        assert action.source == "policy" and len(action.logps) == len(action.tokens)
+        assert action.source == "policy" and len(action.token_logps) == len(action.tokens)
         if action.truncated:
             assert len(action.tokens) == 12 and policy.eos_id not in action.tokens
         else:
@@ -260,7 +262,8 @@ def test_other_weights_change_what_it_says_of_the_same_prompt(sampler, part):
     (after,) = sampled(sampler, [STATES[0]], n=32)
     assert gap(sampler, [after]) < 1e-4
     old, new = (
-        {action.tokens[0]: action.logps[0] for action in group.actions} for group in (before, after)
+        {action.tokens[0]: action.token_logps[0] for action in group.actions}
+        for group in (before, after)
     )
     assert old.keys() & new.keys() and all(
         abs(old[token] - new[token]) > 1e-5 for token in old.keys() & new.keys()

@@ -1,4 +1,5 @@
-"""--parallel fsdp: each process has its share of the model, and everything comes out as with the whole model in one process."""
+"""--parallel fsdp: each process has its share of the model, and everything comes out as with the
+whole model in one process."""
 
 import dataclasses
 from pathlib import Path
@@ -26,13 +27,14 @@ from policy import Policy
 from rollouts.transformers_sampler import TransformersSampler
 from training.checkpointing import last_checkpoint, restore
 from training.console import UserError
-from training.distributed import World, clear_gradients, own, whole
+from training.distributed import World, clear_gradients, full, local
 
 SHARED = dict(SMALL, states=8, batch_size=4, save_every=1, eval_every=2, parallel="fsdp")
 
 
 def updated(model_dir, world: World, config, checkpointing: bool = False):
-    """Gradient and weights after one update on this process's share of `fixed_groups`, in whole, and the gradient's norm."""
+    """Gradient and weights after one update on this process's share of `fixed_groups`, in whole,
+    and the gradient's norm."""
     policy, reference = (
         Policy.load(model_dir, gradient_checkpointing=checkpointing),
         Policy.load(model_dir).requires_grad_(False),
@@ -48,12 +50,12 @@ def updated(model_dir, world: World, config, checkpointing: bool = False):
         policy.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-3
     )  # no step of lr where the gradient is near nothing
     learner = world.data_parallel(policy)
-    groups = world.mine(fixed_groups(policy, config.batch_size))
+    groups = world.shard(fixed_groups(policy, config.batch_size))
     norm = ekipl.update(config, learner, reference, optimizer, groups, world, lr=1e-3)["grad_norm"]
-    gradient = {name: whole(parameter.grad) for name, parameter in policy.named_parameters()}
+    gradient = {name: full(parameter.grad) for name, parameter in policy.named_parameters()}
     return (
         gradient,
-        {name: whole(parameter.detach()) for name, parameter in policy.named_parameters()},
+        {name: full(parameter.detach()) for name, parameter in policy.named_parameters()},
         norm,
     )
 
@@ -69,8 +71,10 @@ def updated_here(model_dir, config, checkpointing: bool):
 
 
 WAYS = [  # micro_batch, gradient checkpointing, limit of the gradient's norm, updates
-    (3, False, 1e9, 1), (1, False, 1e9, 1), (2, True, 1.0, 2),
-]  # fmt: skip
+    (3, False, 1e9, 1),
+    (1, False, 1e9, 1),
+    (2, True, 1.0, 2),
+]
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +121,7 @@ def gradients_outside_the_buckets(model_dir) -> list[int]:
     policy = world.place(Policy.load(model_dir), "ddp")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
     learner = world.data_parallel(policy)
-    groups = world.mine(fixed_groups(policy, 6))
+    groups = world.shard(fixed_groups(policy, 6))
     seen = []
     for parameter in policy.parameters():
         parameter.register_post_accumulate_grad_hook(
@@ -149,7 +153,8 @@ def test_without_buckets_the_memory_of_gradients_is_given_back():
 
 
 def shares(model_dir) -> dict:
-    """Bytes of this process before and after it has learnt, and what it generates while parameters are gathered."""
+    """Bytes of this process before and after it has learnt, and what it generates while parameters
+    are gathered."""
     world = World.join("cpu")
     policy = world.place(Policy.load(model_dir), "fsdp")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3)
@@ -175,7 +180,7 @@ def shares(model_dir) -> dict:
         policy,
         None,
         optimizer,
-        world.mine(fixed_groups(policy, 4)),
+        world.shard(fixed_groups(policy, 4)),
         world,
         lr=1e-3,
     )
@@ -187,7 +192,7 @@ def shares(model_dir) -> dict:
         ],
     }
     for name, tensors in held.items():  # several may lie in one piece of memory
-        storages = [own(tensor).untyped_storage() for tensor in tensors]
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
         found[name] = sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
     sampler.sync_weights()
     found["after"] = [
@@ -216,7 +221,7 @@ def test_a_process_holds_half_of_everything_and_generates_what_the_whole_model_d
         assert found["optimizer"] == pytest.approx(size, rel=0.02)
 
 
-# ---------------------------------------------------------------------------------------------- whole runs
+# --------------------------------------------------------------------------------------- whole runs
 
 
 def config_of(root: Path, **changes):
@@ -224,7 +229,8 @@ def config_of(root: Path, **changes):
 
 
 def run_stop_and_resume(root: Path) -> None:
-    """A run; the same, stopped between two checkpoints and resumed; and one that goes on with the whole model in each process."""
+    """A run; the same, stopped between two checkpoints and resumed; and one that goes on with the
+    whole model in each process."""
     world = World.join("cpu")
     ekipl.train(config_of(root / "whole"), None, world)
     with stopped_in_the_step_after(1):

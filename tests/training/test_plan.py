@@ -1,4 +1,5 @@
-"""The plan of a GPU's memory, compared with what is really there: bytes of tensors, what autograd keeps, and the peak of a whole update."""
+"""The plan of a GPU's memory, compared with what is really there: bytes of tensors, what autograd
+keeps, and the peak of a whole update."""
 
 import dataclasses
 import os
@@ -17,8 +18,9 @@ import sft
 from attention import SHARED_PREFIX
 from data.state import State
 from policy import Policy, pack
+from rollouts import choice
 from sampling import Action, Group
-from training import plan, pretrained
+from training import activations, disk, plan, pretrained
 from training.checkpointing import restore
 from training.console import UserError
 from training.distributed import World
@@ -68,7 +70,8 @@ def full_batch(policy: Policy, count: int):
 
 
 def kept(policy: Policy, half: bool) -> tuple[int, plan.MicroBatch]:
-    """Bytes that autograd keeps of a forward pass, beside the parameters, the batch, and copies of weights in bfloat16."""
+    """Bytes that autograd keeps of a forward pass, beside the parameters, the batch, and copies of
+    weights in bfloat16."""
     batch, described = full_batch(policy, 2)
     shapes = {parameter.shape for parameter in policy.parameters()} | {
         parameter.shape[::-1] for parameter in policy.parameters()
@@ -117,10 +120,10 @@ def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(
         kept(of_layers(random_model_dir, 1, 2).to(dtype), half)[0] - one,
     )
     config = of_layers(random_model_dir, 1, 1).model.config
-    assert plan.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(
+    assert activations.kept_by_layer(config, batch, half, sharded)[0] == pytest.approx(
         layer, rel=0.03
     )  # less the statistics of norms and softmax
-    assert plan.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
+    assert activations.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -140,8 +143,8 @@ def test_gradient_checkpointing_keeps_the_inputs_of_layers_and_blocks(
         size, batch = kept(policy, half)
         found.append(size)
     config = policy.model.config
-    assert plan.kept_by_layer(config, batch, half, sharded)[1] == found[1] - found[0]
-    assert plan.kept_by_block(config, batch, half)[1] == found[2] - found[0]
+    assert activations.kept_by_layer(config, batch, half, sharded)[1] == found[1] - found[0]
+    assert activations.kept_by_block(config, batch, half)[1] == found[2] - found[0]
 
 
 def groups_of(policy: Policy, count: int) -> list[Group]:
@@ -164,7 +167,8 @@ def groups_of(policy: Policy, count: int) -> list[Group]:
 
 
 def peak(function) -> int:
-    """Bytes that were allocated at once while it ran, beside those that were there before. CPU only."""
+    """Bytes that were allocated at once while it ran, beside those that were there before. CPU
+    only."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as measured:
         function()
     events = sorted(
@@ -229,7 +233,8 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     )
     planned = sum(rows.values()) - sum(steady.values()) + steady["gradients, float32"]
     print(
-        f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, measured {measured / 1e6:.1f}"
+        f"checkpointing {checkpointing}, micro-batch {micro}: planned {planned / 1e6:.1f} MB, "
+        f"measured {measured / 1e6:.1f}"
     )
     assert 0.6 * planned < measured < 1.05 * planned
 
@@ -263,9 +268,15 @@ def wordy(directory, tied: bool, chunk: int) -> Policy:
 def test_the_gradients_of_a_large_vocabulary_are_planned_as_often_as_they_exist(
     random_model_dir, monkeypatch, tied, chunk
 ):
-    monkeypatch.setattr(plan, "LOGIT_CHUNK", chunk)
-    config = ekipl.Config(batch_size=4, micro_batch=2, group_size=G, max_new_tokens=T, beta=0.0,
-                          gradient_checkpointing=True)  # fmt: skip
+    monkeypatch.setattr(activations, "LOGIT_CHUNK", chunk)
+    config = ekipl.Config(
+        batch_size=4,
+        micro_batch=2,
+        group_size=G,
+        max_new_tokens=T,
+        beta=0.0,
+        gradient_checkpointing=True,
+    )
     policy = wordy(random_model_dir, tied, chunk)
     optimizer, groups = torch.optim.AdamW(policy.parameters()), groups_of(policy, 4)
     ekipl.update(config, policy, None, optimizer, groups, CPU, 1e-4)
@@ -297,12 +308,13 @@ def wide(directory) -> Policy:
 
 
 def sharded_peak(directory, config, words: bool = False) -> tuple[int, float]:
-    """In one of two processes: bytes allocated in an update beside weights and moments; and what the plan says of that."""
-    plan.LOGIT_CHUNK = 64
+    """In one of two processes: bytes allocated in an update beside weights and moments; and what
+    the plan says of that."""
+    activations.LOGIT_CHUNK = 64
     world = World.join("cpu")
     policy = world.place(wordy(directory, False, 64) if words else wide(directory), "fsdp")
     optimizer = torch.optim.AdamW(policy.parameters())
-    groups = world.mine(groups_of(policy, 2))
+    groups = world.shard(groups_of(policy, 2))
     ekipl.update(config, policy, None, optimizer, groups, world, 1e-4)
     optimizer.zero_grad(set_to_none=True)
     measured = peak(lambda: ekipl.update(config, policy, None, optimizer, groups, world, 1e-4))
@@ -346,19 +358,39 @@ def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
         assert plan.sizes(pretrained.published(size)).total == parameters
 
 
-@pytest.mark.parametrize("flags, says", [
-    (["--preset", "counting-7b", "--parallel", "fsdp", "--plan", "80x8"], "fits:"),
-    (["--preset", "counting-7b", "--plan", "80x8"], "it fits with --parallel fsdp"),
-    (["--preset", "counting-2b", "--plan", "80"], "fits:"),
-    (["--preset", "counting-2b", "--plan", "24"], "does not fit:"),
-    (["--model", "tiny", "--plan", "0.2"], "it fits with --micro-batch 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--preset", "counting-7b", "--parallel", "fsdp", "--plan", "80x8"], "fits:"),
+        (["--preset", "counting-7b", "--plan", "80x8"], "it fits with --parallel fsdp"),
+        (["--preset", "counting-2b", "--plan", "80"], "fits:"),
+        (["--preset", "counting-2b", "--plan", "24"], "does not fit:"),
+        (["--model", "tiny", "--plan", "0.2"], "it fits with --micro-batch 1"),
+    ],
+)
 def test_it_says_whether_it_fits_and_what_helps(flags, says):
     assert says in ekipl.run(flags)
 
 
+def test_a_frozen_vision_tower_has_neither_gradients_nor_moments_nor_activations():
+    config, rows = ekipl.Config(parallel="fsdp"), {}
+    model, longest_edge = plan.described(config.start)
+    batch = plan.micro_batch(config, model, longest_edge, 2)
+    policy = Policy.load(config.start)
+    policy.freeze_vision()
+    learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    for frozen in (False, True):
+        config.freeze_vision = frozen
+        rows[frozen] = {row.name: row for row in plan.memory(config, model, batch, 2, False)}
+    assert rows[True]["gradients, float32"].learning == 4 * learnt / 2
+    assert rows[True]["AdamW, two moments, float32"].generating == 8 * learnt / 2
+    assert rows[True]["roots of the second moments"].step == 4 * learnt / 2
+    assert rows[True]["policy, float32"] == rows[False]["policy, float32"]
+    assert rows[True]["activations"].learning < rows[False]["activations"].learning
+
+
 def test_the_readme_shows_the_plan_as_it_is():
-    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    readme = (Path(plan.__file__).parent / "README.md").read_text()
     assert ekipl.run("--preset counting-7b --parallel fsdp --plan 80x8".split()) in readme
 
 
@@ -381,15 +413,29 @@ def test_a_model_that_is_not_there_gives_one_line(tmp_path):
     assert "\n" not in str(error.value)
 
 
-# ---------------------------------------------------------------------------------------------- around the engine, and the disk
+# ------------------------------------------------------------------ around the engine, and the disk
 
 
 @pytest.mark.parametrize("program", [ekipl, sft])
 def test_the_engine_starts_before_moments_and_buckets_are_there_in_fresh_and_resumed_runs(
     tmp_path, monkeypatch, program
 ):
-    small = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--save-every", "1",
-             "--max-new-tokens", "4", "--rollout", "transformers", "--runs", str(tmp_path)]  # fmt: skip
+    small = [
+        "--states",
+        "8",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--save-every",
+        "1",
+        "--max-new-tokens",
+        "4",
+        "--rollout",
+        "transformers",
+        "--runs",
+        str(tmp_path),
+    ]
     flags = [*small, "--name", "run"]
     order = []
 
@@ -402,9 +448,9 @@ def test_the_engine_starts_before_moments_and_buckets_are_there_in_fresh_and_res
 
         monkeypatch.setattr(owner, name, outer)
 
-    noted(program.settings, "sampler_of")
+    noted(choice, "sampler_of")
     noted(World, "data_parallel")
-    noted(ekipl, "restore")
+    noted(program, "restore")
     program.run(flags)
     assert order == ["sampler_of", "data_parallel"]
     order.clear()
@@ -417,11 +463,23 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_anything_is_made(
     tmp_path, monkeypatch, program
 ):
     size = 12 * plan.sizes(AutoConfig.from_pretrained(ekipl.Config().start)).total
-    flags = ["--states", "8", "--batch-size", "4", "--eval-every", "0", "--max-new-tokens", "4",
-             "--rollout", "transformers", "--runs", str(tmp_path / "runs")]  # fmt: skip
+    flags = [
+        "--states",
+        "8",
+        "--batch-size",
+        "4",
+        "--eval-every",
+        "0",
+        "--max-new-tokens",
+        "4",
+        "--rollout",
+        "transformers",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
     free = [0]
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda place: usage._replace(free=free[0]))
     for often, room in (("1", 2 * size), ("0", size)):
         free[0] = room - 1
         with pytest.raises(UserError, match=r"the disk of .* GB free, and checkpoints") as error:

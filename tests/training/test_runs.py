@@ -1,4 +1,4 @@
-"""runs.py and curves.py: whatever moment a run is stopped at, what it left behind is whole, and can be drawn."""
+"""Run directories, checkpoints, pictures: a run stopped at any moment leaves them whole."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, held_elsewhere
 from PIL import Image
 
-from training import checkpointing, console, curves, metrics, rundir, stopwatch, storage
+from training import checkpointing, console, curves, rundir, stopwatch, storage
 from training.console import UserError
 
 
@@ -22,7 +22,7 @@ def one_line(error) -> str:
     return text
 
 
-# ---------------------------------------------------------------------------------------------- settings and records
+# ----------------------------------------------------------------------------- settings and records
 
 
 def test_a_new_runs_settings_are_read_back(tmp_path):
@@ -159,7 +159,7 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path, monkeypatch, brok
     assert path.read_text() == "new" and [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
-# ---------------------------------------------------------------------------------------------- checkpoints
+# -------------------------------------------------------------------------------------- checkpoints
 
 
 class StubPolicy:
@@ -242,10 +242,19 @@ def save_until(path: Path, policy: StubPolicy, monkeypatch, where: tuple, call: 
             assert len(calls) <= call  # it has fewer of these calls, and none was to fail
 
 
-@pytest.mark.parametrize("where", [
-    (StubPolicy, "save"), (torch, "save"), (os, "fsync"), (os, "rename"), (Path, "symlink_to"), (os, "replace"),
-    (shutil, "rmtree"),
-], ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [
+        (StubPolicy, "save"),
+        (torch, "save"),
+        (os, "fsync"),
+        (os, "rename"),
+        (Path, "symlink_to"),
+        (os, "replace"),
+        (shutil, "rmtree"),
+    ],
+    ids=lambda where: where[1],
+)
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_run_killed_while_saving_keeps_a_whole_checkpoint(tmp_path, monkeypatch, where, call):
     policy = StubPolicy()
@@ -316,8 +325,11 @@ def test_a_copy_whose_checkpoint_is_in_model_alone_can_be_resumed(tmp_path):
         checkpointing.last_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("where", [(os, "rename"), (os, "replace"), (shutil, "copytree"), (shutil, "rmtree")],
-                         ids=lambda where: where[1])  # fmt: skip
+@pytest.mark.parametrize(
+    "where",
+    [(os, "rename"), (os, "replace"), (shutil, "copytree"), (shutil, "rmtree")],
+    ids=lambda where: where[1],
+)
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_run_killed_while_saving_without_links_goes_on(tmp_path, monkeypatch, where, call):
     no_links(monkeypatch)
@@ -360,7 +372,7 @@ def test_the_newest_is_the_one_of_the_latest_step_however_long_its_name(tmp_path
     ]
 
 
-# ---------------------------------------------------------------------------------------------- curves
+# ------------------------------------------------------------------------------------------- curves
 
 
 def history(steps: int, *keys: str, start: int = 0) -> list[dict]:
@@ -382,12 +394,21 @@ NO_KL = {"step": 3, "states": 192, "kl": None}
 SPARSE = [*history(2, "reward"), NO_KL, *history(2, "accuracy", "eval/counting-id", start=3)]
 
 
-@pytest.mark.parametrize("histories", [
-    {"a": history(4, *curves.PANELS)},
-    {"few": history(4, "reward", "accuracy"), "b": history(7, *curves.PANELS, "eval/counting-id"), "sparse": SPARSE},
-    {"nothing yet": []}, {"one step": history(1, *curves.PANELS, "eval/counting-ood")},
-    {f"run {i}": history(2, "reward") for i in range(12)},
-], ids=lambda histories: next(iter(histories)))  # fmt: skip
+@pytest.mark.parametrize(
+    "histories",
+    [
+        {"a": history(4, *curves.PANELS)},
+        {
+            "few": history(4, "reward", "accuracy"),
+            "b": history(7, *curves.PANELS, "eval/counting-id"),
+            "sparse": SPARSE,
+        },
+        {"nothing yet": []},
+        {"one step": history(1, *curves.PANELS, "eval/counting-ood")},
+        {f"run {i}": history(2, "reward") for i in range(12)},
+    ],
+    ids=lambda histories: next(iter(histories)),
+)
 def test_curves_are_drawn_whatever_was_measured(tmp_path, histories):
     curves.draw(histories, tmp_path / "curves.png")
     picture(tmp_path / "curves.png")
@@ -461,7 +482,7 @@ def test_the_picture_of_time_stacks_the_phases_of_each_step(tmp_path, monkeypatc
 
 def test_a_stopwatch_gives_all_time_to_a_phase(monkeypatch):
     now = iter([0.0, 1.0, 3.0, 7.0, 8.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: next(now))
     watch = stopwatch.Stopwatch(torch.device("cpu"))
     for phase in ("rollout", "forward", "rollout"):
         watch.lap(phase)
@@ -560,12 +581,25 @@ def test_the_file_of_settings_is_json_for_people(tmp_path):
     )  # a line for each setting
 
 
-# ---------------------------------------------------------------------------------------------- pictures of any run
+# ------------------------------------------------------------------------------ pictures of any run
 
 
-@pytest.mark.parametrize("name", [
-    "p$x^$q", "$", r"a\$b", "_x", "\udcff", "100 % {x}", "n" * 250, "$\\frac{1}$-seed0", "a\nb", "r\u00fcn \u6570",
-], ids=ascii)  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "p$x^$q",
+        "$",
+        r"a\$b",
+        "_x",
+        "\udcff",
+        "100 % {x}",
+        "n" * 250,
+        "$\\frac{1}$-seed0",
+        "a\nb",
+        "r\u00fcn \u6570",
+    ],
+    ids=ascii,
+)
 def test_any_name_of_a_run_is_text_in_its_picture(tmp_path, name):
     records = history(2, "reward", "accuracy", f"eval/{name}")
     curves.draw({name: records, "other": records}, tmp_path / "c.png")
@@ -601,7 +635,7 @@ def test_a_picture_at_a_bad_place_is_one_line(tmp_path, monkeypatch, capsys, out
     )
 
 
-# ---------------------------------------------------------------------------------------------- one process at a time
+# ---------------------------------------------------------------------------- one process at a time
 
 
 def test_a_directory_has_one_writer_and_is_free_when_it_dies(tmp_path):
@@ -634,7 +668,7 @@ def test_a_file_system_without_locks_is_told_and_used(
             storage.hold(tmp_path, "wait")
 
 
-# ---------------------------------------------------------------------------------------------- how a program ends
+# ------------------------------------------------------------------------------- how a program ends
 
 
 def ends(monkeypatch, capsys, run) -> tuple[int, str]:
@@ -644,13 +678,18 @@ def ends(monkeypatch, capsys, run) -> tuple[int, str]:
     return stopped.value.code, capsys.readouterr().err
 
 
-@pytest.mark.parametrize("error, says", [
-    (UserError("a\nb \x1b[31m \udcff"), "a b \\x1b[31m \\udcff"), (UserError("n" * 9999), "nnn ... nnn"),
-    (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device"),
-], ids=["odd characters", "long", "of the system"])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, says",
+    [
+        (UserError("a\nb \x1b[31m \udcff"), "a b \\x1b[31m \\udcff"),
+        (UserError("n" * 9999), "nnn ... nnn"),
+        (OSError(28, "No space left on device", "/d/x"), "/d/x: No space left on device"),
+    ],
+    ids=["odd characters", "long", "of the system"],
+)
 def test_a_mistake_is_one_line_of_its_own(monkeypatch, capsys, error, says):
     def run(argv):
-        bar = storage.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
+        bar = console.tqdm(total=3)  # noqa: F841  it is open when the mistake comes
         raise error
 
     code, said = ends(monkeypatch, capsys, run)
@@ -693,13 +732,13 @@ def test_a_user_without_name_and_home_gets_a_place_for_caches(tmp_path, monkeypa
         monkeypatch.setenv(name, "x")  # so that it is as before in the end
         monkeypatch.delenv(name)
     monkeypatch.setattr("pwd.getpwuid", nobody)
-    monkeypatch.setattr(storage.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(console.tempfile, "tempdir", str(tmp_path))
     console.find_home()
     home = Path("~").expanduser()
     assert (
         home.parent == tmp_path
         and home.is_dir()
-        and storage.getpass.getuser() == os.environ["USER"]
+        and console.getpass.getuser() == os.environ["USER"]
     )
     console.find_home()
     assert Path("~").expanduser() == home

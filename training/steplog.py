@@ -1,0 +1,55 @@
+"""The records of a run's steps: metrics.jsonl, samples.jsonl, and the progress bar."""
+
+from pathlib import Path
+
+from tqdm import tqdm
+
+from training import curves, storage
+from training.distributed import World
+
+SHOWN = {  # figures in the bar
+    "reward": "reward",
+    "accuracy": "accuracy",
+    "experts": "expert_share",
+    "dead": "dead_groups",
+    "kl": "kl",
+}
+
+
+class StepLog:
+    """Writes a run's records, in the first process. done: steps of earlier processes."""
+
+    def __init__(self, path: Path, done: int, steps: int, world: World):
+        self.path, self.first, self.complete = path, world.rank == 0, done == steps
+        self.bar = tqdm(
+            total=steps,
+            initial=done,
+            desc=path.name,
+            disable=not self.first,
+            dynamic_ncols=True,
+        )
+
+    def write(self, record: dict, groups: list[dict] = ()) -> None:
+        """One step's record, and the groups that are kept for people to read."""
+        if not self.first:
+            return
+        storage.append(self.path / "metrics.jsonl", [record])
+        if groups:
+            storage.append(self.path / "samples.jsonl", groups)
+        tested = {key: value for key, value in record.items() if key.startswith("eval/")}
+        if tested:
+            accuracy = [f"{key[5:]} {100 * value:.1f}" for key, value in tested.items()]
+            self.bar.write(f"step {record['step']}: greedy accuracy {'  '.join(accuracy)}")
+        if "reward" in record:
+            figures = {name: f"{record[key]:.2f}" for name, key in SHOWN.items()}
+            self.bar.set_postfix(figures, refresh=False)
+        elif "loss" in record:
+            self.bar.set_postfix({"loss": f"{record['loss']:.3f}"}, refresh=False)
+        self.bar.update(int("loss" in record))
+
+    def close(self) -> None:
+        """Ends the run. Draws its pictures if no step was left to do it."""
+        self.bar.close()
+        if self.first and self.complete:  # it was stopped after its last checkpoint
+            curves.draw_run(self.path / "metrics.jsonl", self.path.name)
+        storage.let_go(self.path)
