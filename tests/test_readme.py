@@ -1,26 +1,30 @@
-"""The README says what is so: its map from equations to lines, its commands, its files."""
+"""The READMEs say what is so: the map from equations to lines, files, commands and their flags."""
 
-import dataclasses
+import importlib
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
-import ekipl
-import sft
-
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("*/README.md"))]
+PAGES += sorted(ROOT.glob("experiments/*/README.md"))
 MAP = re.findall(
-    r"^\| (.+?) \| .*?\[(\w+\.py):(\d+)\]\((\w+\.py)#L(\d+)\) \| `(\w+)", README, re.MULTILINE
+    r"^\| (.+?) \| .*?\[([\w/]+\.py):(\d+)\]\(([\w/]+\.py)#L(\d+)\) \| `(\w+)", README, re.MULTILINE
 )
+MADE = {  # files that a run leaves behind
+    "metrics.jsonl", "samples.jsonl", "left_out.jsonl", "config.json", "curves.png", "time.png",
+    "trainer.pt", "sheet.png", "compare.png",
+}  # fmt: skip
 
 
 def test_the_map_holds_every_equation_of_the_paper():
     equations = " ".join(row[0] for row in MAP)
     for number in range(1, 11):
         assert re.search(rf"\bEq {number}\b", equations), f"no line for Eq {number}"
-    for section in ("A.2", "A.3", "A.4", "A.5"):
+    for section in ("A.2", "A.3", "A.4", "A.5", "A.6"):
         assert section in equations
 
 
@@ -33,39 +37,56 @@ def test_an_equation_stands_at_its_line(row):
     assert now == [int(line)], f"{name} is at {file}:{now}"
 
 
-def test_every_file_it_names_exists_and_every_module_is_named():
-    for name in re.findall(r"`([\w/.-]+\.(?:py|txt|png|csv|jsonl))`", README):
-        made = name.split("/")[-1] in {
-            "metrics.jsonl",
-            "samples.jsonl",
-            "curves.png",
-            "time.png",
-            "sheet.png",
-            "compare.png",
-            "config.json",
-            "left_out.jsonl",
-        }
-        assert made or (ROOT / name).exists(), name
-    for module in ROOT.glob("*.py"):
-        assert f"`{module.name}`" in README
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_file_and_link_of_a_page_exists(page):
+    text = page.read_text()
+    for name in re.findall(r"`([\w/.-]+\.(?:py|txt|png|csv|json|jsonl))`", text):
+        places = (ROOT / name, page.parent / name)
+        assert name.split("/")[-1] in MADE or any(place.exists() for place in places), name
+    for link in re.findall(r"\]\(([^)#]+)", text):
+        assert link.startswith("http") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize(
-    "module, files", [(ekipl, "ekipl|experts"), (sft, "sft")], ids=["ekipl", "sft"]
-)
-def test_its_commands_use_flags_and_presets_that_exist(module, files):
-    flags = {
-        f"--{setting.name.replace('_', '-')}" for setting in dataclasses.fields(module.Config)
-    } | {"--resume", "--help"}
-    flags |= (
-        {"--dry-run", "--budget"} if module is ekipl else set()
-    )  # of experts.py collect, which takes ekipl.py's as well
-    commands = re.findall(
-        rf"^\S*(?:python|torchrun).*?\b(?:{files})\.py(.*?)(?:#.*)?$", README, re.MULTILINE
-    )
-    assert commands
-    for command in commands:
-        for flag in re.findall(r"--[a-z][\w-]*", command):
-            assert flag in flags or flag.replace("--no-", "--") in flags, flag
-        for preset in re.findall(r"--preset (\S+)", command):
-            assert preset in module.PRESETS
+def commands(page: Path) -> list[tuple[str, list[str]]]:
+    """(program, arguments) of our programs in a page's bash blocks; program: ekipl.py, or a module."""
+    found = []
+    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+        for line in block.splitlines():
+            for part in re.split(r"[;&|]+", line.split("  #")[0].split("# ")[0]):
+                words = shlex.split(part)
+                names = [i for i, word in enumerate(words) if re.fullmatch(r"\w+\.py", word)]
+                if "python" in words and words[words.index("python") + 1 :][:1] == ["-m"]:
+                    at = words.index("python") + 2
+                    found.append((words[at], words[at + 1 :]))
+                elif names and {"python", "torchrun"} & set(words):
+                    found.append((words[names[0]], words[names[0] + 1 :]))
+    return [(program, rest) for program, rest in found if program not in ("pytest", "venv")]
+
+
+COMMANDS = [
+    pytest.param(program, rest, id=f"{page.parent.name}: {program} {' '.join(rest)}"[:90])
+    for page in PAGES
+    for program, rest in commands(page)
+]
+
+
+@pytest.mark.parametrize("program, arguments", COMMANDS)
+def test_a_command_uses_flags_and_presets_that_exist(program, arguments, capsys, monkeypatch):
+    module = importlib.import_module(program.removesuffix(".py"))
+    subcommand = [word for word in arguments[:1] if re.fullmatch("[a-z0-9]+", word)]
+    for words in ([*subcommand, "--help"], ["--help"]):  # the first word may be a model or a file
+        monkeypatch.setattr("sys.argv", [program, *words])
+        with pytest.raises(SystemExit):
+            module.main()
+        known = set(re.findall(r"--[a-z][\w-]*", capsys.readouterr().out))
+        unknown = [word for word in arguments if word.startswith("--") and word not in known]
+        if not unknown:
+            break
+    if program in ("experts.collect", "experiments.sweep"):  # they take a run's flags as well
+        import ekipl
+
+        unknown = [word for word in unknown if word[2:].replace("-", "_") not in vars(ekipl.Config())]
+    assert not unknown
+    if "--preset" in arguments:
+        presets = importlib.import_module("sft" if program == "sft.py" else "training.presets")
+        assert arguments[arguments.index("--preset") + 1] in presets.PRESETS
