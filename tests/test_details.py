@@ -1,4 +1,4 @@
-"""Details of the core that no larger test depends on: precision, what is handed on, how much is generated at a time."""
+"""Details of the core that no larger test depends on: precision, arguments, rows at a time."""
 
 import logging
 import math

@@ -1,4 +1,4 @@
-"""Imports run one way: each place uses only what stands above it (CONTRIBUTING.md shows the same order)."""
+"""Imports run one way: each place uses only what stands above it in CONTRIBUTING.md's table."""
 
 import ast
 import re
