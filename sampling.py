@@ -45,13 +45,13 @@ class Action:
 
 @dataclass(frozen=True)
 class Sample:
-    """An expert's response. expert_logp: log-density of the text in nats, None if unknown.
+    """An expert's response. logp: log-density of the text in nats, None if unknown.
 
     truncated: the expert was cut off before it had finished.
     """
 
     text: str
-    expert_logp: float | None = None
+    logp: float | None = None
     truncated: bool = False
 
 
@@ -186,7 +186,7 @@ def expert_action(policy: Policy, sample: Sample, source: str, max_new_tokens: i
     """
     tokens, truncated = policy.tokens_of(sample.text, max_new_tokens, ended=not sample.truncated)
     text = policy.tokenizer.decode(tokens, skip_special_tokens=True)
-    return Action(tokens, text, source, truncated, sample.expert_logp)
+    return Action(tokens, text, source, truncated, sample.logp)
 
 
 def total_groups(

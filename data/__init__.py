@@ -10,5 +10,11 @@ Read in this order:
     predictions.py  responses to test questions, saved by evaluate.py
 """
 
-from data.reading import FILES  # noqa: F401
-from data.state import State  # noqa: F401
+from data.pictures import open_image
+from data.reading import FILES
+from data.reason_rft import ReasonRFTSet
+from data.sets import load_set, test_sets, training_states
+from data.state import State
+
+__all__ = ["FILES", "ReasonRFTSet", "State", "load_set", "open_image"]
+__all__ += ["test_sets", "training_states"]

@@ -110,7 +110,7 @@ def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
         expert.densities = needed
         for name in ("cache_hits", "states_without"):  # the first step will count this state
             expert.counts.pop(name, None)
-        if needed and samples and all(sample.expert_logp is None for sample in samples):
+        if needed and samples and all(sample.logp is None for sample in samples):
             raise UserError(
                 f"--estimator is and snis need every expert's density, and {expert.name} "
                 "reports no log-probs: use --estimator uncorrected"

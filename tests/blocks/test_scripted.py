@@ -68,7 +68,7 @@ def test_the_density_of_a_sampled_action_survives_its_tokens(expert, name, block
             assert (
                 expert.logp(state, action)
                 == math.log(expert.density(state)[sample.text])
-                == sample.expert_logp
+                == sample.logp
                 == action.expert_logp
             )
             assert format_reward(action.text) == 1.0

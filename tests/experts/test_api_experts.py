@@ -218,13 +218,11 @@ def test_log_probs_are_the_density_of_that_sample_where_the_model_gives_them(ser
         )
     )
     told, untold = ask(serve().openai), ask(server.openai)
-    assert [sample.expert_logp for sample in told.sample([STATE], 2)[0]] == [
-        -0.5 * 6
-    ] * 2  # six words
-    assert [sample.expert_logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
+    assert [sample.logp for sample in told.sample([STATE], 2)[0]] == [-0.5 * 6] * 2  # six words
+    assert [sample.logp for sample in untold.sample([STATE], 2)[0]] == [None, None] and len(
         server.bodies
     ) == 2
-    assert [sample.expert_logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [
+    assert [sample.logp for sample in untold.sample([COUNTING[1]], 2)[0]] == [
         None,
         None,
     ] and len(server.bodies) == 3

@@ -104,7 +104,7 @@ def test_what_a_server_refuses_is_left_out_from_then_on_and_told_once(
     samples = started(expert)
     assert [sample.text for sample in samples] == [GOOD] * 4
     known = not {"logprobs", "temperature"} & set(names)
-    assert all((sample.expert_logp is not None) == known for sample in samples)
+    assert all((sample.logp is not None) == known for sample in samples)
     last = server.bodies[-1]
     assert not set(names) - {"n"} & set(last) and last["n"] == (1 if "n" in names else 4)
     if names == ("max_completion_tokens",):
@@ -134,9 +134,7 @@ def test_a_refusal_that_goes_on_costs_the_state_and_drops_nothing_for_good(serve
     server.script = [always]
     assert expert.sample([COUNTING[1]], 4) == [[]]
     server.script = ["good"]
-    assert [sample.expert_logp is None for sample in expert.sample([COUNTING[2]], 4)[0]] == [
-        False
-    ] * 4
+    assert [sample.logp is None for sample in expert.sample([COUNTING[2]], 4)[0]] == [False] * 4
     assert set(server.bodies[-1]) >= {"logprobs", "temperature", "n", "max_completion_tokens"}
 
 
@@ -152,7 +150,7 @@ def test_a_length_limit_that_is_too_high_is_told_and_not_dropped(serve, ask):
 def test_an_error_in_a_reply_of_status_200_is_an_error(serve, ask):
     wrapped = {"error": {"message": "logprobs are not supported", "code": 400}}
     server = serve(lambda body: wrapped if body.get("logprobs") else "good")
-    assert [sample.expert_logp for sample in started(ask(server.openai))] == [None] * 4
+    assert [sample.logp for sample in started(ask(server.openai))] == [None] * 4
 
 
 # ------------------------------------------------------------------ refused prompts

@@ -166,5 +166,5 @@ def test_its_log_probs_are_the_policys_own_since_it_is_the_same_model(server, tm
                 pack(policy.encode([state]), [[action.tokens for action in actions]])
             ).sum(-1)[0]
         assert logp.tolist() == pytest.approx(
-            [sample.expert_logp for sample in samples], rel=5e-3, abs=0.05
+            [sample.logp for sample in samples], rel=5e-3, abs=0.05
         ), json.dumps([action.text for action in actions])
