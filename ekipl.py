@@ -3,7 +3,7 @@
     python ekipl.py                             # the blocks world: minutes, no GPU, no key
     python ekipl.py --experts none              # plain GRPO
     torchrun --nproc_per_node 8 ekipl.py ...    # 8 processes, one GPU each; --parallel fsdp shards
-    python ekipl.py --resume runs/NAME          # goes on exactly where the last checkpoint was
+    python ekipl.py --resume runs/NAME          # resumes from the last checkpoint
 
     states -> N actions of the policy + N of each expert (Eq 4-6) -> rewards (Eq 7) -> top G
            -> advantages (Eq 1) -> log-probs of the kept actions, policy and reference
@@ -11,8 +11,8 @@
 
 The batch is global: `batch_size` states a step over all processes, and the loss is divided by that
 number, so micro-batches, accumulation and processes do not change the gradient. Every random number
-follows from seed, step and process, so a resumed run equals the run never stopped. README.md lists
-departures from the paper ("Where the paper is silent").
+follows from seed, step and process, so on a CPU a resumed run equals one that was never stopped.
+README.md ("Where the paper is silent") lists the choices made.
 """
 
 import math
@@ -36,7 +36,15 @@ from experts.roster import Experts
 from experts.settings import ExpertSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
-from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
+from sampling import (
+    Group,
+    Sampler,
+    add_expert_logps,
+    give_rewards,
+    group_log_weights,
+    select,
+    total_groups,
+)
 from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
@@ -62,7 +70,7 @@ class Config(Settings, ExpertSettings, MethodSettings):
         20,
         "compare vLLM's log-probs with the policy's at the start and every so many steps; 0: never",
     )
-    log_groups: int = option(2, "whole groups a step that go to samples.jsonl")
+    log_groups: int = option(2, "whole groups per step written to samples.jsonl")
 
 
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
@@ -219,7 +227,7 @@ class Run:
     reference: Policy | None
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
     optimizer: torch.optim.Optimizer
-    sampler: choice.Sampler
+    sampler: Sampler
     start: int  # steps done by the run that is resumed
 
 
@@ -300,7 +308,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         # ---- update (Eq 2, 3)
         lr = learning_rate(config, step)
         result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
-        clear_gradients(run.learner, run.optimizer)  # vLLM wakes to so much more memory
+        clear_gradients(run.learner, run.optimizer)  # free this memory before vLLM wakes
         sampler.sync_weights()
         watch.lap("sync")
         # ---- log, evaluate, save

@@ -176,7 +176,7 @@ def log_importance_weights(old_logp, proposal_logp) -> Tensor:
 
 
 def importance_weights(old_logp, proposal_logp) -> Tensor:
-    """Eq 8: w(a) = pi_old(a) / q(a), whole actions. Both: (...). Returns (...) >= 0, detached.
+    """Eq 8, 9: w(a) = pi_old(a) / q(a), whole actions. Both: (...). Returns (...) >= 0, detached.
 
     Errors as in `log_importance_weights`. With q from `mixture_logp`, w <= 1 / alpha_0.
     """

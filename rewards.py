@@ -8,11 +8,11 @@ The paper takes both from Reason-RFT, its reference [52], which judges three kin
 Evaluation scores differently (`accuracy_score`): as in Table 1, a quantity is right or wrong, and
 a sequence has partial credit.
 
-Departures. The strict rules, the default, leave no reward without the answer: a second or empty
-<answer>, one inside the thought, text after it, "nan", a leading number or a repeated call earns
-nothing. They accept other ways of writing the right answer: "3.0" for "3", white space around the
-tags, a truth of 0 (data/expressions.py). `legacy=True` gives the numbers of Reason-RFT's own code
-as it is since May 2025 (data/legacy.py).
+Departures. The strict rules, the default, give no accuracy for a second or empty <answer>, one
+inside the thought, text after it, "nan" or a leading number, and repeated calls cost. They accept
+other ways of writing the right answer: "3.0" for "3", white space around the tags, a truth of 0
+(data/expressions.py). `legacy=True` gives the numbers of Reason-RFT's own code as it is since May
+2025 (data/legacy.py).
 
 Texts come from models, so they may be hostile: no rule evaluates them, raises on them, returns a
 number that is not finite, or takes more than linear time (what does sees a bounded length). The
@@ -51,7 +51,8 @@ MAX_PARTIAL = 64  # calls of each side that partial credit pairs (TRANCE has at 
 def reward(text: str, answer: str, kind: str, legacy: bool = False) -> float:
     """Eq 7: the reward in [0, 2] of the response `text`, given the true `answer`.
 
-    ValueError for a kind that is not in KINDS; no text raises.
+    Training calls the two parts itself, to report them (`sampling.give_rewards`). ValueError for a
+    kind that is not in KINDS; no text raises.
     """
     return format_reward(text, legacy) + accuracy_reward(text, answer, kind, legacy)
 

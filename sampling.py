@@ -152,6 +152,14 @@ class Sampler:
     def __init__(self, policy: Policy, max_new_tokens: int, bf16: bool):
         self.policy, self.max_new_tokens, self.bf16 = policy, max_new_tokens, bf16
 
+    def sample(self, prompts: list[Prompt], n: int, seed: int) -> list[list[Action]]:
+        """n actions for each prompt, drawn at the policy's temperature."""
+        raise NotImplementedError
+
+    def greedy(self, prompts: list[Prompt]) -> list[Action]:
+        """The most probable token each time: one action for each prompt."""
+        raise NotImplementedError
+
     def sleep(self) -> None:
         """Leaves the device's memory to the trainer, until `sync_weights`."""
 
@@ -159,7 +167,8 @@ class Sampler:
         """Takes over the policy's weights after an update."""
 
     def check_parity(self, groups: list[Group]) -> dict[str, float]:
-        """How far its log-probs are from the policy's, as metrics. Raises if too far."""
+        """How far its log-probs are from the policy's, as metrics. UserError if too far at the
+        first check, later a warning."""
         return {}
 
     def close(self) -> None:
@@ -172,7 +181,8 @@ class Expert(Protocol):
     name: str
 
     def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
-        """n responses for each state, fewer where it fails. They depend on seed and state only."""
+        """n responses per state, fewer where it fails. They depend on at most seed and state: an
+        API's come from the cache and ignore the seed."""
 
     def logp(self, state: State, action: Action) -> float | None:
         """log pi_j(action | state) in nats: -inf for an action it never writes, None if unknown."""

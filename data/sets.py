@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from data.download import at_home, prepare
 from data.lengths import Room
+from data.reading import FILES
 from data.reason_rft import ReasonRFTSet
 from data.state import SET_NAMES, SETS, State
 from training.console import UserError
@@ -52,6 +53,8 @@ def load_set(
         raise UserError(f"no set {name!r}; there are {', '.join(SET_NAMES)}")
     if config.data in WORLDS:
         return WORLDS[config.data](name, config, mode)
+    if name not in FILES:
+        raise UserError(f"Reason-RFT-CoT has no set {name!r}: this task is for --data blocks")
     cache = at_home(config.data_cache)
     return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache, room)
 

@@ -15,7 +15,7 @@ class ExpertSettings:
         "openai:MODEL@http://host:port/v1 (keys from OPENAI_API_KEY and GEMINI_API_KEY, for other "
         "servers EXPERT_API_KEY); 'none' is plain GRPO",
     )
-    num_samples: int = option(8, "N: actions drawn from the policy and from each expert, a state")
+    num_samples: int = option(8, "N: actions drawn per state from the policy and from each expert")
     # experts behind an API
     cache: str = option(
         "experts.sqlite",

@@ -1,4 +1,5 @@
-"""What every training program needs and no method knows. It handles records, not groups.
+"""What every training program needs. It handles records, not groups; only method.py and
+metrics.py know Vision-EKIPL.
 
 Read settings.py (flags, presets, checks; method.py has the method's) and distributed.py (DDP,
 FSDP2) first. A run leaves a directory (rundir.py; storage.py writes its files), records

@@ -11,7 +11,7 @@ class MethodSettings:
     """Vision-EKIPL's own settings, as flags of ekipl.py; `num_samples`, N, is with the experts'."""
 
     # the total group (Eq 4-6) and the selection
-    group_size: int = option(8, "G: actions kept, a state; at most N x (experts + 1)")
+    group_size: int = option(8, "G: actions kept per state; at most N x (experts + 1)")
     selection: str = option("top", "the G to keep: the best, or any (a control)", ("top", "random"))
     ties: str = option(
         "auto",

@@ -9,7 +9,7 @@ def paper(task: str, size: str) -> dict:
         model=f"Qwen/Qwen2-VL-{size}-Instruct",  # Section 4.1
         data="reason-rft",
         task=task,
-        epochs={"counting": 1, "structure": 5, "transformation": 1}[task],  # Section 4.1
+        epochs={"counting": 1, "structure": 5, "transformation": 1}.get(task, 1),  # Section 4.1
         # Section 4.1: GPT-4o and Gemini-1.5-Pro, for whose successor Google names this model
         experts="openai:gpt-4o,gemini:gemini-3.8-flash",
         expert_tokens=4096,  # gemini-3.8-flash thinks first, and its thoughts count

@@ -71,7 +71,7 @@ class Settings:
     max_pixels: int = option(0, "shrink pictures to at most so many pixels; 0: the model's limit")
     max_new_tokens: int = option(80, "length limit of a response, in tokens")
     # the optimizer
-    batch_size: int = option(64, "states a step, over all processes")
+    batch_size: int = option(64, "states per step, over all processes")
     micro_batch: int = option(
         16, "states a forward pass of a process; fewer need less memory, the gradient is the same"
     )

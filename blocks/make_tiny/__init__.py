@@ -1,6 +1,6 @@
 """How tiny/ was made: a Qwen2-VL of 1.3 M parameters that sees well and reasons poorly.
 
-    python -m blocks.make_tiny --out tiny     # seeded; half an hour on one CPU core
+    python -m blocks.make_tiny --out blocks/tiny     # seeded; half an hour on one CPU core
 
 It stands for a pretrained model and learns what pretraining gives, in three phases:
 

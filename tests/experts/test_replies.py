@@ -1,4 +1,4 @@
-"""answers.py: what is made of replies of status 200, whose fields may be missing or of any type."""
+"""experts/replies.py: replies of status 200, whose fields may be missing or of any type."""
 
 import copy
 import json
