@@ -25,12 +25,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 150  # seconds of CPU for the tests of a mutant, and ten times as many in all
 TESTS = {  # of each module, in order
-    "grpo": ["test_grpo.py", "test_independent_loop.py", "test_estimators.py"],
-    "sampling": ["test_sampling.py", "test_independent_loop.py"],
-    "policy": ["test_policy.py", "test_independent_loop.py"],
-    "attention": ["test_policy.py", "test_sampling.py"],
-    "rewards": ["test_rewards.py"],
+    "grpo": ["test_details.py", "test_grpo.py", "test_independent_loop.py", "test_estimators.py"],
+    "sampling": ["test_details.py", "test_sampling.py", "test_independent_loop.py"],
+    "policy": ["test_details.py", "test_policy.py", "test_independent_loop.py"],
+    "attention": ["test_details.py", "test_policy.py", "test_sampling.py"],
+    "rewards": ["test_rewards.py", "test_details.py", "test_math_verify.py"],
     "ekipl": [
+        "test_details.py",
         "test_independent_loop.py",
         "test_ekipl.py",
         "-k=plain or gradient or mean_1 or _says_",

@@ -1,0 +1,175 @@
+"""Details of the core that no larger test depends on: precision, what is handed on, how much is generated at a time."""
+
+import logging
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import random_model, random_processor, random_tokenizer
+from PIL import Image
+from tokenizers import processors
+
+import attention
+import grpo
+import rewards
+from attention import SharedPrefix
+from data import State
+from ekipl import log_weights
+from policy import Policy, pack
+from sampling import Group, TransformersSampler, make_sampler, prefilled
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+PICTURE = Image.new("RGB", (64, 64), "red")
+STATES = [
+    State("short", (PICTURE,), "how many ?", "1", "discrete"),
+    State("long", (PICTURE, PICTURE), "how many red cubes are there ?", "1", "discrete"),
+]
+
+
+@pytest.fixture(scope="module")
+def policy(random_model_dir):
+    return Policy.load(random_model_dir)
+
+
+# ------------------------------------------------------------------------------------------ grpo.py
+
+
+def test_equations_take_lists_and_count_in_float32_at_least():
+    assert grpo.kl_to_reference([0.0, -1.0], [0.0, -1.0]).tolist() == [0.0, 0.0]
+    assert grpo.log_importance_weights([-1.0], [-3.0]).tolist() == [2.0]
+    half = torch.tensor([-1.0, -300.5]).bfloat16()
+    assert grpo.kl_to_reference(half, half).dtype == torch.float32
+    assert grpo.log_importance_weights(half, half).dtype == torch.float32
+
+
+def test_diagnostics_are_means_in_double_precision():
+    values = torch.tensor([1e8, 1.0, -1e8])  # in float32 their sum is 0
+    zeros = torch.zeros(3)
+    found = grpo.diagnostics(zeros, values, zeros, None, ["policy"] * 3)
+    assert found["kl"] == pytest.approx(1 / 3)
+
+
+def test_one_unknown_density_makes_the_weights_unknown():
+    known, unknown = (
+        Group(None, None, [None], kept=[0], expert_logps=logps) for logps in ([[]], None)
+    )
+    logp = torch.zeros(2, 1, 1)
+    assert log_weights([known, unknown], logp, 1) is None
+    assert log_weights([unknown, known], logp, 1) is None
+
+
+# ------------------------------------------------------------------------------------- attention.py
+
+
+def shared(policy: Policy) -> SharedPrefix:
+    """Two states with two actions each."""
+    return pack(policy.encode(STATES), [[[5, 6, 7], [8]], [[9], [5, 6]]]).layout
+
+
+def test_the_mask_of_actions_has_the_dtype_of_the_scores(policy):
+    prefix = shared(policy)
+    single, half = prefix.action_mask(torch.float32), prefix.action_mask(torch.bfloat16)
+    assert (single.dtype, half.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.equal(single, half.float())
+    assert prefix.action_mask(torch.bfloat16) is half  # made once for all layers
+
+
+def test_a_token_is_a_prompts_or_an_actions(policy):
+    prompts = policy.encode(STATES)
+    prefix = pack(prompts, [[[5, 6, 7], [8]], [[9], [5, 6]]]).layout
+    assert int(prefix.in_prompt.sum()) == sum(len(prompt.input_ids) for prompt in prompts)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_scale_and_further_arguments_reach_the_scores(tokens):
+    query, key, value = (torch.randn(2, 4, n, 8) for n in (tokens, 3, 3))
+    module = SimpleNamespace(num_key_value_groups=1, is_causal=False)
+    for scale in (None, 0.9):
+        found, _ = attention.attend(module, query, key, value, None, scaling=scale)
+        scores = query @ key.transpose(-1, -2) * (scale or 8**-0.5)
+        assert torch.allclose(found, (scores.softmax(-1) @ value).transpose(1, 2), atol=1e-6)
+    if tokens > 1:
+        found, _ = attention.attend(module, query, key, value, None, is_causal=True)
+        assert torch.allclose(found[:, 0], value[:, :, 0], atol=1e-6)  # the first sees itself alone
+
+
+# ---------------------------------------------------------------------------------------- policy.py
+
+
+def test_one_weight_that_is_no_number_is_told_at_load(tmp_path):
+    tokenizer = random_tokenizer()
+    model = random_model(tokenizer)
+    next(model.parameters()).data.view(-1)[3] = math.nan
+    model.save_pretrained(tmp_path), random_processor(tokenizer).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="some of its weights are no finite numbers"):
+        Policy.load(tmp_path)
+
+
+def test_one_log_prob_that_is_no_number_is_told_at_load(random_model_dir):
+    class Broken(Policy):
+        def forward(self, packed):
+            return super().forward(packed).index_fill(-1, torch.tensor([0]), math.nan)
+
+    with pytest.raises(ValueError, match="log-probabilities are no numbers"):
+        Broken.load(random_model_dir)
+
+
+def test_a_tokenizer_may_put_a_token_before_every_text(tmp_path):
+    tokenizer = random_tokenizer()
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tokenizer.pad_token_id)]
+    )
+    random_model(tokenizer).save_pretrained(tmp_path)
+    random_processor(tokenizer).save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    assert policy.tokenizer("red").input_ids[0] == tokenizer.pad_token_id
+
+
+# -------------------------------------------------------------------------------------- sampling.py
+
+
+def test_as_many_responses_are_generated_at_a_time_as_rows_say(policy, monkeypatch):
+    rows, generate = [], policy.model.generate
+    monkeypatch.setattr(
+        policy.model, "generate", lambda **kw: rows.append(len(kw["input_ids"])) or generate(**kw)
+    )
+    prompts = policy.encode(STATES * 4)
+
+    def largest(call) -> int:
+        rows.clear()
+        call()
+        return max(rows)
+
+    assert largest(lambda: TransformersSampler(policy, 1, rows=6).sample(prompts, 2, 0)) == 6
+    assert largest(lambda: TransformersSampler(policy, 1, rows=1).sample(prompts, 2, 0)) == 2
+    assert largest(lambda: TransformersSampler(policy, 1, rows=8).greedy(prompts)) == 8
+
+
+def test_generation_starts_behind_each_prompt_in_plain_order(policy):
+    inputs = prefilled(policy.encode(STATES), 1, policy)
+    mask, order = inputs["attention_mask"], inputs["position_ids"][0]
+    assert set(mask.unique().tolist()) == {0, 1}
+    for row in range(2):
+        seen = order[row][mask[row].bool()]
+        assert seen.tolist() == list(range(len(seen)))
+
+
+def test_the_engine_gets_what_the_sampler_is_asked_for(policy, monkeypatch):
+    made = []
+    fake = SimpleNamespace(VLLMSampler=lambda *args, **kw: made.append((args, kw)))
+    monkeypatch.setitem(sys.modules, "rollout_vllm", fake)
+    monkeypatch.setattr("sampling.why_no_engine", lambda device: "")
+    make_sampler("vllm", policy, "a model", 7, bf16=True, max_model_len=99)
+    assert made == [((policy, "a model", 7), {"bf16": True, "max_model_len": 99})]
+
+
+# --------------------------------------------------------------------------------------- rewards.py
+
+
+def test_an_error_of_math_verify_is_a_wrong_answer_and_nothing_is_logged(monkeypatch, caplog):
+    math_verify = pytest.importorskip("math_verify", reason="installed for --legacy alone")
+    monkeypatch.setattr(math_verify, "verify", lambda *_: 1 / 0)
+    assert rewards.accuracy_score("<answer>3.25</answer>", "13/4", "math", legacy=True) == 0.0
+    assert not logging.getLogger("math_verify").isEnabledFor(logging.ERROR)
