@@ -304,7 +304,7 @@ def test_legacy_without_math_verify_is_told_before_anything_is_asked(
 
 
 def test_math_verify_is_pinned_in_one_version():
-    for file in ("requirements.txt", "README.md", ".ci/run"):
+    for file in ("requirements.txt", "data/README.md", ".ci/run"):
         assert MATH_VERIFY in (ROOT / file).read_text(), file
 
 

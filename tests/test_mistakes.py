@@ -18,7 +18,7 @@ from data import download, predictions
 from data.predictions import Prediction
 from data.state import State
 from experiments import estimators, report, sweep
-from experts import collect
+from experts import collect, roster
 from training import console, curves, distributed, rundir, storage
 
 LONG = "n" * 300
@@ -161,7 +161,7 @@ def test_an_evaluation_without_any_answer_says_so(place, monkeypatch, capsys):
         def sample(self, states, n, seed):
             return [[] for _ in states]
 
-    monkeypatch.setattr(evaluate, "make_experts", lambda *_, **__: [Silent()])
+    monkeypatch.setattr(roster, "make_experts", lambda *_, **__: [Silent()])
     arguments = ["careful", "--states", "2", "--sets", "counting-id", "--out", "silent"]
     assert "no answers" in told(evaluate, arguments, monkeypatch, capsys)
 

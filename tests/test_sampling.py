@@ -331,7 +331,7 @@ def test_auto_says_in_one_line_why_it_does_without_vllm(policy, installed, capsy
     assert isinstance(make_sampler("auto", policy, "model", 5), TransformersSampler)
     assert (
         capsys.readouterr().err == "rollouts: transformers (the vllm installed here needs a GPU; "
-        "README tells how to install its CPU build)\n"
+        "rollouts/README.md has its CPU build)\n"
     )
     assert isinstance(make_sampler("transformers", policy, "model", 5), TransformersSampler)
     assert capsys.readouterr().err == ""

@@ -42,7 +42,7 @@ from training.console import Parser
 from training.distributed import World, clear_gradients
 from training.plan import GB
 
-STEPS, SAVED = 4, 2  # of the run that is resumed: all, and those of its first checkpoint
+STEPS, SAVED = 6, 2  # of the run that is resumed: all, and those of its first checkpoint
 STEADY = ("policy, float32", "reference, float32", "AdamW, two moments, float32")
 
 

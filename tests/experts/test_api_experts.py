@@ -439,12 +439,12 @@ def test_no_more_requests_at_a_time_than_allowed(serve, ask):
 def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
     server = serve("hang")
     code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); from experts import make_experts\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from experts import make_experts\n"
         "from types import SimpleNamespace; from blocks import BlocksSet\n"
         "s = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=9, "
         "expert_requests=2, expert_deadline=600, expert_failures=5, price='')\n"
         "make_experts(sys.argv[3], s)[0].prefetch([BlocksSet('counting-train', 1)[0]], 2); "
-        "time.sleep(0.5)"
+        "sys.stdin.readline()"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, ROOT, tmp_path / "c.sqlite", server.openai],
