@@ -72,6 +72,7 @@ NAMES |= {other: name for name, other in NAMES.items()}
 # Calls without which nothing runs, devices and stopwatches: no faults worth a test.
 TRIVIAL = set("len range enumerate zip map id list dict set tuple str print append items".split())
 TRIVIAL |= set("lap to cpu device strict getattr isinstance".split())
+SYMMETRIC = set("max min transpose".split())  # the order of two arguments means nothing
 
 
 def name_of(node: ast.AST) -> str:
@@ -110,7 +111,8 @@ def changes(node: ast.AST):
             yield f"without .{name}", node.func.value
         if name not in TRIVIAL and node.args:
             yield f"without {name}", node.args[0]
-        if len(node.args) > 1 and not isinstance(node.args[0], ast.Starred):
+        starred = any(isinstance(argument, ast.Starred) for argument in node.args[:2])
+        if len(node.args) > 1 and not starred and name not in SYMMETRIC:
             swapped = [node.args[1], node.args[0], *node.args[2:]]
             yield "arguments swapped", ast.Call(node.func, swapped, node.keywords)
 
@@ -123,6 +125,8 @@ def places(parent: ast.AST, only: set[str] = frozenset()):
         for i, node in enumerate(value if isinstance(value, list) else [value]):
             told = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
             if told or not isinstance(node, ast.AST) or isinstance(node, ast.JoinedStr):
+                continue
+            if isinstance(node, ast.keyword) and node.arg in TRIVIAL:
                 continue
             if isinstance(parent, ast.Module) and only and getattr(node, "name", "") not in only:
                 continue
