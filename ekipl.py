@@ -36,15 +36,7 @@ from experts.roster import Experts
 from experts.settings import ExpertSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
-from sampling import (
-    Group,
-    Sampler,
-    add_expert_logps,
-    give_rewards,
-    group_log_weights,
-    select,
-    total_groups,
-)
+from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
 from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
@@ -227,7 +219,7 @@ class Run:
     reference: Policy | None
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
     optimizer: torch.optim.Optimizer
-    sampler: Sampler
+    sampler: choice.Sampler
     start: int  # steps done by the run that is resumed
 
 
