@@ -474,7 +474,7 @@ def test_a_part_that_fails_is_reported_and_the_others_still_run(tmp_path, monkey
     assert end.value.code == 1
     text, figures = (tmp_path / "x.md").read_text(), json.loads((tmp_path / "x.json").read_text())
     assert text.count("**fails**") == 1 and "| engine | TypeError: " in text
-    assert "| and resumed | steps [1, 2, 3, 4] | all 4 | holds |" in text
+    assert "| and resumed | steps [1, 2, 3, 4, 5, 6] | all 6 | holds |" in text
     assert "| TRL | not installed: left out" in text
     assert [check["holds"] for check in figures["checks"]] == [False, True, True, None, None]
 
