@@ -33,7 +33,7 @@ TESTS = {  # of each module, in order
         "experiments/test_estimators.py",
     ],
     "sampling": ["test_details.py", "test_sampling.py", "test_independent_loop.py"],
-    "policy": ["test_details.py", "test_policy.py", "test_independent_loop.py"],
+    "policy": ["test_details.py", "test_policy.py", "test_sampling.py", "test_independent_loop.py"],
     "attention": ["test_details.py", "test_policy.py", "test_sampling.py"],
     "rewards": ["test_rewards.py", "test_details.py", "test_math_verify.py"],
     "ekipl": [

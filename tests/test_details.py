@@ -129,6 +129,27 @@ def test_a_tokenizer_may_put_a_token_before_every_text(tmp_path):
     assert policy.tokenizer("red").input_ids[0] == tokenizer.pad_token_id
 
 
+def test_a_text_becomes_the_tokens_that_the_policy_would_write(tmp_path):
+    tokenizer = random_tokenizer()
+    red, blue, user, end = tokenizer.convert_tokens_to_ids(["red", "blue", "user", "<|im_end|>"])
+    tokenizer._tokenizer.post_processor = processors.TemplateProcessing(
+        single="user $A",
+        special_tokens=[("user", user)],  # an ordinary token before every text
+    )
+    random_model(tokenizer).save_pretrained(tmp_path)
+    random_processor(tokenizer).save_pretrained(tmp_path)
+    tokens_of = Policy.load(tmp_path).tokens_of
+    assert tokens_of("red blue", 3) == ([red, blue, end], False)
+    assert tokens_of("red blue", 2) == ([red, blue], True)
+    assert tokens_of("red", 8, ended=False) == ([red], True)
+    assert tokens_of("", 8, ended=False) == ([end], False)
+    assert tokens_of(" " * 20_000 + "red", 8) == ([red, end], False)
+    assert tokens_of("red " * 20_000, 4) == ([red] * 4, True)
+    # Cut after 1,040 letters it would hold one token and half a word.
+    assert tokens_of("red" + " " * 1036 + "blue", 1) == ([red], True)
+    assert tokens_of("red" + " " * 1070 + "blue", 3) == ([red, blue, end], False)
+
+
 # -------------------------------------------------------------------------------------- sampling.py
 
 
