@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import random_model, random_processor, random_tokenizer
 from PIL import Image
-from tokenizers import processors
+from tokenizers import decoders, processors
 
 import attention
 import grpo
@@ -127,6 +127,15 @@ def test_a_tokenizer_may_put_a_token_before_every_text(tmp_path):
     random_processor(tokenizer).save_pretrained(tmp_path)
     policy = Policy.load(tmp_path)
     assert policy.tokenizer("red").input_ids[0] == tokenizer.pad_token_id
+
+
+def test_a_tokenizer_may_decode_a_blank_before_a_word(tmp_path):
+    tokenizer = random_tokenizer()
+    tokenizer._tokenizer.decoder = decoders.Replace("<", " <")
+    random_model(tokenizer).save_pretrained(tmp_path)
+    random_processor(tokenizer).save_pretrained(tmp_path)
+    policy = Policy.load(tmp_path)
+    assert policy.tokenizer.decode(policy.tokenizer("<think>").input_ids) == " <think>"
 
 
 def test_a_text_becomes_the_tokens_that_the_policy_would_write(tmp_path):
