@@ -19,7 +19,7 @@ from data import State
 from policy import Policy, pack
 from rollouts.choice import make_sampler
 from rollouts.transformers_sampler import TransformersSampler, prefilled
-from sampling import Group, group_log_weights
+from sampling import Action, Group, group_log_weights
 from training import metrics
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -32,7 +32,9 @@ STATES = [
 
 @pytest.fixture(scope="module")
 def policy(random_model_dir):
-    return Policy.load(random_model_dir)
+    policy = Policy.load(random_model_dir)
+    assert policy.temperature == 1.0  # what is sampled and scored, unless a setting says otherwise
+    return policy
 
 
 # ------------------------------------------------------------------------------------------ grpo.py
@@ -41,9 +43,16 @@ def policy(random_model_dir):
 def test_equations_take_lists_and_count_in_float32_at_least():
     assert grpo.kl_to_reference([0.0, -1.0], [0.0, -1.0]).tolist() == [0.0, 0.0]
     assert grpo.log_importance_weights([-1.0], [-3.0]).tolist() == [2.0]
+    assert grpo.selected_proposal_logp([-1.0], 1.0).tolist() == [-1.0]
     half = torch.tensor([-1.0, -300.5]).bfloat16()
     assert grpo.kl_to_reference(half, half).dtype == torch.float32
     assert grpo.log_importance_weights(half, half).dtype == torch.float32
+
+
+def test_one_density_that_is_no_number_is_an_error():
+    for old_logp in ([-1.0, math.nan], [-1.0, math.inf]):
+        with pytest.raises(ValueError, match="old_logp"):
+            grpo.log_importance_weights(old_logp, [-1.0, -1.0])
 
 
 def test_diagnostics_are_means_in_double_precision():
@@ -84,7 +93,7 @@ def test_a_token_is_a_prompts_or_an_actions(policy):
     assert int(prefix.in_prompt.sum()) == sum(len(prompt.input_ids) for prompt in prompts)
 
 
-@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2, 3])
 def test_scale_and_further_arguments_reach_the_scores(tokens):
     query, key, value = (torch.randn(2, 4, n, 8) for n in (tokens, 3, 3))
     module = SimpleNamespace(num_key_value_groups=1, is_causal=False)
@@ -197,6 +206,14 @@ def test_the_engine_gets_what_the_sampler_is_asked_for(policy, monkeypatch):
     assert made == [((policy, "a model", 7), {"bf16": True, "max_model_len": 99})]
 
 
+def test_a_transcript_says_which_actions_were_kept_and_their_advantages():
+    actions = [Action([5], text, "policy") for text in "abc"]
+    group = Group(STATES[0], None, actions, [1.0] * 3, [0.0, 1.0, 0.0])
+    group.kept, group.advantages = [1, 0], [0.5, -0.5]
+    found = [(action["kept"], action["advantage"]) for action in group.transcript(3)["actions"]]
+    assert found == [(True, -0.5), (True, 0.5), (False, None)]
+
+
 # --------------------------------------------------------------------------------------- rewards.py
 
 
@@ -205,3 +222,12 @@ def test_an_error_of_math_verify_is_a_wrong_answer_and_nothing_is_logged(monkeyp
     monkeypatch.setattr(math_verify, "verify", lambda *_: 1 / 0)
     assert rewards.accuracy_score("<answer>3.25</answer>", "13/4", "math", legacy=True) == 0.0
     assert not logging.getLogger("math_verify").isEnabledFor(logging.ERROR)
+
+
+@pytest.mark.parametrize(
+    "truth, near, far", [("1", "1.0000009", "1.0000015"), ("0", "9e-7", "1.5e-6")]
+)
+def test_equal_quantities_differ_by_a_millionth_at_most(truth, near, far):
+    near, far = (f"<answer>{value}</answer>" for value in (near, far))
+    assert rewards.accuracy_score(near, truth, "math") == 1.0
+    assert rewards.accuracy_score(far, truth, "math") == 0.0
