@@ -44,6 +44,9 @@ def test_equations_take_lists_and_count_in_float32_at_least():
     assert grpo.kl_to_reference([0.0, -1.0], [0.0, -1.0]).tolist() == [0.0, 0.0]
     assert grpo.log_importance_weights([-1.0], [-3.0]).tolist() == [2.0]
     assert grpo.selected_proposal_logp([-1.0], 1.0).tolist() == [-1.0]
+    assert grpo.policy_ratio([-1.0], [-1.0]).tolist() == [1.0]
+    assert grpo.mixture_logp([[0.0, 0.0]], [0.5, 0.5]).tolist() == [0.0]
+    assert grpo.snis_estimate([1.0, 3.0], [1.0, 1.0]).tolist() == 2.0
     half = torch.tensor([-1.0, -300.5]).bfloat16()
     assert grpo.kl_to_reference(half, half).dtype == torch.float32
     assert grpo.log_importance_weights(half, half).dtype == torch.float32
@@ -136,6 +139,14 @@ def test_a_tokenizer_may_put_a_token_before_every_text(tmp_path):
     random_processor(tokenizer).save_pretrained(tmp_path)
     policy = Policy.load(tmp_path)
     assert policy.tokenizer("red").input_ids[0] == tokenizer.pad_token_id
+
+
+def test_a_policy_samples_at_temperature_1_and_freezes_its_vision_tower(random_model_dir):
+    loaded = Policy.load(random_model_dir)
+    assert Policy(loaded.model, loaded.processor).temperature == 1.0
+    loaded.freeze_vision()
+    for name, parameter in loaded.named_parameters():
+        assert parameter.requires_grad == (".visual." not in name)
 
 
 def test_a_tokenizer_may_decode_a_blank_before_a_word(tmp_path):
