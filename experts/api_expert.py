@@ -208,10 +208,6 @@ class ApiExpert:
     def content(self, state: State) -> dict:
         return apis.request_content(self.identity, state, self.max_tokens)
 
-    def complete(self, state: State, n: int) -> bool:
-        """Whether the cache has all n answers to this state."""
-        return len(self.cache.get(request_id(self.content(state)), n)) == n
-
     def job(self, state: State, n: int) -> Future | None:
         """The request for the answers that the cache lacks, begun if it is not; None if it lacks
         none of n."""

@@ -58,10 +58,11 @@ class Collection:
         return self.config.expert_requests * len(self.experts)
 
     def begin(self, state, expert: Buyer) -> None:
-        if expert.complete(state, self.config.num_samples):
+        job = expert.job(state, self.config.num_samples)
+        if job is None:  # the cache has all of its answers
             self.bar.update(1)
         else:
-            self.running[expert.job(state, self.config.num_samples)] = state, expert
+            self.running[job] = state, expert
 
     def end(self) -> None:
         """Waits for a request to end, and deals with all that have."""

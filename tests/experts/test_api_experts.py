@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -14,10 +13,9 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-from conftest import in_two_processes
+from conftest import collecting, in_two_processes
 from fake_api import KEY, chat, content, error
 from PIL import Image
 
@@ -27,7 +25,7 @@ from blocks.dataset import BlocksSet
 from data import sets
 from experts import api_expert, apis, collect, roster
 from experts.api_expert import ApiExpert
-from experts.cache import Cache
+from experts.cache import Cache, request_id
 from experts.roster import make_experts
 from sampling import Action, Sample, expert_action
 from training import distributed, storage
@@ -45,25 +43,6 @@ def planted_key(monkeypatch):
         monkeypatch.setenv(variable, VENDORS_KEY)
     monkeypatch.setenv("EXPERT_API_KEY", KEY)  # the one that servers on loopback get
     monkeypatch.delenv("GOOGLE_API_KEY", raising=False)
-
-
-@pytest.fixture
-def ask(tmp_path):
-    """An expert of this name, with a cache of its own."""
-
-    def make(name: str, densities: bool = False, **changes) -> ApiExpert:
-        settings = dict(
-            cache=str(tmp_path / "cache.sqlite"),
-            offline=False,
-            expert_tokens=64,
-            expert_requests=4,
-            expert_deadline=8.0,
-            expert_failures=5,
-            price="",
-        )
-        return make_experts(name, SimpleNamespace(**{**settings, **changes}), densities)[0]
-
-    return make
 
 
 vendors = pytest.mark.parametrize("vendor", ["openai", "gemini"])
@@ -760,20 +739,6 @@ def test_a_failure_in_one_process_does_not_hang_the_other(serve, tmp_path):
 # ------------------------------------------------------------------ collecting
 
 
-def command(*arguments, **settings) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        cwd=ROOT,
-        env=environment,
-        **settings,
-    )
-
-
 def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serve, tell, tmp_path):
     server = serve()
     settings = {**SMALL, "runs": tmp_path, "cache": tmp_path / "cache.sqlite"}
@@ -785,11 +750,10 @@ def test_collect_buys_once_in_training_order_and_training_then_asks_nothing(serv
         and "5/5" in err
     )
     questions, order = sets.training_states(config(tmp_path, server.openai))
-    with_answers = Cache(tmp_path / "cache.sqlite", read_only=True)
-    expert = ApiExpert(server.openai, with_answers, config(tmp_path, server.openai))
-    assert [expert.complete(questions[i], 2) for i in range(12)] == [True] * 5 + [
-        False
-    ] * 7  # what a run with --limit 5 asks
+    cache = Cache(tmp_path / "cache.sqlite", read_only=True)
+    expert = ApiExpert(server.openai, cache, config(tmp_path, server.openai))
+    found = [len(cache.get(request_id(expert.content(questions[i])), 2)) for i in range(12)]
+    assert found == [2] * 5 + [0] * 7  # what a run with --limit 5 asks
     assert [state.id for state in collect.states_to_ask(config(tmp_path, server.openai))] == [
         questions[i].id for i in order
     ]
@@ -901,7 +865,7 @@ def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tell, tmp_p
         "--num-samples",
         4,
     ]
-    process = command(*flags)
+    process = collecting(*flags)
     deadline = time.monotonic() + 240
     while len(server.bodies) < 18 and time.monotonic() < deadline:
         time.sleep(0.05)
