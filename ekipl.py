@@ -223,28 +223,26 @@ class Run:
     start: int  # steps done by the run that is resumed
 
 
-def load_policies(config: Config, resume: Path | None, world: World) -> tuple:
-    """The policy, and the reference or None if the loss has no KL term, on this device."""
-    options = dict(temperature=config.temperature, **config.pixels)
-    path, reference = last_checkpoint(resume) if resume else config.start, None
+def load_policy(config, path, world: World, temperature=1.0, trained=True) -> Policy:
+    """The model at `path` on this device, or the local shard. UserError if it cannot be loaded."""
+    options = dict(config.pixels, gradient_checkpointing=trained and config.gradient_checkpointing)
     try:
-        policy = Policy.load(path, gradient_checkpointing=config.gradient_checkpointing, **options)
-        if config.freeze_vision:
+        policy = Policy.load(path, temperature=temperature, **options)
+        if not trained:
+            policy.requires_grad_(False)
+        elif config.freeze_vision:
             policy.freeze_vision()
-        policy = world.place(policy, config.parallel, config.bf16)
-        if config.beta:
-            reference = Policy.load(config.start, **options).requires_grad_(False)
-            reference = world.place(reference, config.parallel, config.bf16)
+        return world.place(policy, config.parallel, config.bf16)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return policy, reference
 
 
 def prepare(config: Config, resume: Path | None, world: World) -> Run:
     """Loads all that a run needs and makes its directory, or takes up that of `resume`."""
     distributed.deterministic(world)
     take(resume, world)
-    room = room_of(config, last_checkpoint(resume) if resume else config.start)
+    model = last_checkpoint(resume) if resume else config.start
+    room = room_of(config, model)
     questions, order = training_states(config, room=room)
     tests = test_sets(config, room=room) if config.eval_every else {}
 
@@ -253,7 +251,9 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         return [questions[i] for i in world.shard(batch)]
 
     experts = Experts(config, config.corrected, states_of)
-    policy, reference = load_policies(config, resume, world)
+    policy, reference = load_policy(config, model, world, config.temperature), None
+    if config.beta:
+        reference = load_policy(config, config.start, world, config.temperature, trained=False)
     real = replace(config, states=len(questions))
     check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))

@@ -27,6 +27,7 @@ from pathlib import Path
 from transformers.utils import logging as transformers_logging
 
 from blocks.scripted import ACCURACY
+from data.legacy import MATH_VERIFY, need_math_verify
 from data.lengths import Room
 from data.predictions import Prediction, claim, predict, read_predictions
 from data.sets import Part, load_set, reports
@@ -34,7 +35,7 @@ from experts import roster
 from experts.answering import ExpertAnswers, is_expert
 from experts.settings import ExpertSettings
 from policy import Policy
-from rewards import MATH_VERIFY, accuracy_score, format_reward, need_math_verify, wholly_right
+from rewards import accuracy_score, format_reward, wholly_right
 from rollouts import asking
 from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.choice import make_sampler
@@ -42,6 +43,7 @@ from sampling import Action, Sampler
 from training import console, storage
 from training.console import Parser, UserError
 from training.distributed import World
+from training.metrics import mean
 from training.settings import place_of
 
 LEGACY = f"score as Reason-RFT's code does; needs {MATH_VERIFY}"
@@ -78,12 +80,11 @@ def right_samples(prediction: Prediction, legacy: bool = False) -> int:
 
 
 def score(states, actions: list[Action]) -> dict[str, float]:
-    """`score_predictions` of one action for each state, by its `State.reading`."""
+    """`score_predictions` of one action for each state."""
     predictions = []
     for state, action in zip(states, actions, strict=True):
-        text, length = state.reading(action.text), len(action.tokens)
-        p = Prediction("", state.answer, state.kind, text, length, action.truncated)
-        predictions.append(p)
+        length, truncated = len(action.tokens), action.truncated
+        predictions.append(Prediction.of(state, action.text, length, truncated))
     return score_predictions(predictions)
 
 
@@ -95,11 +96,6 @@ def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> di
         actions = world.gather(answer_greedily(sampler, shard))
         result[f"eval/{name}"] = score(states, actions)["accuracy"]
     return result
-
-
-def mean(values) -> float:
-    values = [float(value) for value in values]
-    return sum(values) / len(values)
 
 
 def interval(values: list[float], z: float = 1.96) -> tuple[float, float]:

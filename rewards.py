@@ -23,20 +23,9 @@ import itertools
 import math
 from collections import Counter
 
-import numpy as np
-from scipy.optimize import linear_sum_assignment
-
 from data.answers import KINDS, Call, calls, extract_answer
 from data.expressions import compared
-from data.legacy import (  # noqa: F401  evaluation takes MATH_VERIFY and need_math_verify from here
-    MATH_VERIFY,
-    first_answer,
-    legacy_calls,
-    legacy_format,
-    legacy_function_score,
-    need_math_verify,
-    verified,
-)
+from data.legacy import first_answer, legacy_calls, legacy_format, legacy_function_score, verified
 
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 # Relative errors of "math" between which the reward falls from 1 to 0.
@@ -195,6 +184,10 @@ def _full_matches(predicted: list[Call], truth: list[Call]) -> float:
 
 def _most_close_pairs(predicted: list[Call], truth: list[Call]) -> int:
     """The largest number of pairs of one function whose object or value agree."""
+    # Half a second to import, for evaluation alone.
+    import numpy as np
+    from scipy.optimize import linear_sum_assignment
+
     close = np.zeros((len(predicted), len(truth)))
     for i, j in itertools.product(range(len(predicted)), range(len(truth))):
         one, other = predicted[i], truth[j]

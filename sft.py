@@ -30,10 +30,10 @@ from pathlib import Path
 import torch
 from transformers.utils import logging as transformers_logging
 
-import blocks  # noqa: F401  makes --data blocks known
 from data.lengths import room_of
 from data.sets import reports, test_sets, training_states
 from data.state import State
+from ekipl import load_policy
 from evaluate import greedy_accuracy
 from policy import Policy, Prompt, pack
 from rollouts import choice
@@ -197,14 +197,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
         return [questions[i] for i in world.shard(batch)]
 
-    checkpointing = config.gradient_checkpointing
-    try:
-        policy = Policy.load(model, gradient_checkpointing=checkpointing, **config.pixels)
-        if config.freeze_vision:
-            policy.freeze_vision()
-        policy = world.place(policy, config.parallel, config.bf16)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    policy = load_policy(config, model, world)
     real = replace(config, states=len(questions))
     check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))

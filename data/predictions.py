@@ -6,7 +6,7 @@ DIR/settings.json    what the predictions depend on; a directory holds those of 
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -30,6 +30,15 @@ class Prediction:
     tokens: int
     truncated: bool
     samples: list[str] = dataclasses.field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, state: State, text: str, tokens: int, truncated: bool, samples: Iterable[str] = ()
+    ) -> "Prediction":
+        """The responses to a state, as rewards.py reads them (`State.reading`)."""
+        texts = [state.reading(sample) for sample in samples]
+        read = state.reading(text)
+        return cls(state.id, state.answer, state.kind, read, tokens, truncated, texts)
 
 
 def prediction(record: dict) -> Prediction:

@@ -11,11 +11,11 @@ import csv
 import statistics
 from pathlib import Path
 
+from data.legacy import need_math_verify
 from data.predictions import Prediction, read_predictions
 from data.state import SETS
 from evaluate import LEGACY, right_samples, score_predictions
 from experiments import figures
-from rewards import need_math_verify
 from training import console, curves
 from training.console import Parser, UserError
 from training.curves import method_of

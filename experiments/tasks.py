@@ -9,6 +9,7 @@ import ekipl
 import sft
 from data.state import SETS
 from experiments.rows import Row
+from training.settings import flag
 
 ROOT = Path(__file__).resolve().parents[1]
 # Settings of training that evaluate.py has as flags too.
@@ -67,7 +68,7 @@ def evaluation(row: Row, path: Path, args) -> list[str]:
     command += ["--states", str(args.test_states), "--pass-k", args.pass_k]
     for name in SHARED:
         if value := getattr(config, name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
+            command += [flag(name), str(value)]
     command += ["--offline"] if config.offline else []
     if config.expert_tokens != type(config).expert_tokens:
         command += ["--expert-tokens", str(config.expert_tokens)]

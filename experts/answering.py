@@ -26,15 +26,8 @@ class ExpertAnswers:
 
     def prediction(self, state: State, responses: list) -> Prediction:
         first, samples = responses[0], responses if self.samples else []
-        return Prediction(
-            state.id,
-            state.answer,
-            state.kind,
-            state.reading(first.text),
-            len(first.text.split()),
-            first.truncated,
-            [state.reading(sample.text) for sample in samples],
-        )
+        words, texts = len(first.text.split()), [sample.text for sample in samples]
+        return Prediction.of(state, first.text, words, first.truncated, texts)
 
 
 def is_expert(name: str) -> bool:

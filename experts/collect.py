@@ -28,7 +28,7 @@ from experts.api_expert import VENDORS
 from experts.cache import Cache
 from experts.collection import buy
 from experts.purse import Purse
-from experts.roster import check, expert_specs
+from experts.roster import check
 from experts.settings import CollectSettings
 from training import console, settings
 from training.console import Parser, UserError
@@ -50,29 +50,16 @@ def states_to_ask(config: CollectSettings) -> list:
     return [questions[i] for i in tqdm(list(dict.fromkeys(order)), desc="states", leave=False)]
 
 
-def api_specs(config: CollectSettings, offline: bool) -> list[str]:
-    """The experts that are behind APIs. UserError if there is none."""
-    try:
-        specs = expert_specs(config.experts, offline)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    specs = [spec for spec in specs if spec.partition(":")[0] in VENDORS]
-    if not specs:
-        raise UserError(f"--experts {config.experts} asks no API: name one, such as openai:gpt-4o")
-    return specs
-
-
-def dry_run(config: CollectSettings) -> None:
+def dry_run(specs: list[str], config: CollectSettings) -> None:
     """Prints what buying would cost; asks nothing."""
     states = states_to_ask(config)
     cache = Cache(config.cache, read_only=True) if os.path.lexists(config.cache) else None
-    for spec in api_specs(config, offline=True):
+    for spec in specs:
         estimate.show(spec, states, config, cache)
 
 
-def collect(config: CollectSettings, budget: float | None) -> None:
+def collect(specs: list[str], config: CollectSettings, budget: float | None) -> None:
     """Fills the cache for the states of training. UserError if some stay without answers."""
-    specs = api_specs(config, offline=False)
     states = states_to_ask(config)
     with closing(Cache(config.cache)) as cache:
         buy(specs, states, cache, config, Purse(budget))
@@ -152,11 +139,15 @@ def run(argv: list[str]) -> None:
         if args.budget is not None and not args.budget > 0:
             raise UserError("--budget must be above 0")
         config, _ = settings.parse(CollectSettings, PRESETS, __doc__.split("\n\n")[0], rest)
-        if args.dry_run:
-            config.offline = True  # needs no key
+        if config.offline and not args.dry_run:
+            raise UserError("--offline asks no API, so it buys nothing: leave it out")
+        config.offline = args.dry_run  # which needs no key
         settings.check(config, 1, resuming=True)
-        check(config)
-        dry_run(config) if args.dry_run else collect(config, args.budget)
+        specs = [spec for spec in check(config) if spec.partition(":")[0] in VENDORS]
+        if not specs:
+            named = f"--experts {config.experts}"
+            raise UserError(f"{named} asks no API: name one, such as openai:gpt-4o")
+        dry_run(specs, config) if args.dry_run else collect(specs, config, args.budget)
     elif rest:
         raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
     else:

@@ -16,13 +16,8 @@ from training.console import UserError
 from training.distributed import World
 
 AHEAD = 2  # steps that requests to APIs run ahead of the training
-COUNTS = (
-    "requests",
-    "cache_hits",
-    "failures",
-    "states_without",
-    "blocked",
-)  # always in the metrics
+# Always in the metrics.
+COUNTS = ("requests", "cache_hits", "failures", "states_without", "blocked")
 
 
 def expert_specs(names: str, offline: bool = False) -> list[str]:

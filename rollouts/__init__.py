@@ -5,7 +5,8 @@ transformers_sampler.py    by transformers' `generate`, on any device
 vllm_sampler.py            by a vLLM engine: actions, weight sync, memory
 vllm_engine.py             how that engine is started
 parity.py                  whether it samples from what the policy scores
-answering.py               a model's predictions in an evaluation
+asking.py                  how a model is asked in an evaluation: flags, a run's own settings
+answering.py               its predictions there
 """
 
 import os

@@ -39,16 +39,9 @@ class ModelAnswers:
             samples = self.sample(prompts, self.samples, "pass")
         predictions = []
         for state, action, others in zip(states, actions, samples, strict=True):
-            prediction = Prediction(
-                state.id,
-                state.answer,
-                state.kind,
-                state.reading(action.text),
-                len(action.tokens),
-                action.truncated,
-                [state.reading(other.text) for other in others],
-            )
-            predictions.append(prediction)
+            length, texts = len(action.tokens), [other.text for other in others]
+            answer = Prediction.of(state, action.text, length, action.truncated, texts)
+            predictions.append(answer)
         return predictions
 
     def answers(self, prompts: list[Prompt]) -> list[Action]:

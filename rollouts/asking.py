@@ -13,7 +13,7 @@ from pathlib import Path
 from data.state import MODES, SETS
 from training import rundir
 from training.console import Parser, UserError
-from training.settings import CACHE, ROLLOUTS
+from training.settings import CACHE, ROLLOUTS, flag
 
 ALL_SETS = list(chain.from_iterable(SETS.values()))
 DEFAULTS = {
@@ -72,8 +72,8 @@ FLAGS = {
 
 
 def add_flags(parser: Parser) -> None:
-    for flag, options in FLAGS.items():
-        parser.add_argument(flag, **options)
+    for name, options in FLAGS.items():
+        parser.add_argument(name, **options)
 
 
 def settle(args) -> list[str]:
@@ -99,7 +99,7 @@ def fill(args, source: str, values: dict) -> list[str]:
         if value is not None and getattr(args, name) is None:
             setattr(args, name, value)
             text = " ".join(value) if isinstance(value, (list, tuple)) else value
-            flags.append(f"--{name.replace('_', '-')} {text}")
+            flags.append(f"{flag(name)} {text}")
     return [f"as {source} says: {' '.join(flags)}"] if flags else []
 
 
@@ -152,7 +152,7 @@ def check(args) -> None:
     for name in ("states", "max_new_tokens", "min_pixels", "max_pixels"):
         value = getattr(args, name)
         if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+            raise UserError(f"{flag(name)} must be at least 1, not {value}")
     if (args.states or 1) > MAX_STATES:
         raise UserError(f"--states must be at most {MAX_STATES}, not {args.states}")
     if not 0 <= args.temperature < math.inf:

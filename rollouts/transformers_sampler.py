@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
-from policy import Policy, Prompt
+from policy import Policy, Prompt, joined
 from sampling import Action, Sampler
 from training.distributed import autocast, reshard, unshard
 from training.metrics import POLICY
@@ -164,9 +164,8 @@ def prefilled(prompts: list[Prompt], n: int, policy: Policy) -> dict:
     inputs = {name: value.to(device) for name, value in inputs.items()}
     images = {}
     for name in ("pixel_values", "image_grid_thw"):
-        parts = [getattr(prompt, name) for prompt in prompts]
-        if parts := [part for part in parts if part is not None]:
-            images[name] = torch.cat(parts).to(device)
+        parts = joined([getattr(prompt, name) for prompt in prompts])
+        images |= {} if parts is None else {name: parts.to(device)}
     start = {name: value[..., :-1] for name, value in inputs.items()}
     cache = DynamicCache()
     policy.model.model(**start, **images, past_key_values=cache, use_cache=True)

@@ -10,10 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # before PyTorch: tests run beside each other, and threads that wait for each other are slow
+# Before PyTorch: tests run beside each other, and threads that wait for each other are slow.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -30,6 +30,8 @@ from transformers import (
 
 from blocks import dataset
 from experts import collect
+from experts.api_expert import ApiExpert
+from experts.roster import make_experts
 from policy import Policy
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -234,6 +236,56 @@ def tell(capsys, monkeypatch):
         return code, *capsys.readouterr()
 
     return run
+
+
+@pytest.fixture
+def ask(tmp_path):
+    """An expert of this name, with a cache of its own."""
+
+    def make(name: str, densities: bool = False, **changes) -> ApiExpert:
+        settings = dict(
+            cache=str(tmp_path / "cache.sqlite"),
+            offline=False,
+            expert_tokens=64,
+            expert_requests=4,
+            expert_deadline=8.0,
+            expert_failures=5,
+            price="",
+        )
+        return make_experts(name, SimpleNamespace(**{**settings, **changes}), densities)[0]
+
+    return make
+
+
+def collecting(*arguments) -> subprocess.Popen:
+    """`python -m experts.collect ...` in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "experts.collect", *map(str, arguments)],
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def eager_logits(policy: Policy, state, action: list[int]) -> torch.Tensor:
+    """(T, V) logits of one action's tokens: transformers' own forward pass, with eager attention,
+    on one sequence, and nothing of policy.py."""
+    processor, model = policy.processor, policy.model
+    text = processor.apply_chat_template(
+        state.messages(), tokenize=False, add_generation_prompt=True
+    )
+    inputs = processor(text=[text], images=list(state.images) or None, return_tensors="pt")
+    start, n = inputs["input_ids"].shape[1], len(action)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
+    config, ours = model.config.text_config, model.config.text_config._attn_implementation
+    config._attn_implementation = "eager"
+    logits = model(**inputs, use_cache=False).logits[0, start - 1 : -1].float()  # (T, V)
+    config._attn_implementation = ours
+    return logits
 
 
 def agrees(counts: dict, probabilities: dict) -> bool:

@@ -17,13 +17,14 @@ from fake_api import KEY, Server
 
 import evaluate
 from blocks.dataset import BlocksSet
+from data.legacy import MATH_VERIFY
 from data.predictions import Prediction
 from data.state import State
 from evaluate import interval, pass_at_k, score, score_predictions
 from experiments import report
 from experts.answering import ExpertAnswers
 from policy import Policy
-from rewards import MATH_VERIFY, accuracy_reward
+from rewards import accuracy_reward
 from rollouts import asking
 from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.transformers_sampler import TransformersSampler

@@ -129,6 +129,7 @@ def told(module, arguments: list[str], monkeypatch, capsys) -> str:
         (collect, ["verify", LONG], "too long"),
         (collect, ["--budget", "nan", "--experts", "openai:x"], "--budget"),
         (collect, ["export", "file", "x"], "x"),
+        (collect, ["--offline", "--experts", "openai:x"], "--offline"),
         (sheet, [], "--show"),
         (sheet, ["--shw", "x"], "--show"),
         (sheet, ["--show", "file/x.png"], "file/x.png"),

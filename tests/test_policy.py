@@ -16,6 +16,7 @@ from conftest import (
     ROOT,
     SPECIAL,
     WORDS,
+    eager_logits,
     random_model,
     random_processor,
     random_tokenizer,
@@ -76,26 +77,14 @@ def random_actions(
 def plain_logp(policy: Policy, state: State, action: list[int]) -> torch.Tensor:
     """(T,) log-probs of one action: Hugging Face's own forward on one sequence, and nothing of
     policy.py."""
-    processor, model = policy.processor, policy.model
-    text = processor.apply_chat_template(
-        state.messages(), tokenize=False, add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=list(state.images) or None, return_tensors="pt")
-    prompt_length, n = inputs["input_ids"].shape[1], len(action)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
-    text_config, ours = model.config.text_config, model.config.text_config._attn_implementation
-    text_config._attn_implementation = "eager"
-    logits = model(**inputs, use_cache=False).logits[0, prompt_length - 1 : -1].float()  # (T, V)
-    text_config._attn_implementation = ours
+    logits = eager_logits(policy, state, action)  # (T, V)
     tokenizer = policy.tokenizer
     special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {
         tokenizer.eos_token_id
     }
     allowed = [token for token in range(len(tokenizer)) if token not in special]
     logp = (logits[:, allowed] / policy.temperature).log_softmax(dim=-1)
-    return logp[torch.arange(n), [allowed.index(token) for token in action]]
+    return logp[torch.arange(len(action)), [allowed.index(token) for token in action]]
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -51,9 +51,11 @@ def test_every_file_and_link_of_a_page_exists(page):
 
 
 def commands(page: Path) -> list[tuple[str, list[str]]]:
-    """(program, arguments) of our programs in a page's bash blocks: ekipl.py, or a module."""
-    found = []
-    for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL):
+    """(program, arguments) of our programs in a page's bash blocks and code spans: ekipl.py, or a
+    module."""
+    found, text = [], page.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    for block in [*blocks, *re.findall(r"`((?:python|torchrun) [^`]+)`", text)]:
         for line in block.splitlines():
             for part in re.split(r"[;&|]+", line.split("  #")[0].split("# ")[0]):
                 words = shlex.split(part)
@@ -63,7 +65,8 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
                     found.append((words[at], words[at + 1 :]))
                 elif names and {"python", "torchrun"} & set(words):
                     found.append((words[names[0]], words[names[0] + 1 :]))
-    return [(program, rest) for program, rest in found if program not in ("pytest", "venv")]
+    others = ("pytest", "venv", "experiments.benchmarks.NAME")
+    return [(program, rest) for program, rest in found if program not in others]
 
 
 COMMANDS = [

@@ -9,14 +9,13 @@ import sys
 import time
 from datetime import date
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from fake_api import KEY, chat, content, error
 
 from blocks.dataset import BlocksSet
-from experts import api_expert, apis, clients, roster
-from experts.roster import make_experts, try_out
+from experts import apis, clients, roster
+from experts.roster import try_out
 from training import presets
 from training.console import UserError
 
@@ -33,25 +32,6 @@ def keys(monkeypatch):
     for variable in ("OPENAI_API_KEY", "GEMINI_API_KEY", "GOOGLE_API_KEY"):
         monkeypatch.setenv(variable, VENDORS_KEY)
     monkeypatch.setenv("EXPERT_API_KEY", KEY)
-
-
-@pytest.fixture
-def ask(tmp_path):
-    """An expert of this name, with a cache of its own."""
-
-    def make(name: str, densities: bool = False, **changes) -> api_expert.ApiExpert:
-        settings = dict(
-            cache=str(tmp_path / "cache.sqlite"),
-            offline=False,
-            expert_tokens=64,
-            expert_requests=4,
-            expert_deadline=8.0,
-            expert_failures=5,
-            price="",
-        )
-        return make_experts(name, SimpleNamespace(**{**settings, **changes}), densities)[0]
-
-    return make
 
 
 def started(expert, n: int = 4) -> list:

@@ -2,12 +2,10 @@
 is in one file; and answers of any length."""
 
 import json
-import os
 import random
 import shutil
 import signal
 import sqlite3
-import subprocess
 import sys
 import threading
 import time
@@ -16,7 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import in_two_processes
+from conftest import collecting, in_two_processes
 from fake_api import KEY, chat, content, error
 from tokenizers import (
     AddedToken,
@@ -63,19 +61,6 @@ def flags(tmp_path, name: str, states: int, *more) -> list:
         "1000,1000",
         *more,
     ]
-
-
-def program(*arguments) -> subprocess.Popen:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "experts.collect", *map(str, arguments)]
-    return subprocess.Popen(
-        command,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-        cwd=ROOT,
-    )
 
 
 # ------------------------------------------------------------------ the budget
@@ -230,7 +215,7 @@ def test_all_answers_are_in_the_one_file_after_collect_and_after_an_error(serve,
 def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number):
     calls = iter(range(1000))
     server = serve(lambda body: "good" if next(calls) < 5 else "hang")
-    process = program(*flags(tmp_path, server.openai, 20))
+    process = collecting(*flags(tmp_path, server.openai, 20))
     deadline = time.monotonic() + 120
     while len(server.bodies) < 8 and time.monotonic() < deadline:
         time.sleep(0.05)

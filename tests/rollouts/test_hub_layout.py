@@ -20,7 +20,7 @@ import hub_model
 import miniature
 import pytest
 import torch
-from conftest import ROOT, in_two_processes
+from conftest import ROOT, eager_logits, in_two_processes
 from PIL import Image, ImageDraw
 from test_ekipl import stopped_in_the_step_after, timeless, weights
 
@@ -151,24 +151,14 @@ def states(data) -> list:
 
 def plain_logp(policy: Policy, state, action: list[int]) -> torch.Tensor:
     """(T,) log-probs of one action by transformers' own forward pass with eager attention."""
-    processor, model = policy.processor, policy.model
-    text = processor.apply_chat_template(
-        state.messages(), tokenize=False, add_generation_prompt=True
-    )
-    inputs = processor(text=[text], images=list(state.images), return_tensors="pt")
-    start, n = inputs["input_ids"].shape[1], len(action)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([action])], dim=1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    inputs["mm_token_type_ids"] = torch.nn.functional.pad(inputs["mm_token_type_ids"], (0, n))
-    config, ours = model.config.text_config, model.config.text_config._attn_implementation
-    config._attn_implementation = "eager"
-    logits = model(**inputs, use_cache=False).logits[0, start - 1 : -1].float()  # (T, V)
-    config._attn_implementation = ours
+    logits = eager_logits(policy, state, action)  # (T, V)
     allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
     allowed[:151643] = True  # the words
-    ordinary = hub_model.ORDINARY if model.config.model_type == "qwen2_5_vl" else []
+    ordinary = hub_model.ORDINARY if policy.model.config.model_type == "qwen2_5_vl" else []
     allowed[policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", *ordinary])] = True
-    return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)[torch.arange(n), action]
+    return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)[
+        torch.arange(len(action)), action
+    ]
 
 
 def test_log_probs_and_gradients_are_those_of_transformers_one_prompt_at_a_time(policy, states):
