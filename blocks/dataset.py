@@ -71,6 +71,7 @@ class BlocksSet:
             kind=problem.kind,
             thought=problem.think("careful"),
             mode=self.mode,
+            part=problem.part,
             set_name=self.name,
             problem=problem,
         )
@@ -92,7 +93,7 @@ def vocabulary() -> list[str]:
         what the of figure does have sides perimeter area rectangle missing side long
         choose a letter width height notch half twice
         square triangle l-shape t-shape trapezoid strip at glance
-        changed second first picture seen from now A B C D
+        changed nothing second first A B C D
     """.split()
     words += [*SHAPES, "every", "count", "gone", *SIZES, *COLORS, *CELLS, *DIRECTIONS]
     words += FUNCTIONS.values()

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from blocks.figures import Figure
-from blocks.scenes import COLORS, GRID, Object, seen_at
+from blocks.scenes import COLORS, GRID, Object, column_row
 
 CELL = 16  # pixels of a cell's side: one cell is one image token of tiny/ (patch 8, merge 2)
 UNIT = 8  # pixels of one unit of length in a figure
+SHIFTS = {"center": 0, "left": 2, "right": -2}  # pixels that a scene moves to the right, by view
 
 
 def mixed(rgb: tuple[int, int, int], end: int, share: float) -> tuple[int, ...]:
@@ -66,17 +67,20 @@ def lit(picture: np.ndarray) -> np.ndarray:
 
 
 def draw_scene(objects: tuple[Object, ...], view: str = "center") -> Image.Image:
-    """A picture of the scene, seen from the "center" (front), the "left" or the "right"."""
+    """A picture of the scene, seen from the "center", or a little from the "left" or "right"."""
     picture = np.full((GRID * CELL, GRID * CELL, 3), 232, np.uint8)
     picture[::CELL] = picture[:, ::CELL] = 214  # the floor's tiles
     picture = lit(picture)
     for thing in objects:
-        column, row = seen_at(thing.cell, view)
+        column, row = column_row(thing.cell)
         pixels = sprite(thing.shape, thing.color, thing.size)
         alpha = pixels[..., 3:] / 255.0
         place = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         place[:] = (pixels[..., :3] * alpha + place * (1 - alpha)).round().astype(np.uint8)
-    return Image.fromarray(picture)
+    aside = SHIFTS[view]
+    wider = np.pad(picture, ((0, 0), (abs(aside), abs(aside)), (0, 0)), mode="edge")
+    start = abs(aside) - aside
+    return Image.fromarray(wider[:, start : start + GRID * CELL])
 
 
 def draw_figure(figure: Figure) -> Image.Image:

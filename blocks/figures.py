@@ -23,6 +23,7 @@ class Figure:
     notch: tuple[int, int] = (0, 0)
     color: str = "blue"
     mirrored: bool = False
+    turned: bool = False  # upside down
     x: int = 0
     y: int = 0
 
@@ -40,7 +41,9 @@ class Figure:
             corners = [(0, 0), (w, 0), (w - a, h), (0, h)]
         else:
             corners = [(0, 0), (w, 0), (w, h), (0, h)]
-        return [(w - x, y) for x, y in corners] if self.mirrored else corners
+        if self.mirrored:
+            corners = [(w - x, y) for x, y in corners]
+        return [(x, h - y) for x, y in corners] if self.turned else corners
 
     def on_grid(self) -> list[tuple[int, int]]:
         """The corners in units of the grid."""
@@ -54,23 +57,22 @@ class Figure:
         return w > a * (2 if self.shape == "t-shape" else 1) and h > b
 
     @classmethod
-    def sample(cls, rng: random.Random, shapes: tuple[str, ...]) -> Figure:
+    def sample(cls, rng: random.Random, shapes: tuple[str, ...], longest: int = 6) -> Figure:
+        """One of these shapes, with sides of at most `longest` units."""
         shape = rng.choice(shapes)
-        width, height, notch = rng.randint(2, 6), rng.randint(2, 6), (0, 0)
+        least = 3 if shape in ("l-shape", "t-shape", "trapezoid") else 2
+        width, height, notch = rng.randint(least, longest), rng.randint(least, longest), (0, 0)
         if shape == "square":
             height = width
         elif shape == "rectangle":
-            height = rng.choice([side for side in range(2, 7) if side != width])
+            height = rng.choice([side for side in range(2, longest + 1) if side != width])
         elif shape == "l-shape":
-            width, height = rng.randint(3, 6), rng.randint(3, 6)
             notch = rng.randint(1, width - 1), rng.randint(1, height - 1)
         elif shape == "t-shape":
-            width, height = rng.randint(3, 6), rng.randint(3, 6)
             notch = rng.randint(1, (width - 1) // 2), rng.randint(1, height - 1)
         elif shape == "trapezoid":
-            width = rng.randint(3, 6)
             notch = rng.randint(1, width - 1), 0
         tall = 3 if shape == "strip" else height  # as it is drawn
         color, mirrored = rng.choice(list(COLORS)), rng.random() < 0.5
         x, y = rng.randint(0, 8 - width), rng.randint(0, 8 - tall)
-        return cls(shape, width, height, notch, color, mirrored, x, y)
+        return cls(shape, width, height, notch, color, mirrored, x=x, y=y)

@@ -1,4 +1,4 @@
-"""Scenes of the blocks world: objects in the cells of a 4 x 4 floor, and who sees them where."""
+"""Scenes of the blocks world: objects in the cells of a 4 x 4 floor."""
 
 from __future__ import annotations
 
@@ -67,14 +67,6 @@ def random_objects(rng: random.Random, count: int, distinct: bool = False) -> tu
 
 def column_row(cell: str) -> tuple[int, int]:
     return "abcd".index(cell[0]), int(cell[1]) - 1
-
-
-def seen_at(cell: str, view: str) -> tuple[int, int]:
-    """Column and row of the picture where a cell is seen from "center" (front), "left", "right"."""
-    column, row = column_row(cell)
-    if view == "left":  # the scene's left side is in front of this viewer, its front on their right
-        return row, GRID - 1 - column
-    return (GRID - 1 - row, column) if view == "right" else (column, row)
 
 
 def direction(old: str, new: str) -> str | None:

@@ -1,7 +1,9 @@
 """Scripted experts of the blocks world, in the place of the paper's GPT-4o and Gemini-1.5-Pro.
 
-They are right as often as Table 1 says those two are on the task, and their density is exact.
-A mistake is right reasoning over a scene in which one thing was misperceived (mistakes.py).
+Their expected score on each question is what Table 1 says of those two, and their density is exact.
+A mistake is right reasoning over a scene in which one thing was misperceived, or in which changes
+were overlooked (mistakes.py). "careful" writes its steps; "quick" writes fewer, and in counting
+none: what makes it right is then not in its words, as with an API that hides its reasoning.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import random
 from functools import lru_cache
 
 from blocks.dataset import BlocksState
-from blocks.mistakes import mistakes
+from blocks.mistakes import readings
 from data.state import State
 from sampling import Action, Sample
 
-STYLES = ("careful", "quick")  # how they think: every step, or only some
+STYLES = ("careful", "quick")  # how they think
 
 # Table 1 of the paper: accuracy on the test sets. Questions of "train" are like those of "id".
 ACCURACY = {
@@ -33,7 +35,7 @@ ACCURACY = {
 
 
 class ScriptedExpert:
-    """The expert of that name: "careful" writes every step down, "quick" skips some."""
+    """The expert of that name: "careful" or "quick"."""
 
     def __init__(self, name: str):
         self.name = name
@@ -71,9 +73,8 @@ def _density(name: str, set_name: str, problem) -> dict[str, float]:
     def response(seen) -> str:
         return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"
 
-    right, wrong = ACCURACY[name][set_name], mistakes(problem)
-    density = {response(problem): right}
-    for seen in wrong:  # different misperceptions can lead to the same words
-        text = response(seen)
-        density[text] = density.get(text, 0.0) + (1 - right) / len(wrong)
+    density: dict[str, float] = {}
+    for seen, probability in readings(problem, ACCURACY[name][set_name]):
+        text = response(seen)  # different misperceptions can lead to the same words
+        density[text] = density.get(text, 0.0) + probability
     return density

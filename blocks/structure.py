@@ -1,7 +1,8 @@
 """The structure task: sides, perimeter, area or a missing side of a figure on a unit grid.
 
--train, -id: a square, rectangle, triangle, l-shape or strip; -ood: multiple choice, or a figure
-that is not in -train (t-shape, trapezoid).
+-train, -id: a square, rectangle, triangle, l-shape or strip with sides of 2 to 6 units. -ood has
+four parts: a side of 7 units ("larger"), a triangle or l-shape upside down ("turned"), a t-shape or
+trapezoid ("unseen"), and multiple choice ("letters").
 """
 
 from __future__ import annotations
@@ -28,6 +29,17 @@ SIMILAR = {  # what a figure may be taken for
     "t-shape": ("l-shape",),
     "trapezoid": ("rectangle", "triangle"),
 }
+PARTS = ("larger", "turned", "unseen", "letters")  # of -ood, equally often
+UNSEEN = ("t-shape", "trapezoid")
+LONGEST = 6  # units, of the sides in -train
+
+
+def choices(rng: random.Random, value: int) -> tuple[str, ...]:
+    """The value and three others near it, in any order."""
+    near = [v for v in range(max(1, value - 6), value + 7) if v != value]
+    offered = [str(value), *map(str, rng.sample(near, 3))]
+    rng.shuffle(offered)
+    return tuple(offered)
 
 
 @dataclass(frozen=True)
@@ -42,24 +54,38 @@ class Structure:
     def kind(self) -> str:
         return "discrete" if self.choices else "math"
 
+    @property
+    def part(self) -> str:
+        """Which kind of question of -ood it is, "" for one of -id."""
+        if self.choices:
+            return "letters"
+        if self.figure.shape in UNSEEN:
+            return "unseen"
+        if self.figure.turned:
+            return "turned"
+        return "larger" if max(self.figure.width, self.figure.height) > LONGEST else ""
+
     @classmethod
     def sample(cls, rng: random.Random, split: str) -> Structure:
-        choose = split == "ood" and rng.random() < 0.5
-        if split == "ood" and not choose:
-            figure = Figure.sample(rng, ("t-shape", "trapezoid"))
-            problem = cls(figure, rng.choice(["sides", "area"]))
-        else:
-            asks = rng.choices(list(ASKED), [often for often, _ in ASKED.values()])[0]
-            problem = cls(Figure.sample(rng, ASKED[asks][1]), asks)
-        if "." in problem.value():  # whole numbers only
-            return cls.sample(rng, split)
-        if choose:
-            value = int(problem.value())
-            near = [v for v in range(max(1, value - 6), value + 7) if v != value]
-            choices = [str(value), *map(str, rng.sample(near, 3))]
-            rng.shuffle(choices)
-            problem = replace(problem, choices=tuple(choices))
+        part = rng.choice(PARTS) if split == "ood" else ""
+        while True:
+            problem = cls._any(rng, part)
+            if "." not in problem.value() and part in ("letters", problem.part):
+                break  # whole numbers only
+        if part == "letters":
+            problem = replace(problem, choices=choices(rng, int(problem.value())))
         return problem
+
+    @classmethod
+    def _any(cls, rng: random.Random, part: str) -> Structure:
+        """A problem that may be of this part."""
+        if part == "unseen":
+            figure = Figure.sample(rng, UNSEEN)
+            return cls(figure, rng.choices(["sides", "area"], [1, 3])[0])
+        asks = rng.choices(list(ASKED), [often for often, _ in ASKED.values()])[0]
+        figure = Figure.sample(rng, ASKED[asks][1], LONGEST + (part == "larger"))
+        turned = part == "turned" and figure.shape in ("triangle", "l-shape")
+        return cls(replace(figure, turned=turned), asks)
 
     def question(self) -> str:
         words = {

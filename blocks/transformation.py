@@ -1,6 +1,7 @@
 """The transformation task: which 1 to 4 functions turn the first picture into the second.
 
-The second picture is seen from the front (-train, -id), the left (-left) or the right (-right).
+The second picture is seen from where the first one was (-train, -id), or from a little further to
+the left (-left) or right (-right): all of it is shifted by two pixels.
 """
 
 from __future__ import annotations
@@ -33,12 +34,14 @@ FUNCTIONS = {  # of each attribute
 
 @dataclass(frozen=True)
 class Transformation:
-    """The functions that turn the objects `before` (0, 1, ...) into `after`, seen from `view`."""
+    """The functions that turn the objects `before` (0, 1, ...) into `after`, seen from `view`:
+    "center", "left" or "right".
+    """
 
     before: tuple[Object, ...]
     after: tuple[Object, ...]
     view: str
-    kind = "function"
+    kind, part = "function", ""
 
     @classmethod
     def sample(cls, rng: random.Random, split: str) -> Transformation:
@@ -78,15 +81,13 @@ class Transformation:
 
     def question(self) -> str:
         objects = " ".join(f"{i} {thing}" for i, thing in enumerate(self.before))
-        aside = self.view != "center"
-        seen = f" the second picture is seen from the {self.view} ." if aside else ""
-        return f"objects : {objects} .{seen} what changed ?"
+        return f"objects : {objects} . what changed ?"
 
     def images(self) -> tuple[Image.Image, ...]:
         return draw_scene(self.before), draw_scene(self.after, self.view)
 
     def answer(self) -> str:
-        return " ".join(self.functions())
+        return " ".join(self.functions()) or "nothing"
 
     def describe(self) -> str:
         after = sorted(self.after, key=lambda thing: CELLS.index(thing.cell))
@@ -108,6 +109,23 @@ class Transformation:
                 steps += [before, after] if style == "careful" else [after]
                 steps += [f"{function} ( {i} , {found[function]} )"] if function in found else []
         return " ".join(steps)
+
+    def noticed(self, share: float) -> list[tuple[Transformation, float]]:
+        """The problem as seen by somebody who notices each change with probability `share`, with
+        the probability of each. The expected share of right functions is `share` then.
+        """
+        changed = []
+        for i, (old, new) in enumerate(zip(self.before, self.after, strict=True)):
+            changed += [(i, name) for name in FUNCTIONS if getattr(old, name) != getattr(new, name)]
+        readings = []
+        for seen in itertools.product((True, False), repeat=len(changed)):
+            after, probability = list(self.before), 1.0
+            for (i, name), noticed in zip(changed, seen, strict=True):
+                probability *= share if noticed else 1 - share
+                if noticed:
+                    after[i] = replace(after[i], **{name: getattr(self.after[i], name)})
+            readings.append((replace(self, after=tuple(after)), probability))
+        return readings
 
     def misperceived(self) -> list[Transformation]:
         """One object of the second picture mistaken: an attribute, its cell, or its change."""

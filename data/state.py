@@ -40,6 +40,7 @@ class State:
     rules: text before the question, "" for none.
     form: the prompt's name for an answer, "" for that of its kind. It must not tell a question
         whose answer is a letter from one whose answer is a number.
+    part: its kind of question within its set, reported beside the whole; "" for none.
     """
 
     id: str
@@ -51,6 +52,7 @@ class State:
     mode: str = "reason"
     rules: str = ""
     form: str = ""
+    part: str = ""
 
     @property
     def request(self) -> str:

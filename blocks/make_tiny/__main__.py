@@ -29,6 +29,7 @@ def main() -> None:
     add("--lr", type=float, default=1.5e-3, help="peak of each phase")
     add("--lessons", type=int, default=60000, help="problems in the pool of a phase")
     add("--right", type=float, default=0.45, help="share of right answers at a glance")
+    add("--worked", type=float, default=0.0, help="share of worked thoughts under RL's prompt")
     add("--start", metavar="DIR", help="weights to start from; phases of 0 steps are left out")
     make(parser.parse_args())
 
@@ -65,7 +66,8 @@ def make(args: argparse.Namespace) -> None:
         if name == "glance":
             save(model, out / "seen", dtype=torch.float32)  # to try other last phases from
             pool = 2 * steps * args.batch
-            lessons = Lessons(pool, seed, tokenizer, device, glances=2, right=args.right)
+            asked = dict(glances=2, right=args.right, worked=args.worked)
+            lessons = Lessons(pool, seed, tokenizer, device, **asked)
             generator.manual_seed(seed)
         elif lessons is None:  # "see" goes on with the lessons of "name"
             lessons = Lessons(args.lessons, seed, tokenizer, device)

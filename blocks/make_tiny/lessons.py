@@ -3,7 +3,6 @@
 import os
 import random
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -16,10 +15,8 @@ from blocks import dataset
 from blocks.counting import Counting
 from blocks.make_tiny.model import prompt_ids
 from blocks.mistakes import mistakes
-from blocks.scenes import CELLS, COLORS, GRID, SHAPES, SIZES, direction, seen_at
+from blocks.scenes import COLORS, GRID, SHAPES, SIZES, column_row
 from blocks.structure import Structure
-from blocks.transformation import Transformation
-from data.state import SETS
 
 # What a cell of a picture can be: one word of each list. A cell of a scene is empty or an object
 # with its size, colour and shape; of a cell of a figure 0 to 4 units are inside.
@@ -35,32 +32,53 @@ class Lesson(NamedTuple):
     pairs: list[tuple[str, str]]  # requests and responses about the pictures
 
 
-def lesson(index: int, seed: int, glances: int = 0, right: float = 0.0) -> Lesson:
+def lesson(
+    index: int, seed: int, glances: int = 0, right: float = 0.0, worked: float = 0.0
+) -> Lesson:
     """A problem of the world, its pictures, and requests with responses about it.
 
-    glances: how many answers at a glance, of which the share `right` is right (out of distribution
-    a quarter of that).
+    glances: how many answers to RL's prompt, of which the share `worked` has a worked thought. The
+    others are at a glance, the share `right` of them right (out of distribution a quarter of that).
     """
     rng = random.Random(f"tiny {seed} {index}")
     task = rng.choices(list(TASKS), list(TASKS.values()))[0]
-    ood = rng.random() < 0.15
-    split = rng.choice([name.split("-")[1] for name in SETS[task][1:]]) if ood else "train"
-    problem = dataset.TASKS[task].sample(rng, split)
-    while dataset.in_test(problem):
-        problem = dataset.TASKS[task].sample(rng, split)
+    # A transformation seen from the side is new in every respect.
+    ood = rng.random() < 0.15 and task != "transformation"
+    problem = practised(rng, task, "ood" if ood else "train")
     question, pairs = problem.question(), []
-    if glances:
-        wrong = [unrelated(problem, rng, split)] if ood else mistakes(problem)
-        share = right / 4 if ood else right
-        for _ in range(glances):
-            pairs.append((f"{question} think , then answer .", glance(problem, wrong, rng, share)))
+    wrong = [unrelated(problem, rng, task)] if ood and glances else mistakes(problem)
+    for _ in range(glances):
+        text = glance(problem, wrong, rng, right / 4 if ood else right)
+        if not ood and rng.random() < worked:
+            text = reasoned(problem, "careful")
+        pairs.append((f"{question} think , then answer .", text))
     if ood or rng.random() < 0.25:
         pairs.append(("describe .", problem.describe()))
     if not ood:
         pairs.append((f"{question} check .", reasoned(problem, "careful")))
-        pairs.append((f"{question} list .", reasoned(problem, "quick")))
+        if task != "counting":  # "quick" shows no steps there
+            pairs.append((f"{question} list .", reasoned(problem, "quick")))
+    if rng.random() < 0.25:
+        pairs.append(sum_or_product(rng))
     pictures = np.stack([np.asarray(image) for image in problem.images()])
     return Lesson(task, pictures, cell_labels(problem), pairs)
+
+
+def practised(rng: random.Random, task: str, split: str):
+    """A problem that no test has, and that takes one step: two are left to RL."""
+    while True:
+        problem = dataset.TASKS[task].sample(rng, split)
+        if not dataset.in_test(problem) and problem.part != "two-step":
+            return problem
+
+
+def sum_or_product(rng: random.Random) -> tuple[str, str]:
+    """A request for a sum or a product, whatever the picture; with its answer."""
+    if rng.random() < 0.5:
+        a, b = rng.randint(0, 8), rng.randint(2, 8)
+        return f"{a} times {b} ?", f"{a} times {b} is {a * b}"
+    a, b = rng.randint(0, 24), rng.randint(1, 6)
+    return f"{a} plus {b} ?", f"{a} plus {b} is {a + b}"
 
 
 def reasoned(problem, style: str) -> str:
@@ -83,29 +101,10 @@ def glance(problem, wrong, rng: random.Random, right: float) -> str:
     return f"<think> at a glance </think> <answer> {seen.answer()} </answer>"
 
 
-def unrelated(problem, rng: random.Random, split: str):
-    """Of four other problems that with the shortest answer: an error out of distribution.
-
-    In transformation things seem to have moved, which is how a scene looks from the side.
-    """
-    others = []
-    for _ in range(4):
-        moves = isinstance(problem, Transformation)
-        others.append(moved(problem, rng) if moves else type(problem).sample(rng, split))
+def unrelated(problem, rng: random.Random, task: str):
+    """Of four other problems that with the shortest answer: an error out of distribution."""
+    others = [practised(rng, task, "ood") for _ in range(4)]
     return min(others, key=lambda other: len(other.answer()))
-
-
-def moved(problem: Transformation, rng: random.Random) -> Transformation:
-    """The same objects before, and after them one a step away and no other change."""
-    taken = {thing.cell for thing in problem.before}
-    steps = []
-    for i, thing in enumerate(problem.before):
-        near = [cell for cell in CELLS if direction(thing.cell, cell)]
-        steps += [(i, cell) for cell in near if cell not in taken]
-    i, cell = rng.choice(steps)
-    after = list(problem.before)
-    after[i] = replace(after[i], cell=cell)
-    return replace(problem, after=tuple(after))
 
 
 def cell_labels(problem) -> np.ndarray:
@@ -118,14 +117,14 @@ def cell_labels(problem) -> np.ndarray:
             labels[0, :, 4] = inside.reshape(4, 2, 4, 2).sum((1, 3)).flatten()
         return labels
     if isinstance(problem, Counting):
-        scenes = [(problem.objects, "center")]
+        scenes = [problem.objects]
     else:
-        scenes = [(problem.before, "center"), (problem.after, problem.view)]
+        scenes = [problem.before, problem.after]
     labels = np.full((len(scenes), GRID**2, len(NAMES)), -1)
     labels[:, :, 0] = 0
-    for i, (objects, view) in enumerate(scenes):
+    for i, objects in enumerate(scenes):
         for thing in objects:
-            column, row = seen_at(thing.cell, view)
+            column, row = column_row(thing.cell)
             words = ("object", thing.size, thing.color, thing.shape)
             for kind, word in enumerate(words):
                 labels[i, row * GRID + column, kind] = NAMES[kind].index(word)

@@ -15,10 +15,11 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from blocks import counting, dataset, scenes, scripted, structure
+from blocks import counting, dataset, scenes, structure
 from blocks.dataset import BlocksSet
 from blocks.drawing import draw_figure, draw_scene, sprite
 from blocks.figures import Figure
+from blocks.mistakes import mistakes
 from blocks.scenes import COLORS, SHAPES, SIZES, Object
 from blocks.scripted import STYLES
 from blocks.sheet import main, show
@@ -141,52 +142,71 @@ def matches(thing: Object, words: str) -> bool:
     return set(words.split()) - {"object"} <= {thing.size, thing.color, thing.shape}
 
 
-def parse_counting(question: str) -> tuple[list[str], int, str]:
-    """What is removed, how many are added, what is counted, by the question's words alone."""
+def parse_counting(question: str) -> tuple[list[str], str, int, int]:
+    """What is removed, what is counted, the factor and what is added, by the question's words."""
     sentences = [sentence.strip() for sentence in re.split(r"[.?]", question) if sentence.strip()]
-    removed = [s.removeprefix("remove every ") for s in sentences if s.startswith("remove every ")]
-    counted = [s.removeprefix("count every ") for s in sentences if s.startswith("count every ")]
-    added = [int(s.removeprefix("add ")) for s in sentences if s.startswith("add ")]
+
+    def after(start: str) -> list[str]:
+        return [s.removeprefix(start) for s in sentences if s.startswith(start)]
+
+    removed, counted = after("remove every "), after("count every ")
     counted += ["object"] * sentences.count("how many are left")
-    assert (
-        len(counted) == 1 and len(added) <= 1 and len(removed) + 1 + len(added) == len(sentences)
-    )  # all was read
-    return removed, sum(added), counted[0]
+    times, added = [int(n) for n in after("times ")], [int(n) for n in after("add ")]
+    assert len(removed) + len(counted) + len(times) + len(added) == len(sentences)  # all was read
+    assert len(counted) == 1 and max(len(removed), len(times), len(added)) <= 1
+    return removed, counted[0], sum(times) or 1, sum(added)
+
+
+def counted_by_words(state) -> tuple[int, int]:
+    """How many objects match, and the answer, by the question's words and the scene."""
+    removed, counted, times, add = parse_counting(state.question)
+    left = state.problem.objects
+    for words in removed:
+        left = [thing for thing in left if not matches(thing, words)]
+    count = sum(matches(thing, counted) for thing in left)
+    return count, count * times + add
 
 
 @pytest.mark.parametrize("name", ["counting-train", *SETS["counting"]])
 def test_counting_answers_are_right(name):
     for state in states(name):
-        removed, add, counted = parse_counting(state.question)
-        left = [
-            thing
-            for thing in state.problem.objects
-            if not any(matches(thing, words) for words in removed)
-        ]
-        assert state.answer == str(sum(matches(thing, counted) for thing in left) + add), (
-            state.question
-        )
+        assert state.answer == str(counted_by_words(state)[1]), state.question
 
 
-@pytest.mark.parametrize("name, sizes, steps", [
-    ("counting-train", {3, 4, 5, 6}, 1), ("counting-id", {3, 4, 5, 6}, 1),
-    ("counting-ood", {7, 8, 9}, 2),
+@pytest.mark.parametrize("name, sizes", [
+    ("counting-train", {3, 4, 5, 6}), ("counting-id", {3, 4, 5, 6}), ("counting-ood", {7, 8}),
 ])  # fmt: skip
-def test_ood_scenes_are_larger_and_their_questions_have_two_steps(name, sizes, steps):
-    assert {len(state.problem.objects) for state in states(name)} == sizes
-    for state in states(name):
-        removed, _, counted = parse_counting(state.question)
-        assert len(removed) + (counted != "object") == steps
+def test_ood_scenes_are_larger_and_their_questions_the_same(name, sizes):
+    kinds = set()
+    for state in states(name, 200):
         assert len({thing.cell for thing in state.problem.objects}) == len(state.problem.objects)
+        removed, counted, times, add = parse_counting(state.question)
+        kinds.add((len(removed), times > 1, add > 0))
+    assert {len(state.problem.objects) for state in states(name, 200)} == sizes
+    # Count or count what is left: one step; as it is, times k, plus m, or both.
+    assert kinds == {*itertools.product((0, 1), (False, True), (False, True))}
 
 
-@pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", SETS["counting"])
-def test_the_thought_goes_through_every_object_to_the_answer(name, style):
+@pytest.mark.parametrize("name", ["counting-train", *SETS["counting"]])
+def test_half_of_the_questions_are_arithmetic_on_the_count(name):
+    parts = {"one-step": 0, "two-step": 0}
+    for state in states(name, 400):
+        removed, counted, times, add = parse_counting(state.question)
+        parts[state.part] += 1
+        # What the base has learnt: counting, removing, and adding to a plain count.
+        known = times == 1 and not (removed and add)
+        assert state.part == ("one-step" if known else "two-step")
+        if not known:  # the arithmetic matters
+            assert counted_by_words(state)[0] > 0
+    assert parts["two-step"] == pytest.approx(200, abs=40)  # four standard deviations
+
+
+@pytest.mark.parametrize("name", ["counting-train", *SETS["counting"]])
+def test_the_careful_thought_goes_through_every_object_to_the_answer(name):
     for state in states(name):
-        removed, add, counted = parse_counting(state.question)
+        removed, counted, times, add = parse_counting(state.question)
         asked = set(" ".join([counted, *removed]).split())
-        words, count = state.problem.think(style).split(), 0
+        words, count = state.problem.think("careful").split(), 0
         for thing in state.problem.objects:
             # Of its looks, what the question asks about, and nothing that it does not.
             look = [(thing.size, SIZES), (thing.color, tuple(COLORS)), (thing.shape, SHAPES)]
@@ -195,17 +215,19 @@ def test_the_thought_goes_through_every_object_to_the_answer(name, style):
                 step += ["gone"]
             elif matches(thing, counted):
                 count += 1
-                step += [
-                    "left" if counted == "object" else "yes",
-                    *([str(count)] if style == "careful" else []),
-                ]
+                step += ["left" if counted == "object" else "yes", str(count)]
             else:
                 step += ["no"]
             assert words[: len(step)] == step, state.question
             words = words[len(step) :]
-        assert " ".join(words) == (
-            f"{count} plus {add} is {count + add}" if add else f"total {count}"
-        )
+        steps = [str(count)]
+        steps += [f"times {times} is {count * times}"] if times > 1 else []
+        steps += [f"plus {add} is {count * times + add}"] if add else []
+        assert " ".join(words) == (" ".join(steps) if len(steps) > 1 else f"total {count}")
+
+
+def test_the_quick_thought_of_a_count_does_not_depend_on_what_is_seen():
+    assert {state.problem.think("quick") for state in states("counting-id")} == {"at a glance"}
 
 
 # ---------------------------------------------------------------------------------------- structure
@@ -285,14 +307,36 @@ def test_structure_answers_and_thoughts_are_right(name):
         assert state.thought.endswith(end) and state.problem.think("quick").endswith(end)
 
 
-def test_structure_ood_asks_by_choice_or_about_unseen_figures_only():
-    train = {state.problem.figure.shape for state in states("structure-train", 200)}
-    assert {state.problem.figure.shape for state in states("structure-id", 200)} <= train
+def part_of(state) -> str:
+    """By the corners and the words, in which way a question is unlike those of training."""
+    corners = state.problem.figure.corners()
+    if "choose" in state.question:
+        return "letters"
+    rising = sides(corners) == 4 and any(
+        x1 != x2 and y1 != y2 for (x1, y1), (x2, y2) in edges(corners)
+    )
+    if sides(corners) == 8 or rising:
+        return "unseen"
+    lengths = [max(coordinates) - min(coordinates) for coordinates in zip(*corners, strict=True)]
+    bottom = max(x for x, y in corners if y == 0) - min(x for x, y in corners if y == 0)
+    if bottom < lengths[0]:
+        return "turned"  # in training a triangle or l-shape stands on its longest side
+    return "larger" if max(lengths) == 7 else ""
+
+
+def test_each_structure_question_is_of_the_part_that_it_names():
     for name in ("structure-train", "structure-id"):
-        assert not any("choose" in state.question for state in states(name, 200))
-    ood = states("structure-ood", 200)
-    new = {(state.problem.figure.shape not in train, "choose" in state.question) for state in ood}
-    assert new == {(True, False), (False, True)}  # either one, and both kinds do occur
+        assert {(state.part, part_of(state)) for state in states(name, 200)} == {("", "")}
+    found = {part: 0 for part in structure.PARTS}
+    for state in states("structure-ood", 400):
+        assert state.part == part_of(state)
+        assert (state.part == "larger") == (max(vars_of(state)) == 7), state.problem
+        found[state.part] += 1
+    assert all(60 < count < 140 for count in found.values()), found  # 100 of each are expected
+
+
+def vars_of(state) -> tuple[int, int]:
+    return state.problem.figure.width, state.problem.figure.height
 
 
 def figures(count: int, *shapes: str) -> list[Figure]:
@@ -425,44 +469,38 @@ def test_a_thought_tells_each_objects_change(name):
             assert len(told) == len(state.problem.before)
 
 
-def where(picture: Image.Image, view: str) -> tuple[int, int]:
-    """(column, row) of the one cell where the picture is not empty floor; it is reddish there."""
-    pixels, floor = (np.asarray(image).astype(int) for image in (picture, draw_scene((), view)))
-    rows, columns = np.nonzero((pixels != floor).any(axis=-1))
-    (cell,) = set(zip((columns // 16).tolist(), (rows // 16).tolist(), strict=True))
-    red, green, blue = pixels[rows, columns].mean(axis=0)
-    assert red > green + 30 and red > blue + 30
-    return cell
-
-
-@pytest.mark.parametrize("cell, center, left, right", [
-    # A viewer on the left has column a in front (row 3 of the picture), the back on the left.
-    ("a1", (0, 0), (0, 3), (3, 0)),  # at the back on the left
-    ("d1", (3, 0), (0, 0), (3, 3)),
-    ("a4", (0, 3), (3, 3), (0, 0)),
-    ("d4", (3, 3), (3, 0), (0, 3)),
-    ("b1", (1, 0), (0, 2), (3, 1)),
-    ("c4", (2, 3), (3, 1), (0, 2)),
-])  # fmt: skip
-def test_an_object_is_seen_where_it_stands_from_each_side(cell, center, left, right):
-    thing = Object(cell, "large", "red", "sphere")
-    seen = {view: where(draw_scene((thing,), view), view) for view in ("center", "left", "right")}
-    assert seen == {"center": center, "left": left, "right": right}
-
-
-@pytest.mark.parametrize("side, turns", [("id", 0), ("left", 1), ("right", -1)])
-def test_the_second_picture_is_the_scene_turned_to_the_viewer(side, turns):
-    cells = np.rot90(
-        np.array(scenes.CELLS).reshape(4, 4), turns
-    )  # the scene's cell at each place of the picture
-    place = {cell: scenes.CELLS[i] for i, cell in enumerate(cells.flat)}
+@pytest.mark.parametrize("side, shift", [("id", 0), ("left", 2), ("right", -2)])
+def test_the_second_picture_is_the_scene_a_little_aside(side, shift):
     for state in states(f"transformation-{side}", 20):
         first, second = state.images
         assert first.size == second.size == (64, 64) and first.mode == "RGB"
         assert first == draw_scene(state.problem.before)
-        turned = tuple(Object(place[t.cell], t.size, t.color, t.shape) for t in state.problem.after)
-        assert second == draw_scene(turned)
-        assert (f"seen from the {side} ." in state.question) == (side != "id")
+        straight, seen = np.asarray(draw_scene(state.problem.after)), np.asarray(second)
+        for column in range(64):  # what leaves the picture is lost, its edge is continued
+            assert (seen[:, column] == straight[:, min(max(column - shift, 0), 63)]).all()
+
+
+def test_a_question_does_not_tell_from_where_the_second_picture_is_seen():
+    asked = set()
+    for state in states("transformation-id", 10):
+        for view in ("center", "left", "right"):
+            problem = replace(state.problem, view=view)
+            asked.add((problem.question(), problem.answer(), problem.think("careful")))
+    assert len(asked) == 10
+
+
+def test_each_change_is_noticed_or_overlooked_by_itself():
+    for state in states("transformation-id", 20):
+        changes = state.problem.functions()
+        readings = state.problem.noticed(0.7)
+        assert len(readings) == 2 ** len(changes)
+        for seen, probability in readings:
+            told = seen.functions()
+            assert [call for call in changes if call in told] == told  # some of them, in order
+            missed = len(changes) - len(told)
+            assert probability == pytest.approx(0.7 ** len(told) * 0.3**missed)
+            assert seen.answer() == (" ".join(told) or "nothing")
+        assert len({seen.think("quick") for seen, _ in readings}) == len(readings)
 
 
 def test_each_look_has_a_picture_of_its_own():
@@ -478,10 +516,10 @@ def test_each_look_has_a_picture_of_its_own():
 def test_every_word_is_in_the_vocabulary_once():
     words = dataset.vocabulary()
     assert len(set(words)) == len(words)
-    used = {"user", "assistant", "<think>", "</think>", "<answer>", "</answer>"}
+    used = {"user", "assistant", "<think>", "</think>", "<answer>", "</answer>", "nothing"}
     for name in ALL:
         for state in states(name):
-            seen = [state.problem, *scripted.mistakes(state.problem)]
+            seen = [state.problem, *mistakes(state.problem)]
             told = [
                 text for s in seen for text in (s.answer(), s.describe(), *map(s.think, STYLES))
             ]
@@ -510,7 +548,7 @@ def test_the_truth_and_both_ways_to_think_earn_full_reward(name):
 @pytest.mark.parametrize("name", ALL)
 def test_mistakes_are_plausible_distinct_and_never_right(name):
     for state in states(name, 200 if "structure" in name else 40):
-        seen = scripted.mistakes(state.problem)
+        seen = mistakes(state.problem)
         assert seen and len(set(seen)) == len(seen)
         for mistake in seen:
             # By the reward: a length that is 3 % off counts as right.
@@ -526,7 +564,7 @@ def test_mistakes_are_plausible_distinct_and_never_right(name):
 def test_an_area_that_is_nearly_right_is_no_mistake(width, height, notch):
     # Overlooking a notch of 1 in 24 is within the 5 % that the reward forgives.
     problem = structure.Structure(Figure("l-shape", width, height, notch), "area")
-    answers = [mistake.answer() for mistake in scripted.mistakes(problem)]
+    answers = [mistake.answer() for mistake in mistakes(problem)]
     assert answers and all(
         accuracy_reward(f"<answer> {a} </answer>", problem.answer(), "math") < 1.0 for a in answers
     )

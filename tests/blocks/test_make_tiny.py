@@ -1,6 +1,7 @@
 """`python -m blocks.make_tiny` in a few steps: what it writes loads, and follows from the seed."""
 
 import csv
+import random
 import subprocess
 import sys
 
@@ -8,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 from blocks.dataset import BlocksSet
-from blocks.make_tiny.lessons import NAMES, cell_labels, lesson
-from blocks.scenes import GRID, seen_at
+from blocks.make_tiny.lessons import NAMES, cell_labels, lesson, sum_or_product
+from blocks.scenes import GRID, column_row
 from policy import Policy
 
 
@@ -30,20 +31,44 @@ def test_a_lesson_follows_from_its_seed():
         asked = [request for request, _ in one.pairs]
         assert sum(request.endswith("think , then answer .") for request in asked) == 2
         worked = [request for request in asked if request.endswith(("check .", "list ."))]
-        assert len(worked) in (0, 2)
+        assert len(worked) in (0, 1, 2)  # none out of distribution, no list of a count
 
 
-@pytest.mark.parametrize("name", ["counting-train", "transformation-left"])
-def test_labels_name_each_object_in_the_cell_where_it_is_seen(name):
+def test_arithmetic_on_a_count_and_scenes_from_the_side_are_left_to_rl():
+    for i in range(200):
+        pairs = lesson(i, seed=1, glances=1, right=0.5).pairs
+        asked = [request for request, _ in pairs if not request[0].isdigit()]  # "3 times 2 ?"
+        assert not any(" times " in request for request in asked)
+        assert not any("remove" in request and " add " in request for request in asked)
+
+
+@pytest.mark.parametrize("worked", [0.0, 0.07])
+def test_the_share_of_worked_thoughts_under_rls_prompt_is_the_one_asked_for(worked):
+    thoughts = []
+    for i in range(400):
+        pairs = lesson(i, seed=1, glances=2, right=0.5, worked=worked).pairs
+        told = [text for request, text in pairs if request.endswith("think , then answer .")]
+        thoughts += [" glance " not in text and text.startswith("<think>") for text in told]
+    assert sum(thoughts) / len(thoughts) == pytest.approx(0.85 * worked, abs=0.03)
+
+
+def test_sums_and_products_are_right():
+    rng = random.Random(0)
+    for _ in range(100):
+        request, response = sum_or_product(rng)
+        a, word, b, _ = request.split()
+        value = int(a) * int(b) if word == "times" else int(a) + int(b)
+        assert response == f"{a} {word} {b} is {value}"
+
+
+@pytest.mark.parametrize("name", ["counting-train", "transformation-train"])
+def test_labels_name_each_object_in_its_cell(name):
     problem = BlocksSet(name, 1)[0].problem
-    if name == "counting-train":
-        scenes = [(problem.objects, "center")]
-    else:
-        scenes = [(problem.before, "center"), (problem.after, problem.view)]
-    for labels, (objects, view) in zip(cell_labels(problem), scenes, strict=True):
+    scenes = [problem.objects] if name == "counting-train" else [problem.before, problem.after]
+    for labels, objects in zip(cell_labels(problem), scenes, strict=True):
         assert (labels[:, 0] == 1).sum() == len(objects)
         for thing in objects:
-            column, row = seen_at(thing.cell, view)
+            column, row = column_row(thing.cell)
             kinds = zip(NAMES, labels[row * GRID + column], strict=True)
             words = [names[k] for names, k in kinds if k >= 0]
             assert words == ["object", thing.size, thing.color, thing.shape]
