@@ -21,6 +21,7 @@ import grpo
 from data.state import State
 from policy import Policy, Prompt
 from rewards import accuracy_reward, format_reward
+from training.metrics import POLICY
 from training.stopwatch import Stopwatch
 
 # ------------------------------------------------------------------------------ actions and groups
@@ -275,11 +276,17 @@ def select(
 ) -> None:
     """Sets `kept`, `selection` and `advantages` (Eq 1) of each group.
 
-    A group of fewer than g actions keeps them all. baseline: whose mean and std Eq 1 takes, of all
-    "candidates" or of the "selected".
+    A group of fewer than g actions keeps them all. Among experts' actions of equal reward chance
+    decides, not the order in which the experts were named. baseline: whose mean and std Eq 1 takes,
+    of all "candidates" or of the "selected".
     """
     for group in groups:
-        group.kept = select_top_g(group.rewards, min(g, len(group.actions)), ties, selection, rng)
+        own = [i for i, action in enumerate(group.actions) if action.source == POLICY]
+        others = [i for i, action in enumerate(group.actions) if action.source != POLICY]
+        order = own + rng.sample(others, len(others))
+        ordered = [group.rewards[i] for i in order]
+        chosen = select_top_g(ordered, min(g, len(order)), ties, selection, rng)
+        group.kept = [order[i] for i in chosen]
         group.selection = selection
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)

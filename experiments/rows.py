@@ -1,4 +1,4 @@
-"""The rows of the tables: Table 1's methods, the ablation's settings, the stages before RL."""
+"""The rows of the tables: Table 1, all methods at equal budgets, the ablation, SFT before RL."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,8 @@ class Row:
     """A row of a table: its name, and what trains it.
 
     program: ekipl.py, sft.py, or "" where `model` is evaluated as it is. after: the row whose model
-    it starts from. listed: whether it stands in the table.
+    it starts from. listed: whether it stands in the table. request: what evaluation asks for in
+    place of the usual words.
     """
 
     name: str
@@ -21,6 +22,7 @@ class Row:
     model: str = ""
     after: str = ""
     listed: bool = True
+    request: str = ""
 
 
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
@@ -46,6 +48,43 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
     if experts:
         rows.append(Row("Vision-EKIPL", "ekipl.py"))
         rows.append(Row("Vision-EKIPL-after-SFT", "ekipl.py", rest, after="Stage-1"))
+    return rows
+
+
+def methods(config: ekipl.Config, stage1: int) -> list[Row]:
+    """What a reviewer would put beside Vision-EKIPL in the blocks world, at equal budgets.
+
+    All see the same questions, ask an expert equally often, and train on at most G actions a
+    question; except RFT and GRPO after one another, which share the steps as --expert-steps does.
+    """
+    if config.data != "blocks" or config.experts == "none":
+        raise UserError("the list of methods is for the blocks world, and needs --experts")
+    experts, early = expert_specs(config.experts, offline=True), round(0.6 * config.steps)
+    taught, first = str(early * config.batch_size), ("--limit", str(stage1))
+    candidates = str(config.num_samples * (len(experts) + 1))
+    alone = ("--experts", "none")
+    rows = [Row(expert, model=expert) for expert in experts]
+    rows += [
+        Row("base", model=config.start),
+        Row("base-check", model=config.start, request="check ."),
+        Row("ANS-SFT", "sft.py", ("--method", "answer")),
+        Row("CoT-SFT", "sft.py"),
+        Row("distillation", "sft.py", ("--method", "distil")),
+        Row("RFT", "sft.py", ("--method", "rft")),
+    ]
+    for expert in experts:
+        rows.append(Row(f"RFT-{expert}", "sft.py", ("--method", "rft", "--experts", expert)))
+    rows += [
+        Row("GRPO", "ekipl.py", alone),
+        Row("GRPO-best", "ekipl.py", (*alone, "--num-samples", candidates)),
+        Row("Stage-1", "sft.py", first, listed=False),
+        Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
+        Row("RFT-first", "sft.py", ("--method", "rft", "--limit", taught), listed=False),
+        Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
+        Row("Vision-EKIPL", "ekipl.py"),
+        Row(f"Vision-EKIPL-first-{early}", "ekipl.py", ("--expert-steps", str(early))),
+        Row("Vision-EKIPL-after-SFT", "ekipl.py", ("--skip", str(stage1)), after="Stage-1"),
+    ]
     return rows
 
 
@@ -95,4 +134,4 @@ def stages(config: ekipl.Config, stage1: int) -> list[Row]:
     return rows
 
 
-LISTS = {"table1": table1, "ablation": ablation, "stages": stages}
+LISTS = {"table1": table1, "methods": methods, "ablation": ablation, "stages": stages}

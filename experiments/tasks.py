@@ -74,6 +74,7 @@ def evaluation(row: Row, path: Path, args) -> list[str]:
         command += ["--expert-tokens", str(config.expert_tokens)]
     for mode in ("answer", "bare"):
         command += ["--mode", mode] if mode in row.flags else []
+    command += ["--request", row.request] if row.request else []
     return [*command, "--out", str(path / "predictions")]
 
 

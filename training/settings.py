@@ -58,7 +58,7 @@ class Settings:
     )
     task: str = option("counting", "the task", TASKS)
     states: int = option(
-        3840, "questions in the blocks world's training set (Reason-RFT-CoT has its own number)"
+        3200, "questions in the blocks world's training set (Reason-RFT-CoT has its own number)"
     )
     skip: int = option(0, "leave out the first questions, which another stage has learnt from")
     fraction: float = option(
