@@ -1,0 +1,137 @@
+"""Scores of every question, and the methods' differences on the same questions with intervals.
+
+    python -m experiments.paired runs/sweep/blocks/*/ --out results    # from runs' predictions
+    python -m experiments.paired --out results                         # from results/scores.json
+
+OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of one where it has
+                       parts; scores are those of its questions in a fixed order: "0110..." of
+                       right and wrong, or a list where there is partial credit
+    table.md           each method's mean over questions and seeds, with a 95 % interval
+    differences.md     less that of the method --of, paired by question
+
+Runs whose names differ in "-seedN" only are one method. The intervals are those of a bootstrap over
+questions, the same ones for both methods of a difference, and over each method's seeds: what other
+questions and other seeds of this kind would give.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from data.predictions import Prediction, read_predictions
+from experiments.report import directory_of
+from rewards import accuracy_score
+from training import console, storage
+from training.console import Parser, UserError
+from training.curves import method_of
+
+DRAWS = 4000  # of the bootstrap
+Scores = dict[str, dict[str, np.ndarray]]  # by cell and method: (seeds, questions)
+
+
+def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
+    """The scores of each question, as scores.json has them. UserError for different questions."""
+    found, asked = {}, {}
+    for run in runs:
+        for name, predictions in read_predictions(directory_of(run)).items():
+            for cell, answers in cells(name, predictions).items():
+                ids = [p.id for p in answers]
+                if asked.setdefault(cell, ids) != ids:
+                    raise UserError(f"{run} answered other questions of {cell} than the runs before")
+                scores = [accuracy_score(p.text, p.answer, p.kind) for p in answers]
+                if answers[0].kind == "function":
+                    kept = [round(score, 4) for score in scores]
+                else:
+                    kept = "".join(str(int(score)) for score in scores)
+                found.setdefault(cell, {})[run.name] = kept
+    return found
+
+
+def cells(name: str, predictions: list[Prediction]) -> dict[str, list[Prediction]]:
+    """A set's parts, or the set as it is where it has none."""
+    found: dict[str, list[Prediction]] = {}
+    for p in predictions:
+        found.setdefault(f"{name}/{p.part}" if p.part else name, []).append(p)
+    return dict(sorted(found.items()))
+
+
+def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:
+    """(seeds, questions) of each cell and method, from scores.json's content."""
+    table: Scores = {}
+    for cell, runs in scores.items():
+        rows: dict[str, list] = {}
+        for run, values in runs.items():
+            rows.setdefault(method_of(run), []).append([float(value) for value in values])
+        table[cell] = {method: np.array(seeds) for method, seeds in rows.items()}
+    return table
+
+
+def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
+    """The mean of `one` (seeds, questions), less that of `other`, and its 95 % interval."""
+    rng = np.random.default_rng(0)
+    questions = one.shape[1]
+    weights = rng.multinomial(questions, np.full(questions, 1 / questions), DRAWS) / questions
+
+    def means(scores: np.ndarray) -> np.ndarray:
+        """(draws,), of seeds drawn anew and of the questions drawn above."""
+        by_seed = scores @ weights.T  # (seeds, draws)
+        seeds = rng.integers(len(scores), size=by_seed.shape)  # (seeds, draws)
+        return np.take_along_axis(by_seed, seeds, axis=0).mean(axis=0)
+
+    drawn, value = means(one), one.mean()
+    if other is not None:
+        drawn, value = drawn - means(other), value - other.mean()
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return float(value), float(low), float(high)
+
+
+def markdown(scores: Scores, of: str = "") -> str:
+    """A table of all methods, in percent; less the method `of`, if one is named."""
+    methods: dict[str, int] = {}  # and its seeds
+    for cell in scores.values():
+        methods |= {method: len(values) for method, values in cell.items()}
+    lines = ["| method | seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 2) + "|"]
+    for method, seeds in methods.items():
+        if method == of:
+            continue
+        row = [method, str(seeds)]
+        for cell in scores.values():
+            known = method in cell and (not of or of in cell)
+            row.append(told(*interval(cell[method], cell.get(of)), bool(of)) if known else "-")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def told(value: float, low: float, high: float, signed: bool) -> str:
+    sign = "+" if signed else ""
+    return f"{100 * value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+
+def run(argv: list[str]) -> None:
+    parser = Parser(
+        prog="python -m experiments.paired",
+        description="Scores of every question, means and paired differences with intervals.",
+    )
+    parser.add_argument("runs", nargs="*", type=Path, help="evaluated runs (default: scores.json)")
+    parser.add_argument("--out", type=Path, required=True, help="directory of scores and tables")
+    parser.add_argument("--of", default="Vision-EKIPL", help="compared with (default Vision-EKIPL)")
+    args = parser.parse_args(argv)
+    file = args.out / "scores.json"
+    with storage.writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.runs:
+            file.write_text(json.dumps(score_runs(args.runs), indent=0) + "\n")
+        scores = by_method(json.loads(file.read_text()))
+        (args.out / "table.md").write_text(markdown(scores))
+        (args.out / "differences.md").write_text(markdown(scores, args.of))
+    print(markdown(scores))
+    print(f"less {args.of}:\n\n{markdown(scores, args.of)}")
+
+
+def main() -> None:
+    console.command("experiments.paired", run)
+
+
+if __name__ == "__main__":
+    main()
