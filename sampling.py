@@ -24,6 +24,8 @@ from rewards import accuracy_reward, format_reward
 from training.metrics import POLICY
 from training.stopwatch import Stopwatch
 
+TIES = ("policy_first", "any_expert", "random")  # whose action comes first among equal rewards
+
 # ------------------------------------------------------------------------------ actions and groups
 
 
@@ -246,26 +248,30 @@ def select_top_g(
     ties: str = "policy_first",
     selection: str = "top",
     rng: random.Random | None = None,
+    own: int = 0,
 ) -> list[int]:
     """The indices of the g actions to keep, by descending reward (Section 3.2, "Action Selection").
 
-    rewards: (M,), the policy's actions first. ties: "policy_first" is a stable sort, so that the
-    policy's actions win among equal rewards, and the experts' share falls as the policy improves
-    (Fig. 4); "random" shuffles before sorting. selection: "random" keeps any g, the control that
-    shows what selection is worth. rng: for the random choices.
+    rewards: (M,), the policy's `own` actions first, then the experts' in the order of their names.
+    ties: "policy_first" is a stable sort, so that the policy's actions win among equal rewards, and
+    the experts' share falls as the policy improves (Fig. 4); an expert wins over those named after
+    it. "any_expert": the policy's first, then any of the experts'. "random": any. selection:
+    "random" keeps any g, the control that shows what selection is worth. rng: for the choices.
     Raises ValueError if g is not between 1 and M, or for another word.
     """
     rewards = [float(reward) for reward in rewards]
     if not 1 <= g <= len(rewards):
         raise ValueError(f"cannot keep {g} of {len(rewards)} actions")
-    if ties not in ("policy_first", "random") or selection not in ("top", "random"):
+    if ties not in TIES or selection not in ("top", "random"):
         raise ValueError(
-            f"ties are policy_first or random, not {ties!r}; "
+            f"ties are {', '.join(TIES)}, not {ties!r}; "
             f"selection is top or random, not {selection!r}"
         )
-    order = list(range(len(rewards)))
+    rng, order = rng or random, list(range(len(rewards)))
     if "random" in (ties, selection):
-        (rng or random).shuffle(order)
+        rng.shuffle(order)
+    elif ties == "any_expert":
+        order[own:] = rng.sample(order[own:], len(rewards) - own)
     if selection == "top":
         order.sort(key=lambda i: -rewards[i])
     return order[:g]
@@ -276,17 +282,13 @@ def select(
 ) -> None:
     """Sets `kept`, `selection` and `advantages` (Eq 1) of each group.
 
-    A group of fewer than g actions keeps them all. Among experts' actions of equal reward chance
-    decides, not the order in which the experts were named. baseline: whose mean and std Eq 1 takes,
-    of all "candidates" or of the "selected".
+    A group of fewer than g actions keeps them all. baseline: whose mean and std Eq 1 takes, of all
+    "candidates" or of the "selected".
     """
     for group in groups:
-        own = [i for i, action in enumerate(group.actions) if action.source == POLICY]
-        others = [i for i, action in enumerate(group.actions) if action.source != POLICY]
-        order = own + rng.sample(others, len(others))
-        ordered = [group.rewards[i] for i in order]
-        chosen = select_top_g(ordered, min(g, len(order)), ties, selection, rng)
-        group.kept = [order[i] for i in chosen]
+        own = sum(action.source == POLICY for action in group.actions)
+        most = min(g, len(group.actions))
+        group.kept = select_top_g(group.rewards, most, ties, selection, rng, own)
         group.selection = selection
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)

@@ -15,9 +15,10 @@ class MethodSettings:
     selection: str = option("top", "the G to keep: the best, or any (a control)", ("top", "random"))
     ties: str = option(
         "auto",
-        "which of equal rewards to keep first: the policy's (Fig. 4), or any; auto: the policy's, "
-        "but any with is and snis, whose weights need a fair sample of the best",
-        ("auto", "policy_first", "random"),
+        "which of equal rewards to keep first: the policy's (Fig. 4), then the experts' in the "
+        "order of their names; the policy's, then any expert's; or any. auto: policy_first, but "
+        "random with is and snis, whose weights need a fair sample of the best",
+        ("auto", "policy_first", "any_expert", "random"),
     )
     temperature: float = option(1.0, "of sampling and of scoring: softmax(logits / temperature)")
     # the objective (Eq 1-3, A.2)
