@@ -502,7 +502,7 @@ def test_keeping_none_or_more_than_there_are_is_an_error(g):
     "words", [dict(ties="first"), dict(selection="best"), dict(ties="random", selection="none")]
 )
 def test_an_unknown_word_is_an_error(words):
-    with pytest.raises(ValueError, match="policy_first or random.*top or random"):
+    with pytest.raises(ValueError, match="policy_first, any_expert, random.*top or random"):
         select_top_g(REWARDS, 2, **words)
 
 
