@@ -2,6 +2,7 @@
 
     python evaluate.py tiny --sets counting-id counting-ood    # a model's directory or hub id
     python evaluate.py runs/NAME/model --pass-k 1,2,4,8        # every test set of the run's task
+    python evaluate.py tiny --request "check ."                # under another prompt
     python evaluate.py careful --sets counting-id              # an expert itself
     python evaluate.py score runs/NAME/predictions --legacy    # saved predictions, without a model
 
@@ -12,6 +13,7 @@ batches or on the number of processes (torchrun shards the questions).
 Accuracy is what Table 1 reports (rewards.py, `accuracy_score`): a count, a choice or a quantity is
 right or wrong, a sequence of functions has Reason-RFT's partial credit. "exact" is the share of
 answers that are wholly right, as Pass@k counts them; it differs from accuracy for sequences only.
+A set that has parts (kinds of questions) is reported as a whole, then each part as SET/PART.
 `--legacy` scores as Reason-RFT's own code does, `--protocol reason-rft` asks as it does.
 
 Beside a run, data, test sets, pixels, length limit and prompt are those of its config.json, unless
@@ -22,6 +24,7 @@ import math
 import re
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
@@ -29,8 +32,8 @@ from transformers.utils import logging as transformers_logging
 from blocks.scripted import ACCURACY
 from data.legacy import MATH_VERIFY, need_math_verify
 from data.lengths import Room
-from data.predictions import Prediction, claim, predict, read_predictions
-from data.sets import Part, load_set, reports
+from data.predictions import Prediction, claim, predict, read_predictions, with_parts
+from data.sets import WORLDS, Part, load_set, reports
 from experts import roster
 from experts.answering import ExpertAnswers, is_expert
 from experts.settings import ExpertSettings
@@ -79,22 +82,31 @@ def right_samples(prediction: Prediction, legacy: bool = False) -> int:
     return sum(wholly_right(text, truth, kind, legacy) for text in prediction.samples)
 
 
-def score(states, actions: list[Action]) -> dict[str, float]:
-    """`score_predictions` of one action for each state."""
+def predictions_of(states, actions: list[Action]) -> list[Prediction]:
+    """One action for each state, as predictions."""
     predictions = []
     for state, action in zip(states, actions, strict=True):
         length, truncated = len(action.tokens), action.truncated
         predictions.append(Prediction.of(state, action.text, length, truncated))
-    return score_predictions(predictions)
+    return predictions
+
+
+def score(states, actions: list[Action]) -> dict[str, float]:
+    """`score_predictions` of one action for each state."""
+    return score_predictions(predictions_of(states, actions))
 
 
 def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
-    """Greedy accuracy on each test set; each process answers its shard."""
-    result = {}
+    """Greedy accuracy on each test set and its parts, as "eval/SET" and "eval/SET/PART"; each
+    process answers its shard.
+    """
+    answered = {}
     for name, states in sets.items():
-        shard = world.shard(states)
-        actions = world.gather(answer_greedily(sampler, shard))
-        result[f"eval/{name}"] = score(states, actions)["accuracy"]
+        actions = world.gather(answer_greedily(sampler, world.shard(states)))
+        answered[name] = predictions_of(states, actions)
+    result = {}
+    for name, predictions in with_parts(answered).items():
+        result[f"eval/{name}"] = score_predictions(predictions)["accuracy"]
     return result
 
 
@@ -126,7 +138,7 @@ def pass_at_k(n: int, c: int, k: int) -> float:
 
 
 def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None:
-    """A line for each set. UserError if no question of any set has a prediction."""
+    """A line for each set and each of its parts. UserError if no question has a prediction."""
     empty = [name for name, ps in predictions.items() if not ps]
     predictions = {name: ps for name, ps in predictions.items() if ps}
     if not predictions:
@@ -137,7 +149,7 @@ def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None
     ks = [2**i for i in range(10) if 2**i <= fewest]
     head = "set                       n     accuracy  95 % interval  exact  format  tokens"
     print(f"{head}  truncated" + "".join(f"  pass@{k}" for k in ks))
-    for name, ps in predictions.items():
+    for name, ps in with_parts(predictions).items():
         s = score_predictions(ps, ks, legacy)
         percent = {key: 100 * value for key, value in s.items()}
         line = f"{name:24s} {s['n']:5d} {percent['accuracy']:9.1f}"
@@ -183,6 +195,8 @@ def arguments(argv: list[str]) -> tuple[Namespace, list[str]]:
     if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
         knows = f"the scripted expert '{args.model}' knows the blocks world only"
         raise UserError(f"{knows}, not --data {args.data}")
+    if args.request and args.model in ACCURACY:
+        raise UserError(f"the scripted expert '{args.model}' reads no prompt: leave --request out")
     return args, notes
 
 
@@ -197,12 +211,18 @@ def directory_for(args) -> Path:
 
 
 def questions_of(args, room: Room | None) -> dict[str, Part]:
-    """The first `--states` questions of each test set. room: where a model's prompt has to fit."""
+    """The first `--states` questions of each test set. room: where a model's prompt has to fit.
+
+    UserError if `--request` makes a prompt of a world too long, whose own are short.
+    """
     config = Namespace(data=args.data, data_cache=args.data_cache, eval_states=args.states or 300)
     sets = {}
     for name in args.sets:
         states = load_set(name, config, args.mode, room=room)
         sets[name] = Part(states, 0, min(len(states), args.states or len(states)))
+        for state in sets[name] if room and args.request and args.data in WORLDS else ():
+            if long := room.problem(state, [image.size for image in state.images]):
+                raise UserError(f"--request: {long}")
     return sets
 
 
@@ -211,7 +231,9 @@ def open_answers(args, world: World, out: Path) -> tuple[dict, ModelAnswers | Ex
     expert = is_expert(args.model)
     pixels = {"min_pixels": args.min_pixels, "max_pixels": args.max_pixels}
     try:
-        room = None if expert else Room(args.place, args.max_new_tokens, **pixels)
+        room = None
+        if not expert:
+            room = Room(args.place, args.max_new_tokens, request=args.request, **pixels)
         sets = questions_of(args, room)
         if expert:
             settings = ExpertSettings(
@@ -246,7 +268,7 @@ def answer_command(argv: list[str]) -> None:
             print(line, file=sys.stderr)
     ids = {}
     for name, questions in sets.items():
-        states = list(questions)
+        states = [replace(state, ask=args.request) for state in questions]
         predict(answers, states, out / f"{name}.jsonl", world)
         ids[name] = {state.id for state in states}
     if isinstance(answers, ModelAnswers):

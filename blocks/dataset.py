@@ -32,7 +32,7 @@ class BlocksState(State):
     @property
     def request(self) -> str:
         """Shorter than for real data: tiny/ knows these words only."""
-        return "think , then answer ." if self.mode == "reason" else "answer ."
+        return self.ask or ("think , then answer ." if self.mode == "reason" else "answer .")
 
 
 class BlocksSet:

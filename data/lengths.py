@@ -4,6 +4,7 @@ A question that is too long for the model is left out at the start; it does not 
 """
 
 import unicodedata
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +17,8 @@ class Room:
     As many as the model was made for, or `max_model_len` if that is given and less.
 
     model: a directory or hub id. max_new_tokens: of a response. min_pixels, max_pixels: None for
-    the processor's own.
+    the processor's own. request: words that follow every question in place of its own, "" for the
+    latter (`State.ask`).
     longest: tokens of the longest prompt so far that fits and its response, an upper bound; vLLM
     has to hold as many.
     """
@@ -28,7 +30,9 @@ class Room:
         max_model_len: int = 0,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        request: str = "",
     ):
+        self.request = request
         self.model, self.response, self.max_model_len = model, max_new_tokens, max_model_len
         self.min_pixels, self.max_pixels, self.longest = min_pixels, max_pixels, 0
 
@@ -40,6 +44,8 @@ class Room:
         """
         if self._limits is None:
             return None
+        if self.request:
+            state = replace(state, ask=self.request)
         limit, images = self._limits[0], sum(map(self.image_tokens, sizes))
         text = unicodedata.normalize("NFC", state.messages()[0]["content"][-1]["text"])
         needed = len(text.encode()) + TEMPLATE + images + self.response

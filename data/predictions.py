@@ -30,6 +30,7 @@ class Prediction:
     tokens: int
     truncated: bool
     samples: list[str] = dataclasses.field(default_factory=list)
+    part: str = ""  # of the set; older files lack it
 
     @classmethod
     def of(
@@ -38,13 +39,14 @@ class Prediction:
         """The responses to a state, as rewards.py reads them (`State.reading`)."""
         texts = [state.reading(sample) for sample in samples]
         read = state.reading(text)
-        return cls(state.id, state.answer, state.kind, read, tokens, truncated, texts)
+        about = (state.id, state.answer, state.kind)
+        return cls(*about, read, tokens, truncated, texts, state.part)
 
 
 def prediction(record: dict) -> Prediction:
     """The prediction of a line. TypeError if the line holds something else."""
     p = Prediction(**record)
-    texts = (p.id, p.answer, p.kind, p.text, *p.samples)
+    texts = (p.id, p.answer, p.kind, p.text, p.part, *p.samples)
     if not all(isinstance(text, str) for text in texts) or p.kind not in KINDS:
         raise TypeError(f"no prediction: {record}")
     return p
@@ -75,6 +77,19 @@ def read_predictions(directory: Path) -> dict[str, list[Prediction]]:
     if not found:
         raise UserError(f"no answers in {directory}, so there is nothing to score")
     return found
+
+
+def with_parts(sets: dict[str, list[Prediction]]) -> dict[str, list[Prediction]]:
+    """Each set under its name and, after it, its parts as "SET/PART", sorted.
+
+    What has no part counts in the whole set only.
+    """
+    groups = {}
+    for name, predictions in sets.items():
+        groups[name] = predictions
+        for part in sorted({p.part for p in predictions} - {""}):
+            groups[f"{name}/{part}"] = [p for p in predictions if p.part == part]
+    return groups
 
 
 def claim(out: Path, settings: dict) -> None:
@@ -108,10 +123,13 @@ def predict(
     question that has no answer; the next call tries it again.
     """
 
-    def saved() -> set[str]:  # an interruption may have cut the last line short
-        return {record["id"] for record in storage.mend(file, lambda r: bool(prediction(r)))}
+    def saved() -> dict[str, str]:  # an interruption may have cut the last line short
+        found = [prediction(r) for r in storage.mend(file, lambda r: bool(prediction(r)))]
+        return {p.id: p.answer for p in found}
 
     done = world.first(saved)
+    if any(done.get(state.id, state.answer) != state.answer for state in states):
+        raise UserError(f"{file} answers other questions than today's: choose another --out")
     missing = [state for state in states if state.id not in done]
     bar = tqdm(total=len(states), desc=file.stem, disable=world.rank > 0, leave=False)
     bar.update(len(states) - len(missing))

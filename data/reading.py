@@ -39,6 +39,7 @@ FUNCTIONS = {  # TRANCE's functions, and the values of each
     "change_position": DIRECTIONS.split(),
 }
 MAX_QUESTION = 100_000  # characters
+SPECIAL_TOKEN = re.compile(r"<\|\w+\|>")
 NUMBER = r"[+-]?(\d{1,3}(,\d{3})+(\.\d*)?|\d+(\.\d*)?|\.\d+)"
 LETTER = r"\(?[A-Ha-h]\)?\.?"
 EXPRESSION = r"(?s).*(\d|\\pi|π).*"  # `judgeable` asks for its value
@@ -112,7 +113,7 @@ def question_of(record: dict) -> str:
         raise Unusable("no question")
     if len(question) > MAX_QUESTION:
         raise Unusable(f"question too long: {len(question)} characters")
-    if re.search(r"<\|\w+\|>", question):  # an image token would break the forward pass
+    if SPECIAL_TOKEN.search(question):  # an image token would break the forward pass
         raise Unusable("special token in the question")
     return question
 

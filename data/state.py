@@ -40,7 +40,8 @@ class State:
     rules: text before the question, "" for none.
     form: the prompt's name for an answer, "" for that of its kind. It must not tell a question
         whose answer is a letter from one whose answer is a number.
-    part: its kind of question within its set, reported beside the whole; "" for none.
+    part: its kind of question within the set, reported beside the whole; "" for none.
+    ask: words that follow the question in place of this project's own; "" for the latter.
     """
 
     id: str
@@ -53,10 +54,13 @@ class State:
     rules: str = ""
     form: str = ""
     part: str = ""
+    ask: str = ""
 
     @property
     def request(self) -> str:
         """What follows the question in the prompt: how to answer."""
+        if self.ask:
+            return self.ask
         form = self.form or FORMS[self.kind]
         if self.mode == "answer":
             return f"Give only the final answer, {form}, between <answer> and </answer>."

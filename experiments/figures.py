@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 from evaluate import pass_at_k
-from training.curves import method_of, save, shown, smooth
+from training.curves import method_of, save, shown, smooth, tests_of
 from training.storage import writing
 
 Curve = list[tuple[float, float]]
@@ -95,10 +95,9 @@ def data_efficiency(histories: dict[str, History], out: Path) -> str:
     shares = {method: expert_shares(seeds) for method, seeds in methods.items()}
     alone = [method for method, found in shares.items() if found and not any(found)]
     helped = [method for method, found in shares.items() if any(found)]
-    tests: dict[str, None] = {}  # in order
+    tests: dict[str, None] = {}  # in order; whole sets only
     for history in histories.values():
-        for record in history:
-            tests |= dict.fromkeys(key for key in record if key.startswith("eval/"))
+        tests |= dict.fromkeys(test for test in tests_of(history) if test.count("/") == 1)
     figure, axes = panels(len(tests))
     lines = []
     for axis, test in zip(axes, tests, strict=False):

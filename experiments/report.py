@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from data.legacy import need_math_verify
-from data.predictions import Prediction, read_predictions
+from data.predictions import Prediction, read_predictions, with_parts
 from data.state import SETS
 from evaluate import LEGACY, right_samples, score_predictions
 from experiments import figures
@@ -24,7 +24,7 @@ from training.storage import writing
 Columns = dict[str, dict[str, list[float]]]  # by method and column: one number for each seed
 NOTE = (
     "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean "
-    "of the task's columns (the paper's follow three formulas: compare single columns)."
+    "of the task's whole sets (the paper's follow three formulas: compare single columns)."
 )
 
 
@@ -45,7 +45,7 @@ def by_method(results: dict[str, dict[str, float]]) -> Columns:
 def table(results: dict[str, dict[str, float]], out: Path) -> str:
     """Table 1 as Markdown, returned and written to OUT.md, and as CSV to OUT.csv.
 
-    results: accuracy in [0, 1] by run and test set.
+    results: accuracy in [0, 1] by run and test set, or "SET/PART", whose column follows its set's.
     """
     methods = by_method(results)
     present: set[str] = set()
@@ -53,7 +53,9 @@ def table(results: dict[str, dict[str, float]], out: Path) -> str:
         present |= found.keys()
     order = []
     for task, names in SETS.items():
-        order += [*names, f"{task} AVG"]
+        for name in names:
+            order += [name, *sorted(part for part in present if part.startswith(f"{name}/"))]
+        order.append(f"{task} AVG")
     columns = [name for name in order if name in present] + sorted(present - set(order))
     lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for method, found in methods.items():
@@ -111,7 +113,7 @@ def table_command(argv: list[str]) -> None:
     results: dict[str, dict[str, float]] = {}
     for run in args.runs:
         scores = results.setdefault(run.name, {})
-        for name, predictions in read_predictions(directory_of(run)).items():
+        for name, predictions in with_parts(read_predictions(directory_of(run))).items():
             scores[name] = score_predictions(predictions, legacy=args.legacy)["accuracy"]
     print(table(results, args.out))
 

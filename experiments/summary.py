@@ -4,7 +4,7 @@ import json
 import statistics
 from pathlib import Path
 
-from data.predictions import read_predictions
+from data.predictions import read_predictions, with_parts
 from evaluate import score_predictions
 from experiments import report
 from experiments.tasks import Task
@@ -70,8 +70,8 @@ def comparison(finished: list[Task], out: Path) -> None:
 
 
 def figures_of(task: Task) -> dict[str, float]:
-    """A run's accuracy by test set, and its diagnostics, where the last records all have them."""
-    predictions = read_predictions(task.path / "predictions")
+    """A run's accuracy by test set and part, and the diagnostics that all its last records have."""
+    predictions = with_parts(read_predictions(task.path / "predictions"))
     figures = {name: score_predictions(ps)["accuracy"] for name, ps in predictions.items()}
     history = curves.metrics(task.path / "metrics.jsonl")
     records = [record for record in history if "loss" in record][-LAST:]

@@ -10,6 +10,7 @@ import re
 from itertools import chain
 from pathlib import Path
 
+from data.reading import SPECIAL_TOKEN
 from data.state import MODES, SETS
 from training import rundir
 from training.console import Parser, UserError
@@ -48,6 +49,11 @@ FLAGS = {
         choices=MODES,
         help="what the prompt asks for: answer and bare are those of sft.py's methods "
         "(default: the run's, else reason)",
+    ),
+    "--request": dict(
+        default="",
+        metavar="WORDS",
+        help='words that follow each question in place of the project\'s own, such as "check ."',
     ),
     "--min-pixels": dict(type=int, help="enlarge pictures to at least so many pixels"),
     "--max-pixels": dict(type=int, help="shrink pictures to at most so many pixels"),
@@ -161,6 +167,20 @@ def check(args) -> None:
         raise UserError(f"--top-p must be above 0 and at most 1, not {args.top_p}")
     if args.top_k < 0:
         raise UserError(f"--top-k must be at least 0, not {args.top_k}")
+    if args.request:
+        check_request(args)
+
+
+def check_request(args) -> None:
+    """UserError for words that cannot follow a question, or not in this mode or protocol."""
+    if args.protocol:
+        raise UserError(f"--protocol {args.protocol} asks in its own way, without --request")
+    if args.mode == "bare":
+        raise UserError("mode bare asks nothing but the question: --request needs another --mode")
+    if not args.request.strip() or not args.request.isprintable():
+        raise UserError("--request wants words in one line of ordinary text")
+    if SPECIAL_TOKEN.search(args.request):  # an image token would break the forward pass
+        raise UserError("--request holds a special token")
 
 
 def settings_of(args) -> dict:
@@ -177,4 +197,6 @@ def settings_of(args) -> dict:
     settings |= {name: getattr(args, name) for name in names}
     if (args.top_p, args.top_k) != (1.0, 0):
         settings |= {"top_p": args.top_p, "top_k": args.top_k}
+    if args.request:
+        settings["request"] = args.request
     return settings

@@ -5,7 +5,8 @@
 
 Runs whose names differ only in "-seedN" share a colour.
 
-reward, accuracy   rise; of the policy's samples. Dots are greedy accuracy on the test sets
+reward, accuracy   rise; of the policy's samples. Dots are greedy accuracy on the test sets, on
+                   each part of a set that has parts
 expert share       of the kept actions (Fig. 4): falls as the policy's own get better
 dead groups        groups without any advantage, which teach nothing: near 1, nothing is learnt.
                    Dashed: groups whose kept actions all have the same advantage, 0 or not
@@ -88,12 +89,26 @@ def colors_of(names) -> dict[str, str]:
     return {name: cycle[methods.index(method_of(name)) % len(cycle)] for name in names}
 
 
+def tests_of(history: list[dict]) -> list[str]:
+    """What a run was evaluated on, in order: "eval/SET", and "eval/SET/PART" for parts of it."""
+    tests: dict[str, None] = {}
+    for record in history:
+        tests |= dict.fromkeys(key for key in record if key.startswith("eval/"))
+    return list(tests)
+
+
+def dotted(history: list[dict]) -> list[str]:
+    """Of these the sets without parts, and the parts in place of the other sets."""
+    tests = tests_of(history)
+    divided = {test.rpartition("/")[0] for test in tests}
+    return [test for test in tests if test not in divided]
+
+
 def markers_of(histories) -> dict[str, str]:
-    """The marker of each test set that some run was evaluated on."""
-    tests = {}
+    """The marker of each test set, or part of one, that some run has dots for."""
+    tests: dict[str, None] = {}
     for history in histories:
-        for record in history:
-            tests |= dict.fromkeys(key for key in record if key.startswith("eval/"))
+        tests |= dict.fromkeys(dotted(history))
     return dict(zip(tests, "os^DvP*X", strict=False))
 
 
@@ -110,7 +125,10 @@ def draw_dots(axis, histories: dict[str, list[dict]], colors: dict[str, str]) ->
     """Greedy accuracy on the test sets, and what their markers mean."""
     markers = markers_of(histories.values())
     for name, history in histories.items():
+        own = dotted(history)
         for test, marker in markers.items():
+            if test not in own:
+                continue
             tested = [record for record in history if test in record]
             x, y = [record["states"] for record in tested], [record[test] for record in tested]
             axis.plot(x, y, marker, color=colors[name], markersize=4)
