@@ -38,7 +38,7 @@ def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
             for cell, answers in cells(name, predictions).items():
                 ids = [p.id for p in answers]
                 if asked.setdefault(cell, ids) != ids:
-                    raise UserError(f"{run}: other questions of {cell} than those of the runs before")
+                    raise UserError(f"{run}: other questions of {cell} than in the runs before")
                 scores = [accuracy_score(p.text, p.answer, p.kind) for p in answers]
                 if answers[0].kind == "function":
                     kept = [round(score, 4) for score in scores]

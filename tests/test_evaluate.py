@@ -238,15 +238,29 @@ def test_the_command_prints_a_line_for_each_set_and_saves_what_was_said(
     assert (
         "accuracy" in head and head.split()[-2:] == ["pass@1", "pass@2"] and str(tmp_path) in last
     )
-    assert [line.split()[0] for line in lines] == ["counting-id", "transformation-left"]
+    parts = ["counting-id", "counting-id/one-step", "counting-id/two-step"]
+    assert [line.split()[0] for line in lines] == [*parts, "transformation-left"]
     truncated = head.replace("95 % interval", "low to high").split().index("truncated")
-    for line in lines:
+    for line in (lines[0], lines[3]):
         assert line.split()[1:3] == ["6", "0.0"]  # a random model knows nothing
         said = lines_of(tmp_path / f"{line.split()[0]}.jsonl")
         assert line.split()[truncated] == f"{100 * sum(r['truncated'] for r in said) / 6:.1f}"
     said = lines_of(tmp_path / "counting-id.jsonl")
     assert [record["id"] for record in said] == [f"counting-id-0-{i}" for i in range(6)]
     assert all(len(record["samples"]) == 3 and 1 <= record["tokens"] <= 3 for record in said)
+
+
+def test_answers_to_the_questions_of_another_world_are_not_continued(
+    random_model_dir, tmp_path, monkeypatch, capsys
+):
+    run(monkeypatch, random_model_dir, *COMMAND, "--out", tmp_path)
+    file = tmp_path / "counting-id.jsonl"
+    records = lines_of(file)
+    records[2]["answer"] = "77"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, random_model_dir, *COMMAND, "--out", tmp_path)
+    assert stop.value.code == 2 and "answers other questions" in capsys.readouterr().err
 
 
 def test_what_is_said_depends_on_the_question_alone(predictions, random_model_dir):
@@ -283,8 +297,11 @@ def test_two_processes_say_what_one_says(predictions, random_model_dir, tmp_path
 def test_saved_predictions_are_scored_again_without_a_model(predictions, monkeypatch, capsys):
     monkeypatch.setattr(Policy, "load", None)
     run(monkeypatch, "score", predictions)
-    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]] == [
+    rows = [line.split()[0] for line in capsys.readouterr().out.splitlines()[1:]]
+    assert rows == [
         "counting-id",
+        "counting-id/one-step",
+        "counting-id/two-step",
         "transformation-left",
     ]
 
@@ -447,6 +464,7 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
         for i, record in enumerate(said):
             answer = record["answer"] if i < right else "none"
             record["text"] = f"<think> so </think> <answer> {answer} </answer>"
+            record["part"] = ""
         (tmp_path / name / "predictions" / "counting-id.jsonl").write_text(
             "".join(json.dumps(record) + "\n" for record in said)
         )

@@ -1,5 +1,4 @@
-"""Paired differences: the interval is a bootstrap's over questions and seeds, the same questions for
-both methods."""
+"""Paired differences: a bootstrap over questions, the same for both methods, and over seeds."""
 
 import dataclasses
 import json
