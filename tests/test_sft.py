@@ -250,9 +250,9 @@ def test_a_target_earns_the_full_reward_and_ends_with_eos(directory, tmp_path, t
                 and not target.truncated
             )
             if source == "blocks":  # tiny knows every word
-                assert policy.tokenizer.decode(
-                    target.tokens, skip_special_tokens=True
-                ) == " ".join(text.split())
+                assert policy.tokenizer.decode(target.tokens, skip_special_tokens=True) == " ".join(
+                    text.split()
+                )
             assert ("<think>" in text) == (method == "cot")
             asked = state.messages()[0]["content"][-1]["text"]
             assert ("think" in asked.removeprefix(state.question)) == (method == "cot")
