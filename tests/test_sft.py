@@ -82,7 +82,7 @@ class DoublePolicy(Policy):
         )
 
 
-def assert_same_gradient(left: dict, right: dict) -> None:
+def assert_same_gradient(left: dict, right: dict, atol: float = 1e-8) -> None:
     assert left.keys() == right.keys() and any(
         gradient.abs().max() > 0.1 for gradient in right.values()
     )
@@ -91,7 +91,7 @@ def assert_same_gradient(left: dict, right: dict) -> None:
         torch.testing.assert_close(
             torch.as_tensor(left[name]),
             right[name],
-            atol=1e-8,
+            atol=atol,
             rtol=0,
             msg=lambda m, name=name: f"{name}: {m}",
         )
@@ -184,9 +184,9 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
     loss = sum(nats) / tokens
     loss.backward()
     gradient, told = gradient_of(random_model_dir, CPU, 4, 6, ragged)
-    assert_same_gradient(
-        {name: parameter.grad for name, parameter in policy.named_parameters()}, gradient
-    )
+    found = {name: parameter.grad for name, parameter in policy.named_parameters()}
+    # The rotary angles are float32 even here, and fewer tokens have larger gradients.
+    assert_same_gradient(found, gradient, atol=1e-7 if ragged else 1e-8)
     assert told["loss"] == pytest.approx(loss.item(), abs=1e-5) and told["target_tokens"] == tokens
 
 
