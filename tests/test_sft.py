@@ -185,8 +185,8 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
     loss.backward()
     gradient, told = gradient_of(random_model_dir, CPU, 4, 6, ragged)
     found = {name: parameter.grad for name, parameter in policy.named_parameters()}
-    # The rotary angles are float32 even here, and fewer tokens have larger gradients.
-    assert_same_gradient(found, gradient, atol=1e-7 if ragged else 1e-8)
+    # Norms are float32 even here: the gradients of targets that share a prompt are rounded as one.
+    assert_same_gradient(found, gradient, atol=1e-6 if ragged else 1e-8)
     assert told["loss"] == pytest.approx(loss.item(), abs=1e-5) and told["target_tokens"] == tokens
 
 
