@@ -33,7 +33,7 @@ from data.state import State
 from evaluate import greedy_accuracy
 from experts import roster
 from experts.roster import Experts
-from experts.settings import ExpertSettings
+from experts.settings import MixtureSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
 from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
@@ -54,7 +54,7 @@ from training.stopwatch import Stopwatch
 
 
 @dataclass
-class Config(Settings, ExpertSettings, MethodSettings):
+class Config(Settings, MixtureSettings, MethodSettings):
     """All settings of a run; training/method.py has those of the method itself."""
 
     # what is measured and kept
@@ -75,7 +75,7 @@ def check(config: Config, world: int, resuming: bool) -> None:
     experts = roster.check(config, config.estimator)
     settings.check(config, world, resuming)
     settings.must(config, 1, "group_size", "updates_per_batch")
-    settings.must(config, 0, "beta", "clip_eps", "parity_every", "log_groups")
+    settings.must(config, 0, "expert_steps", "beta", "clip_eps", "parity_every", "log_groups")
     settings.above_zero(config, "temperature")
     candidates = config.num_samples * (len(experts) + 1)
     if config.group_size > candidates:
@@ -250,7 +250,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
         return [questions[i] for i in world.shard(batch)]
 
-    experts = Experts(config, config.corrected, states_of)
+    experts = Experts(config, config.corrected, states_of, config.expert_steps)
     policy, reference = load_policy(config, model, world, config.temperature), None
     if config.beta:
         reference = load_policy(config, config.start, world, config.temperature, trained=False)
@@ -284,7 +284,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         states = run.states_of(step)
         experts.prefetch(step, config.steps)
         groups = total_groups(
-            states, sampler, experts, config.num_samples, seed, expert_seed, watch
+            states, sampler, experts.at(step), config.num_samples, seed, expert_seed, watch
         )
         # ---- rewards (Eq 7)
         give_rewards(groups)

@@ -1,7 +1,8 @@
-"""Supervised fine-tuning: ANS-SFT, CoT-SFT, and stage 1 of Reason-RFT (Section 4.1).
+"""Supervised fine-tuning: ANS-SFT, CoT-SFT, stage 1 of Reason-RFT (Section 4.1); imitation.
 
     python sft.py                                        # CoT-SFT on the blocks world
     python sft.py --method answer                        # ANS-SFT
+    python sft.py --method rft --experts careful         # on an expert's right samples
     torchrun --nproc_per_node 8 sft.py --preset counting-2b
     python sft.py --resume runs/NAME                     # goes on exactly from the last checkpoint
     python ekipl.py --model runs/NAME/model              # RL from there
@@ -10,6 +11,8 @@
     cot     a thought and an answer <think>{thought}</think> <answer>{answer}</answer> CoT-SFT
     answer  the answer alone        <answer>{answer}</answer>                          ANS-SFT, tags
     bare    nothing                 {answer}                                           as Reason-RFT
+    rft     a thought and an answer the experts' right samples (experts/imitation.py)  ours
+    distil  a thought and an answer all their samples                                  ours
 
 The loss is the mean of -log pi_theta over the target tokens of the global batch, by the forward
 pass that RL uses (policy.py): a micro-batch's sum is divided by the number of target tokens in the
@@ -17,8 +20,9 @@ whole batch over all processes, so micro-batches, accumulation and processes do 
 gradient. (A mean of the micro-batches' means would give tokens of short targets more weight;
 published comparisons of RL with SFT have rested on that.)
 
-Run directory, checkpoints, resume, learning rate and evaluation are those of ekipl.py. CoT-SFT uses
-the records that have a thought.
+A state has one target, with rft and distil up to G, which share its prompt in the forward pass. A
+batch without any target changes no weight. Run directory, checkpoints, resume, learning rate and
+evaluation are those of ekipl.py. CoT-SFT uses the records that have a thought.
 """
 
 import math
@@ -35,9 +39,12 @@ from data.sets import reports, test_sets, training_states
 from data.state import State
 from ekipl import load_policy
 from evaluate import greedy_accuracy
-from policy import Policy, Prompt, pack
+from experts import imitation
+from experts.roster import Experts
+from experts.settings import ExpertSettings
+from policy import Policy, pack
 from rollouts import choice
-from sampling import Sampler
+from sampling import Action, Group, Sampler
 from training import console, distributed, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
@@ -48,20 +55,38 @@ from training.settings import Settings, learning_rate, option
 from training.steplog import StepLog
 from training.stopwatch import Stopwatch
 
-METHODS = {"cot": "reason", "answer": "answer", "bare": "bare"}  # and the mode of the prompt
+METHODS = {  # that learn from the records, and the mode of the prompt
+    "cot": "reason",
+    "answer": "answer",
+    "bare": "bare",
+}
 
 
 @dataclass
-class Config(Settings):
-    """All settings of a run: training/settings.py, and this one."""
+class Config(Settings, ExpertSettings):
+    """All settings of a run: training/settings.py, experts/settings.py, and these."""
 
     method: str = option(
         "cot",
         "what is learnt: cot, a thought and the answer (CoT-SFT); answer, the answer alone in its "
-        "tags; or bare, the answer as the whole response to the bare question (Reason-RFT's "
-        "ANS-SFT; evaluate.py --mode bare)",
-        tuple(METHODS),
+        "tags; bare, the answer as the whole response to the bare question (Reason-RFT's "
+        "ANS-SFT; evaluate.py --mode bare); rft, the experts' right samples; distil, all of them "
+        "(the other methods ignore --experts, --group-size and all that is about experts)",
+        (*METHODS, *imitation.METHODS),
     )
+    group_size: int = option(
+        8, "G: samples learnt per state at most, as many as RL keeps; any of those there are"
+    )
+
+    @property
+    def imitates(self) -> bool:
+        """Whether it is experts that are learnt from, not the records."""
+        return self.method in imitation.METHODS
+
+    @property
+    def planned(self) -> "Config":
+        """The settings as training/plan.py reads them: of responses sampled and learnt."""
+        return replace(self, num_samples=1, group_size=self.group_size if self.imitates else 1)
 
 
 def paper(task: str, size: str) -> dict:
@@ -83,6 +108,7 @@ def paper(task: str, size: str) -> dict:
         min_pixels=3136,
         max_pixels=262144,  # LLaMA-Factory's image_max_pixels at that time
         max_new_tokens=768,  # of their evaluation; in training they cut the whole at 4096 tokens
+        expert_tokens=4096,  # as in RL, so that its answers in the cache are these
         micro_batch=1,
         gradient_checkpointing=True,
         eval_every=200,
@@ -102,15 +128,6 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 # --------------------------------------------------------------------------------------- the loss
 
 
-@dataclass
-class Example:
-    """A prompt and the response to learn. tokens: ends with EOS unless truncated."""
-
-    prompt: Prompt
-    tokens: list[int]
-    truncated: bool
-
-
 def target_text(state: State, method: str) -> str:
     """The response to learn. ValueError if it needs a thought and the state has none."""
     if method == "bare":
@@ -123,38 +140,45 @@ def target_text(state: State, method: str) -> str:
     return f"<think>\n{state.thought}\n</think>\n{answer}"
 
 
-def examples(policy: Policy, states: list[State], method: str, max_tokens: int) -> list[Example]:
-    """Prompts and targets as tokens; a target is cut at max_tokens."""
+def examples(policy: Policy, states: list[State], method: str, max_tokens: int) -> list[Group]:
+    """Each state with its target as the one action, which is kept; it is cut at max_tokens."""
     result = []
     for state, prompt in zip(states, policy.encode(states), strict=True):
-        tokens, truncated = policy.tokens_of(target_text(state, method), max_tokens)
-        result.append(Example(prompt, tokens, truncated))
+        text = target_text(state, method)
+        tokens, truncated = policy.tokens_of(text, max_tokens)
+        result.append(Group(state, prompt, [Action(tokens, text, "record", truncated)], kept=[0]))
     return result
 
 
 def update(
-    config: Config, policy, optimizer, batch: list[Example], world: World, lr: float
+    config: Config, policy, optimizer, batch: list[Group], world: World, lr: float
 ) -> dict[str, float]:
-    """One step of AdamW on this process's shard of a batch.
+    """One step of AdamW on this process's shard of a batch, whose kept actions are the targets.
 
     policy: as World.data_parallel returns it. Returns the batch's loss in nats per token and its
     number of target tokens, over all processes, and the norm of the gradient before clipping.
+    Without any target there is no step, and all three are 0.
     """
-    total = sum(world.gather([len(example.tokens) for example in batch]))  # target tokens
-    ordered = sorted(batch, key=lambda example: len(example.tokens))  # less padding
+    ordered = sorted(batch, key=target_tokens)  # less padding
+    total = sum(world.gather([target_tokens(group) for group in batch]))
+    if not total:
+        return {"loss": 0.0, "target_tokens": 0, "grad_norm": 0.0}
     starts = range(0, len(ordered), config.micro_batch)
     for group in optimizer.param_groups:
         group["lr"] = lr
     clear_gradients(policy, optimizer)
+    eos_id = getattr(policy, "module", policy).eos_id  # out of DDP's wrapper
     nats = torch.zeros((), device=world.device)  # read once, at the end: reading waits for the GPU
     for start in starts:
         part = ordered[start : start + config.micro_batch]
         with accumulating(policy, last=start == starts[-1]):
-            prompts = [example.prompt for example in part]
-            packed = pack(prompts, [[example.tokens] for example in part]).to(world.device)
+            # Every process makes as many passes: a state without target has an EOS that counts 0.
+            targets = [group.kept_tokens or [[eos_id]] for group in part]
+            packed = pack([group.prompt for group in part], targets).to(world.device)
+            counts = torch.tensor([bool(group.kept) for group in part]).to(world.device)  # (B,)
             with autocast(world.device, config.bf16):
-                logp = policy(packed)  # (B, 1, T), 0 where there is no token
-            loss = -logp.sum() / total
+                logp = policy(packed)  # (B, G, T), 0 where there is no token
+            loss = -(logp * counts[:, None, None]).sum() / total
             # DDP and FSDP average over processes; the loss is a sum over tokens.
             (loss * world.size).backward()
         nats += loss.detach()
@@ -163,6 +187,18 @@ def update(
         raise UserError(f"the gradient is not finite (norm {norm}): lower --lr")
     optimizer.step()
     return {"loss": sum(world.gather([nats.item()])), "target_tokens": total, "grad_norm": norm}
+
+
+def target_tokens(group: Group) -> int:
+    return sum(map(len, group.kept_tokens))
+
+
+def truncated_share(groups: list[dict]) -> float:
+    """The share of targets that were cut. groups: the `summary` of each group of a batch."""
+    cut = []
+    for group in groups:
+        cut += [group["truncated"][k] for k in group["kept"]]
+    return sum(cut) / max(1, len(cut))
 
 
 # ---------------------------------------------------------------------------------------- the run
@@ -176,6 +212,7 @@ class Run:
     path: Path
     states_of: Callable[[int], list[State]]  # this process's states of a step
     tests: dict[str, list[State]]
+    experts: Experts | None  # None if it is the records that are learnt
     policy: Policy
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
     optimizer: torch.optim.Optimizer
@@ -187,7 +224,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     """Loads all that a run needs and makes its directory, or takes up that of `resume`."""
     distributed.deterministic(world)
     take(resume, world)
-    mode = METHODS[config.method]
+    mode = METHODS.get(config.method, "reason")
     model = str(last_checkpoint(resume)) if resume else config.start
     room = room_of(config, model)
     questions, order = training_states(config, mode, config.method == "cot", room)
@@ -197,6 +234,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
         return [questions[i] for i in world.shard(batch)]
 
+    experts = Experts(config, False, states_of) if config.imitates else None
     policy = load_policy(config, model, world)
     real = replace(config, states=len(questions))
     check_disk(real, policy, resume)
@@ -207,7 +245,16 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     sampler = choice.sampler_of(config, policy, model, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
-    return Run(real, path, states_of, tests, policy, learner, optimizer, sampler, start)
+    return Run(real, path, states_of, tests, experts, policy, learner, optimizer, sampler, start)
+
+
+def batch_of(run: Run, step: int) -> list[Group]:
+    """This process's states of a step, with the actions to learn."""
+    config, states = run.config, run.states_of(step)
+    if run.experts is None:
+        return examples(run.policy, states, config.method, config.max_new_tokens)
+    run.experts.prefetch(step, config.steps)
+    return imitation.imitated(run.policy, states, run.experts, config)
 
 
 def train(config: Config, resume: Path | None, world: World) -> Path:
@@ -220,15 +267,18 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     sampler.sleep()
     for step in range(run.start, config.steps):
         watch = Stopwatch()
-        # ---- update
-        states = run.states_of(step)
-        batch = examples(run.policy, states, config.method, config.max_new_tokens)
+        # ---- targets
+        batch = batch_of(run, step)
+        groups = world.gather([group.summary() for group in batch])
         lr, done = learning_rate(config, step), step + 1
         record = {"step": done, "states": done * config.batch_size}
+        if run.experts is not None:
+            record |= imitation.imitation_metrics(groups) | run.experts.metrics(world)
+        watch.lap("targets")
+        # ---- update
         record |= update(config, run.learner, run.optimizer, batch, world, lr)
         clear_gradients(run.learner, run.optimizer)
-        truncated = world.gather([float(example.truncated) for example in batch])
-        record |= {"truncated": sum(truncated) / len(truncated), "lr": lr}
+        record |= {"truncated": truncated_share(groups), "lr": lr}
         watch.lap("update")
         # ---- evaluate, log, save
         if config.evaluates_after(done):
@@ -248,8 +298,10 @@ def run(argv: list[str]) -> str:
     transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
-        return plan.report(config)
+        return plan.report(config.planned)
     settings.check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
+    if config.imitates:
+        imitation.check(config)
     world = World.join(config.device)
     path = train(config, resume, world)
     world.leave()

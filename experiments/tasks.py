@@ -79,7 +79,7 @@ def evaluation(row: Row, path: Path, args) -> list[str]:
 
 
 def known(program: str, flags: list[str]) -> list[str]:
-    """Those of ekipl.py's flags, with their values, that a program has: sft.py has no experts."""
+    """Those of ekipl.py's flags, with their values, that a program has: sft.py has no GRPO."""
     config = sft.Config if program == "sft.py" else ekipl.Config
     names = {setting.name for setting in dataclasses.fields(config)}
     kept, keep = [], True

@@ -12,6 +12,7 @@ here are models behind APIs. In the order to read:
                                              asking, and reading what comes back
     collect.py, estimate.py, collection.py, purse.py
                                              buying answers ahead of training, within a budget
+    imitation.py                             SFT on their samples, all or the right ones
     answering.py                             an expert's predictions in an evaluation
 """
 

@@ -44,9 +44,11 @@ LOOKS = {
 
 
 def states_to_ask(config: CollectSettings) -> list:
-    """The states of training in its order, each once."""
+    """The states of training in its order, each once; those of the steps with experts."""
     single = dataclasses.replace(config, batch_size=1)  # also what would not fill a batch
     questions, order = training_states(single, room=room_of(config, config.start))
+    if config.expert_steps:
+        order = order[: config.expert_steps * config.batch_size]
     return [questions[i] for i in tqdm(list(dict.fromkeys(order)), desc="states", leave=False)]
 
 
@@ -143,6 +145,7 @@ def run(argv: list[str]) -> None:
             raise UserError("--offline asks no API, so it buys nothing: leave it out")
         config.offline = args.dry_run  # which needs no key
         settings.check(config, 1, resuming=True)
+        settings.must(config, 0, "expert_steps")
         specs = [spec for spec in check(config) if spec.partition(":")[0] in VENDORS]
         if not specs:
             named = f"--experts {config.experts}"

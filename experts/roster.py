@@ -66,7 +66,7 @@ def check(config, estimator: str = "uncorrected") -> list[str]:
     if config.data != "blocks" and (scripted := [name for name in specs if name in ACCURACY]):
         raise UserError(
             f"the scripted expert '{scripted[0]}' knows the blocks world only: "
-            f"with --data {config.data} choose other --experts, or none"
+            f"with --data {config.data} choose other --experts"
         )
     return specs
 
@@ -123,12 +123,15 @@ class Experts:
     """The experts of a training run; iterate over it for the single ones.
 
     states_of(step): this process's states of a step. An API is asked for those of the next AHEAD
-    steps while the policy works on the current one.
+    steps while the policy works on the current one. joining: the number of first steps in which
+    they take part; 0: all.
     """
 
-    def __init__(self, settings, densities: bool, states_of: Callable[[int], list[State]]):
+    def __init__(
+        self, settings, densities: bool, states_of: Callable[[int], list[State]], joining: int = 0
+    ):
         """Tries each API out, on the first state of the run. UserError as `try_out`."""
-        self.n, self.states_of = settings.num_samples, states_of
+        self.n, self.states_of, self.joining = settings.num_samples, states_of, joining
         self.members = make_experts(settings.experts, settings, densities)
         self.apis = [expert for expert in self.members if isinstance(expert, ApiExpert)]
         self.next = 0  # the first step that no API was asked for
@@ -137,11 +140,16 @@ class Experts:
     def __iter__(self) -> Iterator[Expert]:
         return iter(self.members)
 
+    def at(self, step: int) -> list[Expert]:
+        """Those that take part in a step: all, or none after the `joining` ones."""
+        return [] if 0 < self.joining <= step else self.members
+
     def prefetch(self, step: int, steps: int) -> None:
         """Starts the requests of this step and the AHEAD next ones, of `steps` in all."""
         if not self.apis:
             return
-        for coming in range(max(step, self.next), min(step + AHEAD + 1, steps)):
+        last = min(step + AHEAD + 1, steps, self.joining or steps)
+        for coming in range(max(step, self.next), last):
             states = self.states_of(coming)
             for expert in self.apis:
                 expert.prefetch(states, self.n)

@@ -42,6 +42,17 @@ class ExpertSettings:
 
 
 @dataclass
-class CollectSettings(Settings, ExpertSettings):
+class MixtureSettings(ExpertSettings):
+    """The experts of RL, whose actions join the policy's (Eq 6)."""
+
+    expert_steps: int = option(
+        0,
+        "an extension, not the paper's: experts join in the first so many steps only, then a group "
+        "has the policy's actions alone; 0: in all steps",
+    )
+
+
+@dataclass
+class CollectSettings(Settings, MixtureSettings):
     """The flags of ekipl.py less those of the objective: they decide which states are asked, and
     which experts."""

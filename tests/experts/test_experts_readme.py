@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import ekipl
+import sft
 from experts import api_expert, apis, collect
 from training.presets import PRESETS
 from training.settings import parse
@@ -32,8 +33,8 @@ def test_what_the_experts_cost_follows_from_the_price_table():
 
 @pytest.mark.parametrize("program, flags", COMMANDS, ids=str)
 def test_its_commands_can_be_given(program, flags):
-    if program == "ekipl.py":
-        ekipl.parse(flags.split())
+    if program in ("ekipl.py", "sft.py"):
+        {"ekipl.py": ekipl, "sft.py": sft}[program].parse(flags.split())
         return
     assert program == "-m experts.collect"  # the other program of this page
     if flags.startswith("stats "):

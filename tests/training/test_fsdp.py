@@ -25,6 +25,7 @@ import ekipl
 import sft
 from policy import Policy
 from rollouts.transformers_sampler import TransformersSampler
+from training import storage
 from training.checkpointing import last_checkpoint, restore
 from training.console import UserError
 from training.distributed import World, clear_gradients, full, local
@@ -268,13 +269,13 @@ def test_a_run_resumes_to_the_bit_and_leaves_a_checkpoint_for_any_number_of_proc
 
 
 def fine_tuned(root: Path) -> None:
+    """On an expert's right samples: some states have none, and every process passes as often."""
     config = {
         name: SHARED[name]
         for name in (
             "states",
             "batch_size",
             "micro_batch",
-            "max_new_tokens",
             "eval_every",
             "eval_states",
             "save_every",
@@ -282,6 +283,7 @@ def fine_tuned(root: Path) -> None:
             "rollout",
         )
     }
+    config |= dict(method="rft", experts="quick", num_samples=1, micro_batch=1)
     sft.train(sft.Config(**config, runs=str(root), parallel=root.name), None, World.join("cpu"))
 
 
@@ -295,6 +297,9 @@ def test_fine_tuning_comes_to_the_same_weights_as_with_ddp(tmp_path):
         torch.allclose(found["fsdp"][name], value, atol=1e-5)
         for name, value in found["ddp"].items()
     )
+    records = storage.read(tmp_path / "fsdp" / "run" / "metrics.jsonl")
+    trained = [record["trained"] for record in records if "trained" in record]
+    assert 0 < sum(trained) < SHARED["batch_size"] * len(trained)
 
 
 def test_a_batch_that_processes_cannot_share_evenly_is_refused():
