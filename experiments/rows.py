@@ -54,14 +54,16 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
 def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     """What a reviewer would put beside Vision-EKIPL in the blocks world, at equal budgets.
 
-    All see the same questions, ask an expert equally often, and train on at most G actions a
-    question; except RFT and GRPO after one another, which share the steps as --expert-steps does.
+    All see the same questions and train on at most G actions of each; those that ask experts ask
+    them equally often. "early": experts in the first 60 % of the steps, GRPO in the rest, as with
+    RFT-then-GRPO. "any", "reversed": whether the order in which the experts are named matters.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
     experts, early = expert_specs(config.experts, offline=True), round(0.6 * config.steps)
     taught, first = str(early * config.batch_size), ("--limit", str(stage1))
     candidates = str(config.num_samples * (len(experts) + 1))
+    any_expert = ("--ties", "any_expert")
     alone = ("--experts", "none")
     rows = [Row(expert, model=expert) for expert in experts]
     rows += [
@@ -82,10 +84,22 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("RFT-first", "sft.py", ("--method", "rft", "--limit", taught), listed=False),
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
         Row("Vision-EKIPL", "ekipl.py"),
-        Row(f"Vision-EKIPL-first-{early}", "ekipl.py", ("--expert-steps", str(early))),
+        Row("Vision-EKIPL-early", "ekipl.py", ("--expert-steps", str(early))),
+        Row("Vision-EKIPL-any", "ekipl.py", any_expert),
+        Row("Vision-EKIPL-any-early", "ekipl.py", (*any_expert, "--expert-steps", str(early))),
+        Row("Vision-EKIPL-reversed", "ekipl.py", ("--experts", ",".join(experts[::-1]))),
         Row("Vision-EKIPL-after-SFT", "ekipl.py", ("--skip", str(stage1)), after="Stage-1"),
     ]
     return rows
+
+
+def chosen(rows: list[Row], names: str) -> list[Row]:
+    """The rows of these comma-separated names, and those that they start from; all of ""."""
+    wanted, known = set(names.split(",")) if names else set(), {row.name: row for row in rows}
+    if unknown := wanted - known.keys():
+        raise UserError(f"no row {min(unknown)}; there are {', '.join(known)}")
+    wanted |= {known[name].after for name in wanted}
+    return [row for row in rows if row.name in wanted or not names]
 
 
 def short(expert: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.predictions import read_predictions, with_parts
 from evaluate import score_predictions
-from experiments import report
+from experiments import paired, report
 from experiments.tasks import Task
 from training import curves, storage
 
@@ -30,7 +30,9 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
             lines = [json.dumps(slim(record)) + "\n" for record in storage.read(metrics)]
             (out / f"{task.name}.jsonl").write_text("".join(lines))
     listed = [task for task in finished if task.listed]
-    if kind == "table1":
+    if kind == "methods":
+        paired.run([*(str(task.path) for task in listed), "--out", str(out)])
+    elif kind == "table1":
         paths = [str(task.path) for task in listed]
         report.table_command([*paths, "--out", str(out / "table1")])
         report.figures_command([*paths, "--out", str(out)])

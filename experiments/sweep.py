@@ -1,6 +1,7 @@
 """The paper's experiments: trains and evaluates a list of runs, and skips what is finished.
 
     python -m experiments.sweep table1 --preset blocks-transformation   # every row of Table 1
+    python -m experiments.sweep methods                # all methods at equal budgets, blocks world
     python -m experiments.sweep ablation --seeds 0     # one setting of Vision-EKIPL at a time
     python -m experiments.sweep stages --preset blocks-transformation --seeds 0   # SFT before RL
     python -m experiments.sweep table1 --preset counting-2b --processes 8   # each run on 8 GPUs
@@ -26,7 +27,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ekipl
-from experiments.rows import LISTS
+from experiments.rows import LISTS, chosen
 from experiments.summary import summarise
 from experiments.tasks import Task, program, tasks_of
 from rollouts.asking import samples_for
@@ -119,6 +120,7 @@ def carry_all_out(tasks: list[Task], jobs: int, processes: int) -> list[str]:
 
 
 FLAGS = {
+    "--rows": dict(default="", metavar="NAME,NAME", help="these rows of the list only"),
     "--seeds": dict(default="0,1,2", metavar="SEED,SEED", help="default 0,1,2"),
     "--jobs": dict(
         type=int,
@@ -177,7 +179,8 @@ def arguments(argv: list[str]):
 
 def run(argv: list[str]) -> None:
     args, extra = arguments(argv)
-    tasks = tasks_of(LISTS[args.list](args.config, args.stage1), args, extra)
+    rows = chosen(LISTS[args.list](args.config, args.stage1), args.rows)
+    tasks = tasks_of(rows, args, extra)
     if args.dry_run:
         torchrun = f"torchrun --standalone --nproc_per_node {args.processes}"
         start = torchrun if args.processes > 1 else "python"
