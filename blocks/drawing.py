@@ -77,10 +77,14 @@ def draw_scene(objects: tuple[Object, ...], view: str = "center") -> Image.Image
         alpha = pixels[..., 3:] / 255.0
         place = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
         place[:] = (pixels[..., :3] * alpha + place * (1 - alpha)).round().astype(np.uint8)
-    aside = SHIFTS[view]
-    wider = np.pad(picture, ((0, 0), (abs(aside), abs(aside)), (0, 0)), mode="edge")
-    start = abs(aside) - aside
-    return Image.fromarray(wider[:, start : start + GRID * CELL])
+    return shifted(Image.fromarray(picture), SHIFTS[view])
+
+
+def shifted(picture: Image.Image, aside: int) -> Image.Image:
+    """The picture, moved to the right by so many pixels; its edge is continued."""
+    pixels, room = np.asarray(picture), abs(aside)
+    wider = np.pad(pixels, ((0, 0), (room, room), (0, 0)), mode="edge")
+    return Image.fromarray(wider[:, room - aside : room - aside + pixels.shape[1]])
 
 
 def draw_figure(figure: Figure) -> Image.Image:

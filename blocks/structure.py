@@ -1,18 +1,18 @@
 """The structure task: sides, perimeter, area or a missing side of a figure on a unit grid.
 
 -train, -id: a square, rectangle, triangle, l-shape or strip with sides of 2 to 6 units. -ood has
-four parts: a side of 7 units ("larger"), a triangle or l-shape upside down ("turned"), a t-shape or
-trapezoid ("unseen"), and multiple choice ("letters").
+five parts: a side of 7 units ("larger"), a triangle or l-shape upside down ("turned"), a t-shape or
+trapezoid ("unseen"), multiple choice ("letters"), and a picture shifted by 2 pixels ("aside").
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
-from blocks.drawing import draw_figure
+from blocks.drawing import draw_figure, shifted
 from blocks.figures import Figure
 
 ASKED = {  # how often, and about which figures
@@ -29,7 +29,8 @@ SIMILAR = {  # what a figure may be taken for
     "t-shape": ("l-shape",),
     "trapezoid": ("rectangle", "triangle"),
 }
-PARTS = ("larger", "turned", "unseen", "letters")  # of -ood, equally often
+SHOWN = ("larger", "turned", "unseen", "letters")  # parts of -ood that tiny/ has seen pictures of
+PARTS = (*SHOWN, "aside")  # equally often
 UNSEEN = ("t-shape", "trapezoid")
 LONGEST = 6  # units, of the sides in -train
 
@@ -44,11 +45,15 @@ def choices(rng: random.Random, value: int) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Structure:
-    """A question about a figure; `asks` is one of ASKED, `choices` are four or none."""
+    """A question about a figure; `asks` is one of ASKED, `choices` are four or none. aside: pixels
+    that the picture is shifted to the right; not in the `repr` that parts train from test, so that
+    no figure of a shifted picture is in train.
+    """
 
     figure: Figure
     asks: str
     choices: tuple[str, ...] = ()
+    aside: int = field(default=0, repr=False)
 
     @property
     def kind(self) -> str:
@@ -57,6 +62,8 @@ class Structure:
     @property
     def part(self) -> str:
         """Which kind of question of -ood it is, "" for one of -id."""
+        if self.aside:
+            return "aside"
         if self.choices:
             return "letters"
         if self.figure.shape in UNSEEN:
@@ -67,14 +74,17 @@ class Structure:
 
     @classmethod
     def sample(cls, rng: random.Random, split: str) -> Structure:
-        part = rng.choice(PARTS) if split == "ood" else ""
+        """split: also "shown", the parts SHOWN of "ood"."""
+        parts = {"ood": PARTS, "shown": SHOWN}.get(split)
+        part = rng.choice(parts) if parts else ""
+        plain = "" if part in ("letters", "aside") else part
         while True:
             problem = cls._any(rng, part)
-            if "." not in problem.value() and part in ("letters", problem.part):
+            if "." not in problem.value() and problem.part == plain:
                 break  # whole numbers only
         if part == "letters":
             problem = replace(problem, choices=choices(rng, int(problem.value())))
-        return problem
+        return replace(problem, aside=rng.choice((-2, 2))) if part == "aside" else problem
 
     @classmethod
     def _any(cls, rng: random.Random, part: str) -> Structure:
@@ -101,7 +111,7 @@ class Structure:
         return words
 
     def images(self) -> tuple[Image.Image, ...]:
-        return (draw_figure(self.figure),)
+        return (shifted(draw_figure(self.figure), self.aside),)
 
     def area(self) -> str:
         """By the shoelace formula."""

@@ -22,6 +22,8 @@ from blocks.structure import Structure
 # with its size, colour and shape; of a cell of a figure 0 to 4 units are inside.
 NAMES = (("no", "object"), SIZES, tuple(COLORS), SHAPES, ("0", "1", "2", "3", "4"))
 TASKS = {"counting": 0.52, "structure": 0.18, "transformation": 0.3}  # how often each is practised
+# What it sees out of distribution, without reasoning; never a picture that is shifted.
+SHOWN = {"counting": "ood", "structure": "shown"}
 BUCKETS = 4  # of each task, by length
 
 
@@ -42,9 +44,8 @@ def lesson(
     """
     rng = random.Random(f"tiny {seed} {index}")
     task = rng.choices(list(TASKS), list(TASKS.values()))[0]
-    # A transformation seen from the side is new in every respect.
-    ood = rng.random() < 0.15 and task != "transformation"
-    problem = practised(rng, task, "ood" if ood else "train")
+    ood = rng.random() < 0.15 and task in SHOWN
+    problem = practised(rng, task, SHOWN[task] if ood else "train")
     question, pairs = problem.question(), []
     wrong = [unrelated(problem, rng, task)] if ood and glances else mistakes(problem)
     for _ in range(glances):
@@ -103,7 +104,7 @@ def glance(problem, wrong, rng: random.Random, right: float) -> str:
 
 def unrelated(problem, rng: random.Random, task: str):
     """Of four other problems that with the shortest answer: an error out of distribution."""
-    others = [practised(rng, task, "ood") for _ in range(4)]
+    others = [practised(rng, task, SHOWN[task]) for _ in range(4)]
     return min(others, key=lambda other: len(other.answer()))
 
 

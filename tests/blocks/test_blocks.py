@@ -308,8 +308,10 @@ def test_structure_answers_and_thoughts_are_right(name):
 
 
 def part_of(state) -> str:
-    """By the corners and the words, in which way a question is unlike those of training."""
+    """By picture, corners and words, in which way a question is unlike those of training."""
     corners = state.problem.figure.corners()
+    if state.images[0] != draw_figure(state.problem.figure):
+        return "aside"
     if "choose" in state.question:
         return "letters"
     rising = sides(corners) == 4 and any(
@@ -332,7 +334,20 @@ def test_each_structure_question_is_of_the_part_that_it_names():
         assert state.part == part_of(state)
         assert (state.part == "larger") == (max(vars_of(state)) == 7), state.problem
         found[state.part] += 1
-    assert all(60 < count < 140 for count in found.values()), found  # 100 of each are expected
+    assert all(44 < count < 116 for count in found.values()), found  # 80 of each are expected
+
+
+def test_a_picture_from_aside_is_moved_by_two_pixels():
+    moved = {-2: 0, 2: 0}
+    for state in states("structure-ood", 200):
+        if state.part == "aside":
+            aside = state.problem.aside
+            moved[aside] += 1
+            straight = np.asarray(draw_figure(state.problem.figure))
+            seen = np.asarray(state.images[0])
+            columns = np.clip(np.arange(64) - aside, 0, 63)
+            assert (seen == straight[:, columns]).all()
+    assert min(moved.values()) > 5
 
 
 def vars_of(state) -> tuple[int, int]:
