@@ -381,7 +381,7 @@ def test_of_a_finished_run_the_model_stays_and_the_optimizer_goes(tmp_path, monk
 
 
 def test_a_program_gets_the_flags_that_it_has_with_their_values():
-    given = "--experts none --expert-steps 3 --lr=0.1 --beta 0.5 --no-offline --group-size 2".split()
+    given = "--experts none --expert-steps 3 --lr=0.1 --beta 1 --no-offline --group-size 2".split()
     assert tasks.known("ekipl.py", given) == given
     theirs = "--experts none --lr=0.1 --no-offline --group-size 2".split()
     assert tasks.known("sft.py", given) == theirs
