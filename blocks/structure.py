@@ -47,7 +47,7 @@ def choices(rng: random.Random, value: int) -> tuple[str, ...]:
 class Structure:
     """A question about a figure; `asks` is one of ASKED, `choices` are four or none. aside: pixels
     that the picture is shifted to the right; not in the `repr` that parts train from test, so that
-    no figure of a shifted picture is in train.
+    no question about a shifted picture is in train without the shift.
     """
 
     figure: Figure

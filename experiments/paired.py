@@ -9,24 +9,27 @@ OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of
     table.md           each method's mean over questions and seeds, with a 95 % interval
     differences.md     less that of the method --of, paired by question
 
-Runs whose names differ in "-seedN" only are one method. The intervals are those of a bootstrap over
-questions, the same ones for both methods of a difference, and over each method's seeds: what other
-questions and other seeds of this kind would give.
+Runs whose names differ in "-seedN" only are one method. An interval is for other questions and
+other seeds of this kind. The questions' part is normal, in a difference that of the same questions;
+the seeds' part has Student's t, for they are few; both are added as variances. A method with one
+seed has the questions' part only.
 """
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student
 
 from data.predictions import Prediction, read_predictions
 from experiments.report import directory_of
 from rewards import accuracy_score
 from training import console, storage
-from training.console import Parser, UserError
+from training.console import Parser, UserError, say
 from training.curves import method_of
 
-DRAWS = 4000  # of the bootstrap
+NORMAL = 1.96  # standard deviations to either side of 95 %
 Scores = dict[str, dict[str, np.ndarray]]  # by cell and method: (seeds, questions)
 
 
@@ -34,6 +37,9 @@ def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
     """The scores of each question, as scores.json has them. UserError for different questions."""
     found, asked = {}, {}
     for run in runs:
+        if not list(directory_of(run).glob("*-*.jsonl")):
+            say(f"{run} has no predictions: left out")
+            continue
         for name, predictions in read_predictions(directory_of(run)).items():
             for cell, answers in cells(name, predictions).items():
                 ids = [p.id for p in answers]
@@ -44,7 +50,9 @@ def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
                     kept = [round(score, 4) for score in scores]
                 else:
                     kept = "".join(str(int(score)) for score in scores)
-                found.setdefault(cell, {})[run.name] = kept
+                if run.name in found.setdefault(cell, {}):
+                    raise UserError(f"two runs have the name {run.name}")
+                found[cell][run.name] = kept
     return found
 
 
@@ -69,21 +77,14 @@ def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:
 
 def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
     """The mean of `one` (seeds, questions), less that of `other`, and its 95 % interval."""
-    rng = np.random.default_rng(0)
-    questions = one.shape[1]
-    weights = rng.multinomial(questions, np.full(questions, 1 / questions), DRAWS) / questions
-
-    def means(scores: np.ndarray) -> np.ndarray:
-        """(draws,), of seeds drawn anew and of the questions drawn above."""
-        by_seed = scores @ weights.T  # (seeds, draws)
-        seeds = rng.integers(len(scores), size=by_seed.shape)  # (seeds, draws)
-        return np.take_along_axis(by_seed, seeds, axis=0).mean(axis=0)
-
-    drawn, value = means(one), one.mean()
-    if other is not None:
-        drawn, value = drawn - means(other), value - other.mean()
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return float(value), float(low), float(high)
+    apart = one.mean(axis=0) - (0.0 if other is None else other.mean(axis=0))  # (questions,)
+    squares = NORMAL**2 * apart.var() / len(apart)
+    for scores in (one, other):
+        if scores is not None and len(scores) > 1:
+            seeds, means = len(scores), scores.mean(axis=1)  # (seeds,)
+            squares += student.ppf(0.975, seeds - 1) ** 2 * means.var(ddof=1) / seeds
+    value, half = float(apart.mean()), math.sqrt(squares)
+    return value, value - half, value + half
 
 
 def markdown(scores: Scores, of: str = "") -> str:
@@ -108,6 +109,11 @@ def told(value: float, low: float, high: float, signed: bool) -> str:
     return f"{100 * value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
 
 
+def lines(runs: dict[str, str | list[float]]) -> str:
+    """A line of JSON for each run."""
+    return ",\n".join(f"{json.dumps(run)}: {json.dumps(scores)}" for run, scores in runs.items())
+
+
 def run(argv: list[str]) -> None:
     parser = Parser(
         prog="python -m experiments.paired",
@@ -118,11 +124,20 @@ def run(argv: list[str]) -> None:
     parser.add_argument("--of", default="Vision-EKIPL", help="compared with (default Vision-EKIPL)")
     args = parser.parse_args(argv)
     file = args.out / "scores.json"
+    if args.runs:
+        found = score_runs(args.runs)
+    elif file.exists():
+        found = json.loads(file.read_text())
+    else:
+        raise UserError(f"there is no {file}: name the runs to score")
+    scores = by_method(found)
+    methods = set().union(*scores.values())
+    if args.of not in methods:
+        raise UserError(f"--of {args.of}: there are {', '.join(sorted(methods))}")
     with storage.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        if args.runs:
-            file.write_text(json.dumps(score_runs(args.runs), indent=0) + "\n")
-        scores = by_method(json.loads(file.read_text()))
+        rows = [f"{json.dumps(cell)}: {{\n{lines(runs)}\n}}" for cell, runs in found.items()]
+        file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
         (args.out / "table.md").write_text(markdown(scores))
         (args.out / "differences.md").write_text(markdown(scores, args.of))
     print(markdown(scores))

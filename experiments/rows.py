@@ -52,20 +52,24 @@ def table1(config: ekipl.Config, stage1: int) -> list[Row]:
 
 
 def methods(config: ekipl.Config, stage1: int) -> list[Row]:
-    """What a reviewer would put beside Vision-EKIPL in the blocks world, at equal budgets.
+    """What a reviewer would put beside Vision-EKIPL in the blocks world, at budgets that compare.
 
-    All see the same questions and train on at most G actions of each; those that ask experts ask
-    them equally often. "early": experts in the first 60 % of the steps, GRPO in the rest, as with
-    RFT-then-GRPO. "any", "reversed": whether the order in which the experts are named matters.
+    All see the same questions once and train on at most G actions of each. RFT is rejection-
+    sampling fine-tuning: SFT on experts' right samples. Vision-EKIPL, RFT and distillation ask each
+    expert for N actions a question; RFT-EXPERT one expert alone; "early" and RFT-then-GRPO ask in
+    the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
+    schedules of the learning rate, and the first stage's model as the reference of the KL term.
+    "any", "reversed": does the order in which the experts are named matter?
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
+    if config.epochs > 1 or config.skip or config.limit:
+        raise UserError("the list of methods shares questions out: no --epochs, --skip, --limit")
     experts, early = expert_specs(config.experts, offline=True), round(0.6 * config.steps)
     taught, first = str(early * config.batch_size), ("--limit", str(stage1))
     candidates = str(config.num_samples * (len(experts) + 1))
-    any_expert = ("--ties", "any_expert")
     alone = ("--experts", "none")
-    rows = [Row(expert, model=expert) for expert in experts]
+    rows = [Row(short(expert), model=expert) for expert in experts]
     rows += [
         Row("base", model=config.start),
         Row("base-check", model=config.start, request="check ."),
@@ -75,7 +79,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("RFT", "sft.py", ("--method", "rft")),
     ]
     for expert in experts:
-        rows.append(Row(f"RFT-{expert}", "sft.py", ("--method", "rft", "--experts", expert)))
+        flags = ("--method", "rft", "--experts", expert)
+        rows.append(Row(f"RFT-{short(expert)}", "sft.py", flags))
     rows += [
         Row("GRPO", "ekipl.py", alone),
         Row("GRPO-best", "ekipl.py", (*alone, "--num-samples", candidates)),
@@ -83,23 +88,32 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
         Row("RFT-first", "sft.py", ("--method", "rft", "--limit", taught), listed=False),
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
-        Row("Vision-EKIPL", "ekipl.py"),
-        Row("Vision-EKIPL-early", "ekipl.py", ("--expert-steps", str(early))),
-        Row("Vision-EKIPL-any", "ekipl.py", any_expert),
-        Row("Vision-EKIPL-any-early", "ekipl.py", (*any_expert, "--expert-steps", str(early))),
-        Row("Vision-EKIPL-reversed", "ekipl.py", ("--experts", ",".join(experts[::-1]))),
-        Row("Vision-EKIPL-after-SFT", "ekipl.py", ("--skip", str(stage1)), after="Stage-1"),
     ]
-    return rows
+    return rows + ekipl_rows(experts, str(early), str(stage1))
+
+
+def ekipl_rows(experts: list[str], early: str, stage1: str) -> list[Row]:
+    """Vision-EKIPL and what may be changed in it without other data."""
+    any_expert = ("--ties", "any_expert")
+    return [
+        Row("Vision-EKIPL", "ekipl.py"),
+        Row("Vision-EKIPL-early", "ekipl.py", ("--expert-steps", early)),
+        Row("Vision-EKIPL-any", "ekipl.py", any_expert),
+        Row("Vision-EKIPL-any-early", "ekipl.py", (*any_expert, "--expert-steps", early)),
+        Row("Vision-EKIPL-reversed", "ekipl.py", ("--experts", ",".join(experts[::-1]))),
+        Row("Vision-EKIPL-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
+    ]
 
 
 def chosen(rows: list[Row], names: str) -> list[Row]:
-    """The rows of these comma-separated names, and those that they start from; all of ""."""
-    wanted, known = set(names.split(",")) if names else set(), {row.name: row for row in rows}
+    """The rows of these comma-separated names, and those that they start from; all for ""."""
+    if not names:
+        return rows
+    wanted, known = set(names.split(",")), {row.name: row for row in rows}
     if unknown := wanted - known.keys():
         raise UserError(f"no row {min(unknown)}; there are {', '.join(known)}")
     wanted |= {known[name].after for name in wanted}
-    return [row for row in rows if row.name in wanted or not names]
+    return [row for row in rows if row.name in wanted]
 
 
 def short(expert: str) -> str:

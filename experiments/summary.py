@@ -43,7 +43,7 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
 
 def slim(record: dict) -> dict:
     """What tables and pictures are made of, in five digits: small enough to be committed."""
-    names = {*curves.PANELS, *curves.DASHED.values(), "step", "states", "loss"}
+    names = {*curves.PANELS, *curves.DASHED.values(), "step", "states", "loss", "tokens"}
     kept = {}
     for key, value in record.items():
         if key in names or key.startswith(("share/", "eval/", "seconds/")):

@@ -179,8 +179,9 @@ def arguments(argv: list[str]):
 
 def run(argv: list[str]) -> None:
     args, extra = arguments(argv)
-    rows = chosen(LISTS[args.list](args.config, args.stage1), args.rows)
-    tasks = tasks_of(rows, args, extra)
+    rows = LISTS[args.list](args.config, args.stage1)
+    whole = tasks_of(rows, args, extra)
+    tasks = tasks_of(chosen(rows, args.rows), args, extra)
     if args.dry_run:
         torchrun = f"torchrun --standalone --nproc_per_node {args.processes}"
         start = torchrun if args.processes > 1 else "python"
@@ -195,7 +196,7 @@ def run(argv: list[str]) -> None:
             directory.mkdir(parents=True, exist_ok=True)
     storage.hold(root, "wait until that sweep has ended, or choose another --runs")
     problems = carry_all_out(tasks, args.jobs, args.processes)
-    finished = [task for task in tasks if task.finished]
+    finished = [task for task in whole if task.finished]  # also those of an earlier sweep
     if any(task.listed for task in finished):
         summarise(args.list, finished, out)
     storage.let_go(root)

@@ -1,7 +1,6 @@
 """The READMEs say what is so: the map from equations to lines, files, commands and their flags."""
 
 import importlib
-import json
 import re
 import shlex
 from pathlib import Path
@@ -99,23 +98,3 @@ def test_a_command_uses_flags_and_presets_that_exist(program, arguments, capsys,
     if "--preset" in arguments and "$task" not in arguments:
         presets = importlib.import_module("sft" if program == "sft.py" else "training.presets")
         assert arguments[arguments.index("--preset") + 1] in presets.PRESETS
-
-
-def test_the_accuracies_are_the_means_of_the_committed_runs():
-    def accuracy(method: str, name: str, place: int) -> float:
-        values = []
-        for seed in range(3):
-            file = ROOT / "experiments" / "results" / f"{method}-seed{seed}.jsonl"
-            records = [json.loads(line) for line in file.read_text().splitlines()]
-            values.append(100 * records[place][f"eval/{name}"])
-        return sum(values) / len(values)
-
-    rows = re.findall(r"^\| (counting-\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.M)
-    assert [row[0] for row in rows] == ["counting-id", "counting-ood"]
-    for name, base, grpo, ekipl in rows:
-        found = (
-            accuracy("ekipl", name, 0),
-            accuracy("grpo", name, -1),
-            accuracy("ekipl", name, -1),
-        )
-        assert [f"{value:.1f}" for value in found] == [base, grpo, ekipl]

@@ -343,6 +343,7 @@ def test_a_picture_from_aside_is_moved_by_two_pixels():
         if state.part == "aside":
             aside = state.problem.aside
             moved[aside] += 1
+            assert dataset.in_test(replace(state.problem, aside=0))  # as it is without the shift
             straight = np.asarray(draw_figure(state.problem.figure))
             seen = np.asarray(state.images[0])
             columns = np.clip(np.arange(64) - aside, 0, 63)

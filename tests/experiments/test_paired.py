@@ -1,4 +1,4 @@
-"""Paired differences: a bootstrap over questions, the same for both methods, and over seeds."""
+"""Paired differences: their intervals hold the truth, for other questions and other seeds."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def test_a_single_run_has_the_interval_of_its_questions():
     p = scores.mean()
     half = 1.96 * math.sqrt(p * (1 - p) / 1000)
     assert value == pytest.approx(p)
-    assert (low, high) == pytest.approx((p - half, p + half), abs=0.1 * half)
+    assert (low, high) == pytest.approx((p - half, p + half), rel=1e-3)
 
 
 def test_a_difference_is_taken_on_the_same_questions():
@@ -35,14 +35,22 @@ def test_a_difference_is_taken_on_the_same_questions():
     apart = (one - other)[0]
     assert value == pytest.approx(apart.mean())
     half = 1.96 * apart.std() / math.sqrt(1000)  # as of independent samples it would be 0.044
-    assert high - low == pytest.approx(2 * half, rel=0.15)
+    assert high - low == pytest.approx(2 * half, rel=1e-3)
 
 
-def test_seeds_that_disagree_widen_the_interval():
-    apart = np.concatenate([drawn(1, 1000, p, i) for i, p in enumerate((0.3, 0.5, 0.7))])
-    _, low, high = paired.interval(apart)
-    # A mean of three seeds drawn anew has the deviation of the seeds by the root of 3.
-    assert high - low == pytest.approx(2 * 1.96 * 0.163 / math.sqrt(3), rel=0.2)
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_the_interval_holds_the_truth_in_95_of_100_cases(seeds):
+    """Seeds differ by 5 points, questions in how hard they are; a method of three seeds against
+    one that is fixed, or, of one seed, where seeds do not differ."""
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(300):
+        hard = rng.normal(0, 0.2, 500)  # the same questions for both
+        shift = rng.normal(0, 0.05 if seeds > 1 else 0.0, (seeds, 1))
+        one = (rng.random((seeds, 500)) < np.clip(0.5 + shift + hard, 0, 1)).astype(float)
+        other = (rng.random((1, 500)) < np.clip(0.45 + hard, 0, 1)).astype(float)
+        _, low, high = paired.interval(one, other)
+        held += low < 0.05 < high
+    assert 0.92 <= held / 300 <= 1.0
 
 
 def predictions(path, right: dict[str, list[bool]], kind: str = "discrete") -> None:
@@ -80,3 +88,29 @@ def test_runs_that_answered_other_questions_are_refused(tmp_path):
     predictions(tmp_path / "B", {"one-step": [True]})
     with pytest.raises(UserError, match="other questions of counting-id/one-step"):
         paired.run([str(tmp_path / "A"), str(tmp_path / "B"), "--out", str(tmp_path / "out")])
+
+
+def test_partial_credit_is_kept_as_numbers(tmp_path):
+    answer = "change_color(0, red) change_size(1, small)"
+    text = "<think> t </think> <answer> change_color(0, red) </answer>"
+    record = dataclasses.asdict(Prediction("a", answer, "function", text, 5, False))
+    for name in ("A", "Vision-EKIPL"):
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        storage.append(tmp_path / name / "predictions" / "transformation-id.jsonl", [record] * 2)
+    paired.run([str(tmp_path / "A"), str(tmp_path / "Vision-EKIPL"), "--out", str(tmp_path / "o")])
+    saved = json.loads((tmp_path / "o" / "scores.json").read_text())
+    assert saved["transformation-id"]["A"] == [0.5]  # each question once
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    predictions(tmp_path / "A", {"one-step": [True, False]})
+    (tmp_path / "Stage-1-seed0").mkdir()  # trained, and never evaluated
+    runs = [str(tmp_path / "A"), str(tmp_path / "Stage-1-seed0")]
+    with pytest.raises(UserError, match="--of vision: there are A"):
+        paired.run([*runs, "--out", str(tmp_path / "out"), "--of", "vision"])
+    assert "Stage-1-seed0 has no predictions: left out" in capsys.readouterr().err
+    with pytest.raises(UserError, match="two runs have the name A"):
+        paired.run([runs[0], runs[0], "--out", str(tmp_path / "out"), "--of", "A"])
+    with pytest.raises(UserError, match="no .*scores.json: name the runs"):
+        paired.run(["--out", str(tmp_path / "nowhere")])
+    assert not (tmp_path / "nowhere").exists()
