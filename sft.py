@@ -20,9 +20,10 @@ whole batch over all processes, so micro-batches, accumulation and processes do 
 gradient. (A mean of the micro-batches' means would give tokens of short targets more weight;
 published comparisons of RL with SFT have rested on that.)
 
-A state has one target, with rft and distil up to G, which share its prompt in the forward pass. A
-batch without any target changes no weight. Run directory, checkpoints, resume, learning rate and
-evaluation are those of ekipl.py. CoT-SFT uses the records that have a thought.
+rft is rejection-sampling fine-tuning, with experts in the place of the policy that is sampled. A
+state has one target, with rft and distil up to G, which share its prompt in the forward pass. A
+batch without any target changes no weight. CoT-SFT uses the records that have a thought. Run
+directory, checkpoints, resume, learning rate and evaluation are those of ekipl.py.
 """
 
 import math
