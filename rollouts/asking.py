@@ -53,7 +53,7 @@ FLAGS = {
     "--request": dict(
         default="",
         metavar="WORDS",
-        help="words that follow each question in place of the project's own, such as \"check .\" "
+        help='words that follow each question in place of the project\'s own, such as "check ." '
         "(a tokenizer of whole words, as tiny/ has, reads others as unknown)",
     ),
     "--min-pixels": dict(type=int, help="enlarge pictures to at least so many pixels"),
