@@ -108,13 +108,13 @@ class Settings:
     )
     # what is measured and kept
     eval_every: int = option(
-        20,
+        25,
         "greedy evaluation on the task's test sets every so many steps, before the first and after "
         "the last; 0: never",
     )
-    eval_states: int = option(200, "questions of each test set in an evaluation")
+    eval_states: int = option(100, "questions of each test set in an evaluation")
     save_every: int = option(
-        20, "checkpoint every so many steps and after the last; 0: after the last only"
+        25, "checkpoint every so many steps and after the last; 0: after the last only"
     )
 
     @property

@@ -92,12 +92,15 @@ def test_all_methods_saw_as_many_questions():
 
 
 def test_what_the_shares_are_said_to_be_is_what_was_measured():
-    rows = ["| kept actions, % | steps | policy | `careful` | `quick` |", "|---|---|---|---|---|"]
+    head = "| kept actions, % | steps | policy | `careful` | `quick` | tokens of the policy |"
+    rows = [head, "|---|---|---|---|---|---|"]
     for method in ("Vision-EKIPL", "Vision-EKIPL-any", "Vision-EKIPL-reversed"):
         for label, part in (("1 to 10", slice(1, 11)), ("41 to 50", slice(-10, None))):
             cells = []
-            for key in ("expert_share", "share/careful", "share/quick"):
+            for key in ("expert_share", "share/careful", "share/quick", "tokens"):
                 value = mean(mean(r[key] for r in history(method, s)[part]) for s in range(3))
-                cells.append(f"{100 * (1 - value if key == 'expert_share' else value):.1f}")
+                share = 1 - value if key == "expert_share" else value
+                cells.append(f"{value:.1f}" if key == "tokens" else f"{100 * share:.1f}")
             rows.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
-    assert "\n".join(rows) in (RESULTS / "README.md").read_text(), "\n".join(rows)
+    table = "\n".join(rows)
+    assert table in (RESULTS / "README.md").read_text(), table
