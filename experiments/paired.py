@@ -10,9 +10,9 @@ OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of
     differences.md     less that of the method --of, paired by question
 
 Runs whose names differ in "-seedN" only are one method. An interval is for other questions and
-other seeds of this kind. The questions' part is normal, in a difference that of the same questions;
-the seeds' part has Student's t, for they are few; both are added as variances. A method with one
-seed has the questions' part only.
+other seeds of this kind: the variance of the questions (in a difference of the same ones) and that
+of each method's seeds are added, and Student's t has the degrees of freedom of the sum, which are
+few where the seeds are few. A method with one seed has the questions' part only.
 """
 
 import json
@@ -29,7 +29,6 @@ from training import console, storage
 from training.console import Parser, UserError, say
 from training.curves import method_of
 
-NORMAL = 1.96  # standard deviations to either side of 95 %
 Scores = dict[str, dict[str, np.ndarray]]  # by cell and method: (seeds, questions)
 
 
@@ -78,12 +77,17 @@ def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:
 def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
     """The mean of `one` (seeds, questions), less that of `other`, and its 95 % interval."""
     apart = one.mean(axis=0) - (0.0 if other is None else other.mean(axis=0))  # (questions,)
-    squares = NORMAL**2 * apart.var() / len(apart)
+    # Variances of the mean, and their degrees of freedom.
+    parts = [(apart.var() / len(apart), len(apart) - 1)]
     for scores in (one, other):
         if scores is not None and len(scores) > 1:
             seeds, means = len(scores), scores.mean(axis=1)  # (seeds,)
-            squares += student.ppf(0.975, seeds - 1) ** 2 * means.var(ddof=1) / seeds
-    value, half = float(apart.mean()), math.sqrt(squares)
+            parts.append((means.var(ddof=1) / seeds, seeds - 1))
+    value, variance = float(apart.mean()), sum(part for part, _ in parts)
+    if not variance:
+        return value, value, value
+    freedom = variance**2 / sum(part**2 / max(1, n) for part, n in parts)  # Welch-Satterthwaite
+    half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
     return value, value - half, value + half
 
 

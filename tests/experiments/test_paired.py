@@ -23,7 +23,7 @@ def test_a_single_run_has_the_interval_of_its_questions():
     p = scores.mean()
     half = 1.96 * math.sqrt(p * (1 - p) / 1000)
     assert value == pytest.approx(p)
-    assert (low, high) == pytest.approx((p - half, p + half), rel=1e-3)
+    assert (low, high) == pytest.approx((p - half, p + half), rel=5e-3)
 
 
 def test_a_difference_is_taken_on_the_same_questions():
@@ -35,7 +35,7 @@ def test_a_difference_is_taken_on_the_same_questions():
     apart = (one - other)[0]
     assert value == pytest.approx(apart.mean())
     half = 1.96 * apart.std() / math.sqrt(1000)  # as of independent samples it would be 0.044
-    assert high - low == pytest.approx(2 * half, rel=1e-3)
+    assert high - low == pytest.approx(2 * half, rel=5e-3)
 
 
 @pytest.mark.parametrize("seeds", [1, 3])
