@@ -210,7 +210,8 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
     assert call(monkeypatch, *arguments) == 0
     table = (tmp_path / "blocks" / "results" / "ablation.md").read_text()
     assert (
-        "| run | seeds | counting-id | counting-ood | expert_share" in table
+        "| run | seeds | counting-id |" in table
+        and "| expert_share |" in table
         and "| GRPO | 1 |" in table
     )
     here.commands.clear()
