@@ -487,15 +487,14 @@ def test_a_table_of_runs(predictions, tmp_path, monkeypatch, capsys):
 
 
 def test_the_figures_of_committed_runs(predictions, tmp_path, monkeypatch, capsys):
-    for name in ("ekipl-seed0", "grpo-seed0"):
+    committed = ROOT / "experiments" / "results" / "counting"
+    for name in ("Vision-EKIPL-seed0", "GRPO-seed0"):
         (tmp_path / name).mkdir()
-        shutil.copy(
-            ROOT / "experiments" / "results" / f"{name}.jsonl", tmp_path / name / "metrics.jsonl"
-        )
-    shutil.copytree(predictions, tmp_path / "ekipl-seed0" / "predictions")
-    runs = [tmp_path / name for name in ("ekipl-seed0", "grpo-seed0")]
+        shutil.copy(committed / f"{name}.jsonl", tmp_path / name / "metrics.jsonl")
+    shutil.copytree(predictions, tmp_path / "Vision-EKIPL-seed0" / "predictions")
+    runs = [tmp_path / name for name in ("Vision-EKIPL-seed0", "GRPO-seed0")]
     run(monkeypatch, "figures", *runs, "--out", tmp_path / "figures")
-    assert "counting-id: ekipl reaches the end of grpo" in capsys.readouterr().out
+    assert "counting-id: Vision-EKIPL reaches the end of GRPO" in capsys.readouterr().out
     for number in (3, 4, 5):
         assert (tmp_path / "figures" / f"figure{number}.png").read_bytes().startswith(b"\x89PNG")
 

@@ -21,8 +21,8 @@ def test_the_allowed_differences_are_those_of_the_check():
 
 def test_the_accuracies_are_those_of_the_two_runs():
     found = []
-    for name in ("vllm", "transformers"):
-        records = storage.read(ROOT / "experiments" / "results" / f"rollout-{name}.jsonl")
+    for name in ("rollout-vllm", "counting/Vision-EKIPL-seed0"):  # the latter: transformers
+        records = storage.read(ROOT / "experiments" / "results" / f"{name}.jsonl")
         values = [100 * r["eval/counting-id"] for r in records if "eval/counting-id" in r]
         found.append((f"{values[0]:.1f}", f"{values[-1]:.1f}"))
     (text,) = re.findall(
@@ -34,4 +34,4 @@ def test_the_accuracies_are_those_of_the_two_runs():
 def test_its_command_has_flags_that_exist():
     (flags,) = re.findall(r"python ekipl.py (.*)", PAGE)
     config, _ = ekipl.parse(flags.replace("$rollout", "vllm").split())
-    assert config.rollout == "vllm" and config.states == 1280
+    assert (config.rollout, config.states, config.eval_states) == ("vllm", 3200, 200)
