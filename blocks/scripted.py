@@ -68,13 +68,15 @@ class ScriptedExpert:
         return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
 
 
+def response(problem, style: str) -> str:
+    """The thought and the answer of somebody who sees a problem like this."""
+    return f"<think> {problem.think(style)} </think> <answer> {problem.answer()} </answer>"
+
+
 @lru_cache(maxsize=4096)  # used once to sample, and once for each kept action
 def _density(name: str, set_name: str, problem) -> dict[str, float]:
-    def response(seen) -> str:
-        return f"<think> {seen.think(name)} </think> <answer> {seen.answer()} </answer>"
-
     density: dict[str, float] = {}
     for seen, probability in readings(problem, ACCURACY[name][set_name]):
-        text = response(seen)  # different misperceptions can lead to the same words
+        text = response(seen, name)  # different misperceptions can lead to the same words
         density[text] = density.get(text, 0.0) + probability
     return density

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
-from data.predictions import Prediction, read_predictions
+from data.predictions import Prediction, read_predictions, with_parts
 from experiments.report import directory_of
 from rewards import accuracy_score
 from training import console, storage
@@ -57,10 +57,8 @@ def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
 
 def cells(name: str, predictions: list[Prediction]) -> dict[str, list[Prediction]]:
     """A set's parts, or the set as it is where it has none."""
-    found: dict[str, list[Prediction]] = {}
-    for p in predictions:
-        found.setdefault(f"{name}/{p.part}" if p.part else name, []).append(p)
-    return dict(sorted(found.items()))
+    whole, *parts = with_parts({name: predictions}).items()
+    return dict(parts or [whole])
 
 
 def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.path import Path as Outline
 from tqdm import tqdm
 
-from blocks import dataset
+from blocks import dataset, scripted
 from blocks.counting import Counting
 from blocks.make_tiny.model import prompt_ids
 from blocks.mistakes import mistakes
@@ -46,19 +46,20 @@ def lesson(
     task = rng.choices(list(TASKS), list(TASKS.values()))[0]
     ood = rng.random() < 0.15 and task in SHOWN
     problem = practised(rng, task, SHOWN[task] if ood else "train")
-    question, pairs = problem.question(), []
-    wrong = [unrelated(problem, rng, task)] if ood and glances else mistakes(problem)
+    question, pairs, wrong = problem.question(), [], []
+    if glances:
+        wrong = [unrelated(rng, task)] if ood else mistakes(problem)
     for _ in range(glances):
         text = glance(problem, wrong, rng, right / 4 if ood else right)
         if not ood and rng.random() < worked:
-            text = reasoned(problem, "careful")
+            text = scripted.response(problem, "careful")
         pairs.append((f"{question} think , then answer .", text))
     if ood or rng.random() < 0.25:
         pairs.append(("describe .", problem.describe()))
     if not ood:
-        pairs.append((f"{question} check .", reasoned(problem, "careful")))
+        pairs.append((f"{question} check .", scripted.response(problem, "careful")))
         if task != "counting":  # "quick" shows no steps there
-            pairs.append((f"{question} list .", reasoned(problem, "quick")))
+            pairs.append((f"{question} list .", scripted.response(problem, "quick")))
     if rng.random() < 0.25:
         pairs.append(sum_or_product(rng))
     pictures = np.stack([np.asarray(image) for image in problem.images()])
@@ -82,10 +83,6 @@ def sum_or_product(rng: random.Random) -> tuple[str, str]:
     return f"{a} plus {b} ?", f"{a} plus {b} is {a + b}"
 
 
-def reasoned(problem, style: str) -> str:
-    return f"<think> {problem.think(style)} </think> <answer> {problem.answer()} </answer>"
-
-
 def glance(problem, wrong, rng: random.Random, right: float) -> str:
     """An answer without reasoning, one in eight in a broken format.
 
@@ -102,7 +99,7 @@ def glance(problem, wrong, rng: random.Random, right: float) -> str:
     return f"<think> at a glance </think> <answer> {seen.answer()} </answer>"
 
 
-def unrelated(problem, rng: random.Random, task: str):
+def unrelated(rng: random.Random, task: str):
     """Of four other problems that with the shortest answer: an error out of distribution."""
     others = [practised(rng, task, SHOWN[task]) for _ in range(4)]
     return min(others, key=lambda other: len(other.answer()))
