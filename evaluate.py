@@ -91,11 +91,6 @@ def predictions_of(states, actions: list[Action]) -> list[Prediction]:
     return predictions
 
 
-def score(states, actions: list[Action]) -> dict[str, float]:
-    """`score_predictions` of one action for each state."""
-    return score_predictions(predictions_of(states, actions))
-
-
 def greedy_accuracy(sampler: Sampler, sets: dict[str, list], world: World) -> dict[str, float]:
     """Greedy accuracy on each test set and its parts, as "eval/SET" and "eval/SET/PART"; each
     process answers its shard.

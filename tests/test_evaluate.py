@@ -20,7 +20,7 @@ from blocks.dataset import BlocksSet
 from data.legacy import MATH_VERIFY
 from data.predictions import Prediction
 from data.state import State
-from evaluate import interval, pass_at_k, score, score_predictions
+from evaluate import interval, pass_at_k, predictions_of, score_predictions
 from experiments import report
 from experts.answering import ExpertAnswers
 from policy import Policy
@@ -86,7 +86,7 @@ def test_score_of_a_worked_example():
     actions = [
         Action([7] * tokens, text, "policy", truncated) for _, _, text, tokens, truncated in asked
     ]
-    found = score(states, actions)
+    found = score_predictions(predictions_of(states, actions))
     assert {
         name: found[name] for name in ("accuracy", "exact", "format", "tokens", "truncated")
     } == pytest.approx(
@@ -102,7 +102,7 @@ def test_score_of_a_worked_example():
 
 def test_score_wants_one_action_for_each_state():
     with pytest.raises(ValueError):
-        score([State("", (), "", "3", "math")] * 2, [Action([1], "3", "policy")])
+        predictions_of([State("", (), "", "3", "math")] * 2, [Action([1], "3", "policy")])
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 50])

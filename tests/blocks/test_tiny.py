@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from blocks.dataset import BlocksSet, vocabulary
+from data.predictions import with_parts
 from data.state import SETS
-from evaluate import score
+from evaluate import predictions_of, score_predictions
 from policy import Policy
 from rollouts.answering import answer_greedily
 from rollouts.transformers_sampler import TransformersSampler
@@ -53,18 +54,13 @@ def test_its_losses_are_on_record():
 
 
 def answers(policy: Policy, ask: str) -> dict[str, dict[str, float]]:
-    """Scores of the greedy answers to a request, by set and, in counting, by part."""
-    sampler, result = TransformersSampler(policy, max_new_tokens=96), {}
+    """Scores of the greedy answers to a request, by set and part."""
+    sampler, said = TransformersSampler(policy, max_new_tokens=96), {}
     for names in SETS.values():
         for name in names:
             states = [dataclasses.replace(state, ask=ask) for state in BlocksSet(name, 100)]
-            actions = answer_greedily(sampler, states)
-            result[name] = score(states, actions)
-            for part in ("one-step", "two-step"):
-                rows = [row for row in zip(states, actions, strict=True) if row[0].part == part]
-                if rows:
-                    result[f"{name}/{part}"] = score(*zip(*rows, strict=True))
-    return result
+            said[name] = predictions_of(states, answer_greedily(sampler, states))
+    return {name: score_predictions(ps) for name, ps in with_parts(said).items()}
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +93,11 @@ def test_asked_to_check_it_is_worse_out_of_distribution(checks):
     for id_set, *ood_sets in SETS.values():
         for name in ood_sets:
             assert checks[name]["accuracy"] < checks[id_set]["accuracy"] - 0.1, checks
+
+
+def test_of_structure_ood_it_can_do_shifted_pictures_and_not_choices_by_letter(checks):
+    parts = {name: checks[f"structure-ood/{name}"]["accuracy"] for name in ("aside", "letters")}
+    assert parts["letters"] < 0.1 < 0.2 < parts["aside"], parts
 
 
 class Described:

@@ -256,7 +256,8 @@ def test_evaluation_leaves_them_out_and_reads_bare_answers(tmp_path, monkeypatch
 def test_a_bare_answer_counts_while_training_too():
     state = State("0", (), "how many ?", "3", "discrete", mode="bare")
     for text, right in (("3", 1), ("4", 0), ("", 0), ("<answer>3</answer>", 1)):
-        assert evaluate.score([state], [Action([1], text, "policy")])["accuracy"] == right
+        said = evaluate.predictions_of([state], [Action([1], text, "policy")])
+        assert evaluate.score_predictions(said)["accuracy"] == right
 
 
 @pytest.mark.parametrize(
