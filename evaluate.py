@@ -29,7 +29,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from blocks.scripted import ACCURACY
+from blocks.scripted import is_scripted
 from data.legacy import MATH_VERIFY, need_math_verify
 from data.lengths import Room
 from data.predictions import Prediction, claim, predict, read_predictions, with_parts
@@ -187,10 +187,10 @@ def arguments(argv: list[str]) -> tuple[Namespace, list[str]]:
         raise UserError(f"--expert-tokens must be 1 to {10**6}, not {args.expert_tokens}")
     if args.legacy:
         need_math_verify()
-    if is_expert(args.model) and args.model in ACCURACY and args.data != "blocks":
+    if is_expert(args.model) and is_scripted(args.model) and args.data != "blocks":
         knows = f"the scripted expert '{args.model}' knows the blocks world only"
         raise UserError(f"{knows}, not --data {args.data}")
-    if args.request and args.model in ACCURACY:
+    if args.request and is_scripted(args.model):
         raise UserError(f"the scripted expert '{args.model}' reads no prompt: leave --request out")
     return args, notes
 

@@ -38,9 +38,10 @@ class BlocksState(State):
 class BlocksSet:
     """The set of that name, `size` states long: `BlocksSet("counting-train", 1000)[17]`.
 
-    name: "TASK-SPLIT" with a task of `SETS` and the split "train", "id" or one of its OOD splits.
-    seed: another seed gives other questions of the same kind; test sets keep seed 0, so that runs
-    can be compared. mode: of the prompts, see data/state.py.
+    name: "TASK-SPLIT" with a task of `SETS` and the split "train", "val" (other questions of the
+    kind that is trained on), "id" or one of its OOD splits. seed: another seed gives other
+    questions of the same kind; all but training keeps seed 0, so that runs can be compared. mode:
+    of the prompts, see data/state.py.
     """
 
     def __init__(self, name: str, size: int, seed: int = 0, mode: str = "reason"):
@@ -48,8 +49,8 @@ class BlocksSet:
             known = ", ".join(SET_NAMES)
             raise ValueError(f"no set '{name}' in the blocks world; there are {known}")
         self.name, self.size, self.seed, self.mode = name, size, seed, mode
-        task, self.split = name.split("-")
-        self.task = TASKS[task]
+        task, split = name.split("-")
+        self.task, self.split = TASKS[task], "train" if split == "val" else split
 
     def __len__(self) -> int:
         return self.size

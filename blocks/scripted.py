@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from functools import lru_cache
 
 from blocks.dataset import BlocksState
@@ -34,11 +35,26 @@ ACCURACY = {
 }  # fmt: skip
 
 
+def is_scripted(name: str) -> bool:
+    """Whether an expert of this name is scripted; `ScriptedExpert` says what is wrong with it."""
+    return name.partition(":")[0] in ACCURACY
+
+
 class ScriptedExpert:
-    """The expert of that name: "careful" or "quick"."""
+    """The expert "careful" or "quick"; "careful:0.3" has an expected score of 0.3 on every set.
+
+    ValueError for a score that is not between 0 and 1.
+    """
 
     def __init__(self, name: str):
         self.name = name
+        self.style, colon, share = name.partition(":")
+        self.share = None  # Table 1's
+        if colon:
+            number = re.fullmatch(r"0?\.[0-9]{1,9}", share)
+            if not number or not float(share):
+                raise ValueError(f"expert '{name}': {self.style}:0.3 is right in 30 % of cases")
+            self.share = float(share)
 
     def sample(self, states: list[State], n: int, seed: int) -> list[list[Sample]]:
         drawn = []
@@ -65,7 +81,10 @@ class ScriptedExpert:
                 f"the scripted expert '{self.name}' knows the blocks world only, "
                 f"not the state '{state.id}'"
             )
-        return _density(self.name, state.set_name.replace("-train", "-id"), state.problem)
+        task, split = state.set_name.split("-")
+        like = f"{task}-id" if split in ("train", "val") else state.set_name
+        share = ACCURACY[self.style][like] if self.share is None else self.share
+        return _density(self.style, share, state.problem)
 
 
 def response(problem, style: str) -> str:
@@ -74,9 +93,9 @@ def response(problem, style: str) -> str:
 
 
 @lru_cache(maxsize=4096)  # used once to sample, and once for each kept action
-def _density(name: str, set_name: str, problem) -> dict[str, float]:
+def _density(style: str, share: float, problem) -> dict[str, float]:
     density: dict[str, float] = {}
-    for seen, probability in readings(problem, ACCURACY[name][set_name]):
-        text = response(seen, name)  # different misperceptions can lead to the same words
+    for seen, probability in readings(problem, share):
+        text = response(seen, style)  # different misperceptions can lead to the same words
         density[text] = density.get(text, 0.0) + probability
     return density

@@ -54,7 +54,7 @@ def load_set(
     if config.data in WORLDS:
         return WORLDS[config.data](name, config, mode)
     if name not in FILES:
-        raise UserError(f"Reason-RFT-CoT has no set {name!r}: this task is for --data blocks")
+        raise UserError(f"Reason-RFT-CoT has no set {name!r}: it is for --data blocks")
     cache = at_home(config.data_cache)
     return ReasonRFTSet(name, prepare(config.data, [name], cache), mode, thoughts, cache, room)
 

@@ -1,6 +1,9 @@
-"""The rows of the tables: Table 1, all methods at equal budgets, the ablation, SFT before RL."""
+"""The rows of the tables: Table 1, all methods at equal budgets, the search of their learning
+rates, the ablation, SFT before RL."""
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import ekipl
 from experts.roster import expert_specs
@@ -13,7 +16,7 @@ class Row:
 
     program: ekipl.py, sft.py, or "" where `model` is evaluated as it is. after: the row whose model
     it starts from. listed: whether it stands in the table. request: what evaluation asks for in
-    place of the usual words.
+    place of the usual words. rate: the row whose learning rate it takes; "" for its own.
     """
 
     name: str
@@ -23,6 +26,7 @@ class Row:
     after: str = ""
     listed: bool = True
     request: str = ""
+    rate: str = ""
 
 
 def table1(config: ekipl.Config, stage1: int) -> list[Row]:
@@ -59,7 +63,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     expert for N actions a question; RFT-EXPERT one expert alone; "early" and RFT-then-GRPO ask in
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
     schedules of the learning rate, and the first stage's model as the reference of the KL term.
-    "any", "reversed": does the order in which the experts are named matter?
+    "any", "reversed": does the order in which the experts are named matter? "all": nothing is
+    dropped. "3-epochs": three passes over the same samples.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
@@ -67,7 +72,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         raise UserError("the list of methods shares questions out: no --epochs, --skip, --limit")
     experts, early = expert_specs(config.experts, offline=True), round(0.6 * config.steps)
     taught, first = str(early * config.batch_size), ("--limit", str(stage1))
-    candidates = str(config.num_samples * (len(experts) + 1))
+    half = ("--method", "rft", "--limit", taught)
+    candidates = ("--num-samples", str(config.num_samples * (len(experts) + 1)))
     alone = ("--experts", "none")
     rows = [Row(short(expert), model=expert) for expert in experts]
     rows += [
@@ -81,35 +87,85 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     for expert in experts:
         flags = ("--method", "rft", "--experts", expert)
         rows.append(Row(f"RFT-{short(expert)}", "sft.py", flags))
+    for row in [row for row in rows if "rft" in row.flags]:
+        thrice = (*row.flags, "--epochs", "3")
+        rows.append(Row(f"{row.name}-3-epochs", "sft.py", thrice, rate=row.name))
     rows += [
         Row("GRPO", "ekipl.py", alone),
-        Row("GRPO-best", "ekipl.py", (*alone, "--num-samples", candidates)),
-        Row("Stage-1", "sft.py", first, listed=False),
+        Row("GRPO-best", "ekipl.py", (*alone, *candidates)),
+        Row("Stage-1", "sft.py", first, listed=False, rate="CoT-SFT"),
         Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
-        Row("RFT-first", "sft.py", ("--method", "rft", "--limit", taught), listed=False),
+        Row("RFT-first", "sft.py", half, listed=False, rate="RFT"),
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
     ]
-    return rows + ekipl_rows(experts, str(early), str(stage1))
+    return rows + ekipl_rows(experts, str(early), str(stage1), candidates[1])
 
 
-def ekipl_rows(experts: list[str], early: str, stage1: str) -> list[Row]:
+def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> list[Row]:
     """Vision-EKIPL and what may be changed in it without other data."""
-    any_expert = ("--ties", "any_expert")
+    any_expert, backwards = ("--ties", "any_expert"), ("--experts", ",".join(experts[::-1]))
+    leaving, everything = ("--expert-steps", early), ("--group-size", candidates)
+    name = "Vision-EKIPL"
     return [
-        Row("Vision-EKIPL", "ekipl.py"),
-        Row("Vision-EKIPL-early", "ekipl.py", ("--expert-steps", early)),
-        Row("Vision-EKIPL-any", "ekipl.py", any_expert),
-        Row("Vision-EKIPL-any-early", "ekipl.py", (*any_expert, "--expert-steps", early)),
-        Row("Vision-EKIPL-reversed", "ekipl.py", ("--experts", ",".join(experts[::-1]))),
-        Row("Vision-EKIPL-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
+        Row(name, "ekipl.py"),
+        Row(f"{name}-early", "ekipl.py", leaving),
+        Row(f"{name}-any", "ekipl.py", any_expert, rate=name),
+        Row(f"{name}-any-early", "ekipl.py", (*any_expert, *leaving), rate=f"{name}-early"),
+        Row(f"{name}-reversed", "ekipl.py", backwards, rate=name),
+        Row(f"{name}-all", "ekipl.py", everything, rate=name),
+        Row(f"{name}-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
     ]
+
+
+RATES = ("0.000125", "0.00025", "0.0005", "0.001", "0.002")
+
+
+def rates(config: ekipl.Config, stage1: int) -> list[Row]:
+    """Every method that has a learning rate of its own, with five of them: NAME-lrRATE."""
+    rows = []
+    for row in methods(config, stage1):
+        if not row.listed:
+            rows.append(row)
+        elif row.program and not row.rate:
+            for rate in RATES:
+                flags = (*row.flags, "--lr", rate)
+                rows.append(replace(row, name=f"{row.name}-lr{rate}", flags=flags))
+    return rows
+
+
+def with_best_rates(rows: list[Row], file: Path | None) -> list[Row]:
+    """The rows, each with the learning rate that is best for it in the results of `rates`.
+
+    Rows that have one, or of methods that were not searched, stay as they are. UserError for a file
+    that cannot be read.
+    """
+    if file is None:
+        return rows
+    try:
+        found = json.loads(file.read_text())
+        best = {name: max(accuracy, key=accuracy.get) for name, accuracy in found.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise UserError(f"--rates {file} is not what the list of rates writes: {error}") from None
+    ready = []
+    for row in rows:
+        rate = best.get(row.rate or row.name)
+        if row.program and rate and "--lr" not in row.flags:
+            row = replace(row, flags=(*row.flags, "--lr", rate))
+        ready.append(row)
+    return ready
 
 
 def chosen(rows: list[Row], names: str) -> list[Row]:
-    """The rows of these comma-separated names, and those that they start from; all for ""."""
+    """The rows of these comma-separated names, and those that they start from; all for "".
+
+    GRPO also means GRPO-lr0.001 and so on.
+    """
     if not names:
         return rows
-    wanted, known = set(names.split(",")), {row.name: row for row in rows}
+    known, wanted = {row.name: row for row in rows}, set()
+    for name in names.split(","):
+        searched = [row.name for row in rows if row.name.rpartition("-lr")[0] == name]
+        wanted.update(searched or [name])
     if unknown := wanted - known.keys():
         raise UserError(f"no row {min(unknown)}; there are {', '.join(known)}")
     wanted |= {known[name].after for name in wanted}
@@ -122,7 +178,10 @@ def short(expert: str) -> str:
 
 
 def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
-    """What the paper never varied: one setting of Vision-EKIPL at a time."""
+    """What the paper never varied: one setting of Vision-EKIPL at a time.
+
+    B and C need random ties: they are to be compared with ties-random.
+    """
     experts = expert_specs(config.experts, offline=True)
     if not experts:
         raise UserError("the ablation varies Vision-EKIPL, which needs --experts")
@@ -130,20 +189,19 @@ def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
         "Vision-EKIPL": (),
         "estimator-is": ("--estimator", "is"),
         "estimator-snis": ("--estimator", "snis"),
-        "advantage-selected": ("--advantage", "selected"),
         "ties-random": ("--ties", "random"),
+        "advantage-selected": ("--advantage", "selected"),
         "selection-random": ("--selection", "random"),
         "N-2": ("--num-samples", "2", "--group-size", "6"),
         "N-4": ("--num-samples", "4"),
         "N-16": ("--num-samples", "16"),
+        "beta-0": ("--beta", "0"),
+        "beta-0.04": ("--beta", "0.04"),  # the paper's
+        "two-updates": ("--updates-per-batch", "2"),
     }
     for expert in experts:
         changes[f"expert-{short(expert)}"] = ("--experts", expert)
-    changes["GRPO"] = ("--experts", "none")
-    # As many candidates as with the experts, all of them the policy's: what selection alone gives.
-    candidates = config.num_samples * (len(experts) + 1)
-    changes["GRPO-best"] = ("--experts", "none", "--num-samples", str(candidates))
-    return [Row(name, "ekipl.py", flags) for name, flags in changes.items()]
+    return [Row(name, "ekipl.py", flags, rate="Vision-EKIPL") for name, flags in changes.items()]
 
 
 def stages(config: ekipl.Config, stage1: int) -> list[Row]:
@@ -162,4 +220,10 @@ def stages(config: ekipl.Config, stage1: int) -> list[Row]:
     return rows
 
 
-LISTS = {"table1": table1, "methods": methods, "ablation": ablation, "stages": stages}
+LISTS = {
+    "table1": table1,
+    "methods": methods,
+    "rates": rates,
+    "ablation": ablation,
+    "stages": stages,
+}

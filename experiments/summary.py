@@ -11,6 +11,7 @@ from experiments.tasks import Task
 from training import curves, storage
 
 LAST = 10  # steps, over which the ablation's diagnostics are averaged
+KEPT = ("step", "states", "loss", "tokens", "kept_reward", "negative", "trained")
 DIAGNOSTICS = (
     "expert_share",
     "dead_groups",
@@ -26,12 +27,14 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
     """Writes the metrics of every run, and the table and figures of what is listed."""
     for task in finished:
         metrics = task.path / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and kind != "rates":
             lines = [json.dumps(slim(record)) + "\n" for record in storage.read(metrics)]
             (out / f"{task.name}.jsonl").write_text("".join(lines))
     listed = [task for task in finished if task.listed]
     if kind == "methods":
         paired.run([*(str(task.path) for task in listed), "--out", str(out)])
+    elif kind == "rates":
+        rates(listed, out)
     elif kind == "table1":
         paths = [str(task.path) for task in listed]
         report.table_command([*paths, "--out", str(out / "table1")])
@@ -41,9 +44,39 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
         print((out / f"{kind}.md").read_text())
 
 
+def rates(finished: list[Task], out: Path) -> None:
+    """The validation accuracy of each method by its learning rate: rates.json and, in %, rates.md.
+
+    The best one of a method is bold.
+    """
+    found: dict[str, dict[str, list[float]]] = {}
+    for task in finished:
+        method, _, rate = curves.method_of(task.name).rpartition("-lr")
+        scores = read_predictions(task.path / "predictions").values()
+        (accuracy,) = [score_predictions(predictions)["accuracy"] for predictions in scores]
+        found.setdefault(method, {}).setdefault(rate, []).append(accuracy)
+    columns = sorted(set().union(*found.values()), key=float)
+    table = {}
+    for method, row in found.items():
+        table[method] = {
+            rate: round(statistics.fmean(row[rate]), 4) for rate in columns if rate in row
+        }
+    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for method, row in table.items():
+        best, cells = max(row, key=row.get), []
+        for rate in columns:
+            text = f"{100 * row[rate]:.1f}" if rate in row else "-"
+            cells.append(f"**{text}**" if rate == best else text)
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    with storage.writing(out):
+        (out / "rates.json").write_text(json.dumps(table, indent=1) + "\n")
+        (out / "rates.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
 def slim(record: dict) -> dict:
     """What tables and pictures are made of, in five digits: small enough to be committed."""
-    names = {*curves.PANELS, *curves.DASHED.values(), "step", "states", "loss", "tokens"}
+    names = {*curves.PANELS, *curves.DASHED.values(), *KEPT}
     kept = {}
     for key, value in record.items():
         if key in names or key.startswith(("share/", "eval/", "seconds/")):

@@ -2,6 +2,7 @@
 
     python -m experiments.sweep table1 --preset blocks-transformation   # every row of Table 1
     python -m experiments.sweep methods                # all methods at equal budgets, blocks world
+    python -m experiments.sweep rates --seeds 3        # the learning rate of each of them
     python -m experiments.sweep ablation --seeds 0     # one setting of Vision-EKIPL at a time
     python -m experiments.sweep stages --preset blocks-transformation --seeds 0   # SFT before RL
     python -m experiments.sweep table1 --preset counting-2b --processes 8   # each run on 8 GPUs
@@ -27,7 +28,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 import ekipl
-from experiments.rows import LISTS, chosen
+from experiments.rows import LISTS, chosen, with_best_rates
 from experiments.summary import summarise
 from experiments.tasks import Task, program, tasks_of
 from rollouts.asking import samples_for
@@ -121,6 +122,11 @@ def carry_all_out(tasks: list[Task], jobs: int, processes: int) -> list[str]:
 
 FLAGS = {
     "--rows": dict(default="", metavar="NAME,NAME", help="these rows of the list only"),
+    "--rates": dict(
+        type=Path,
+        metavar="FILE",
+        help="rates.json of the list of rates: each row takes the learning rate that is best there",
+    ),
     "--seeds": dict(default="0,1,2", metavar="SEED,SEED", help="default 0,1,2"),
     "--jobs": dict(
         type=int,
@@ -179,7 +185,7 @@ def arguments(argv: list[str]):
 
 def run(argv: list[str]) -> None:
     args, extra = arguments(argv)
-    rows = LISTS[args.list](args.config, args.stage1)
+    rows = with_best_rates(LISTS[args.list](args.config, args.stage1), args.rates)
     whole = tasks_of(rows, args, extra)
     tasks = tasks_of(chosen(rows, args.rows), args, extra)
     if args.dry_run:

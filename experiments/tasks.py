@@ -64,7 +64,8 @@ def evaluation(row: Row, path: Path, args) -> list[str]:
     """The command that evaluates a row's model on the test sets of its task."""
     config = args.config
     command = ["evaluate.py", str(path / "model") if row.program else row.model]
-    command += ["--sets", *SETS[config.task]]
+    sets = [f"{config.task}-val"] if args.list == "rates" else SETS[config.task]
+    command += ["--sets", *sets]
     command += ["--states", str(args.test_states), "--pass-k", args.pass_k]
     for name in SHARED:
         if value := getattr(config, name):

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from blocks.scripted import ACCURACY
+from blocks.scripted import is_scripted
 from data.predictions import Prediction
 from data.state import State
 from experts.api_expert import VENDORS
@@ -32,4 +32,4 @@ class ExpertAnswers:
 
 def is_expert(name: str) -> bool:
     """Whether a name is that of an expert ("careful", "openai:MODEL") and of no directory."""
-    return not Path(name).is_dir() and (name in ACCURACY or name.partition(":")[0] in VENDORS)
+    return not Path(name).is_dir() and (is_scripted(name) or name.partition(":")[0] in VENDORS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from blocks.scripted import ACCURACY, ScriptedExpert
+from blocks.scripted import ACCURACY, ScriptedExpert, is_scripted
 from data.state import State
 from experts import apis
 from experts.api_expert import LOG, VENDORS, ApiExpert
@@ -37,8 +37,9 @@ def expert_specs(names: str, offline: bool = False) -> list[str]:
                 apis.key_of(vendor, url)
                 if (ending := apis.retirement(model, url)) and ending[0]:
                     raise ValueError(f"{vendor}:{ending[1]}")
-        elif spec in ACCURACY:
-            sources.append(spec)
+        elif is_scripted(spec):
+            ScriptedExpert(spec)  # ValueError
+            sources.append(spec.partition(":")[0])
         else:
             known = f"{', '.join(ACCURACY)}, openai:MODEL, gemini:MODEL, or none"
             raise ValueError(f"no expert '{spec}'; there are {known}")
@@ -63,7 +64,7 @@ def check(config, estimator: str = "uncorrected") -> list[str]:
     counts = ("num_samples", "expert_tokens", "expert_requests", "expert_failures")
     settings.must(config, 1, *counts)
     settings.above_zero(config, "expert_deadline")
-    if config.data != "blocks" and (scripted := [name for name in specs if name in ACCURACY]):
+    if config.data != "blocks" and (scripted := [name for name in specs if is_scripted(name)]):
         raise UserError(
             f"the scripted expert '{scripted[0]}' knows the blocks world only: "
             f"with --data {config.data} choose other --experts"
@@ -78,11 +79,11 @@ def make_experts(names: str, settings=None, densities: bool = False) -> list[Exp
     """
     specs = expert_specs(names, getattr(settings, "offline", False))
     cache = None
-    if any(spec not in ACCURACY for spec in specs):
+    if any(not is_scripted(spec) for spec in specs):
         cache = Cache(settings.cache, read_only=settings.offline)
     experts = []
     for spec in specs:
-        scripted = spec in ACCURACY
+        scripted = is_scripted(spec)
         experts.append(
             ScriptedExpert(spec) if scripted else ApiExpert(spec, cache, settings, densities)
         )

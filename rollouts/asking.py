@@ -11,7 +11,7 @@ from itertools import chain
 from pathlib import Path
 
 from data.reading import SPECIAL_TOKEN
-from data.state import MODES, SETS
+from data.state import MODES, SET_NAMES, SETS
 from training import rundir
 from training.console import Parser, UserError
 from training.settings import CACHE, ROLLOUTS, flag
@@ -154,7 +154,7 @@ def check(args) -> None:
     for name in args.sets:
         if name.endswith("-train"):
             raise UserError(f"{name} is a training set: --sets names test sets")
-        if name not in ALL_SETS:
+        if name not in SET_NAMES:
             raise UserError(f"there is no set '{name}'; there are {', '.join(ALL_SETS)}")
     for name in ("states", "max_new_tokens", "min_pixels", "max_pixels"):
         value = getattr(args, name)

@@ -18,6 +18,7 @@ def mean(values) -> float:
 def step_metrics(groups: list[dict]) -> dict[str, float]:
     """One step's figures. groups: the `summary` of each of its groups, from all processes."""
     candidates, kept, kept_rewards, stds, states = [], [], [], [], []
+    advantages = []
     for i, g in enumerate(groups):
         parts = (g["sources"], g["format"], g["accuracy"], g["tokens"], g["truncated"])
         candidates += zip(*parts, strict=True)
@@ -26,6 +27,7 @@ def step_metrics(groups: list[dict]) -> dict[str, float]:
         kept += [g["sources"][k] for k in g["kept"]]
         kept_rewards += [rewards[k] for k in g["kept"]]
         states += [i] * len(g["kept"])
+        advantages += g["advantages"]
     own = [row for row in candidates if row[0] == POLICY]
     result = {
         "reward": mean(f + a for _, f, a, _, _ in own),  # of the policy's own actions
@@ -39,6 +41,7 @@ def step_metrics(groups: list[dict]) -> dict[str, float]:
         "dead_groups": mean(not any(g["advantages"]) for g in groups),
         # Also groups whose kept actions all have the same advantage: none is preferred.
         "equal_advantages": mean(len(set(g["advantages"])) == 1 for g in groups),
+        "negative": mean(a < 0 for a in advantages),  # kept actions that become less likely
     }
     for name in dict.fromkeys(row[0] for row in candidates if row[0] != POLICY):
         result[f"accuracy/{name}"] = mean(row[2] for row in candidates if row[0] == name)
