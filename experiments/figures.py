@@ -65,15 +65,12 @@ def plot_method(axis, method: str, curves: list[Curve]) -> Curve:
 
 
 def share_to_reach(curve: Curve, target: float) -> float | None:
-    """The share of its states after which a curve, straight between its points, first reaches
-    `target`; None if it never does.
+    """The share of its states at the first point of a curve that is at `target` or above; None if
+    none is. Measured: nothing is said of what lies between two points.
     """
-    end = curve[-1][0]
-    for (x0, y0), (x1, y1) in zip(curve, curve[1:], strict=False):
-        if y0 >= target:
-            return x0 / end
-        if y1 >= target:
-            return (x0 + (x1 - x0) * (target - y0) / (y1 - y0)) / end
+    for x, y in curve:
+        if y >= target:
+            return x / curve[-1][0]
     return None
 
 
@@ -121,10 +118,12 @@ def accuracy_curve(history: History, test: str) -> Curve:
 
 
 def comparison(method: str, base: str, means: dict[str, Curve]) -> str:
-    target = means[base][-1][1]
-    share = share_to_reach(means[method], target)
+    target, curve = means[base][-1][1], means[method]
+    share = share_to_reach(curve, target)
     reached = "never" if share is None else f"after {100 * share:.0f} % of its states"
-    return f"{method} reaches the end of {base} ({100 * target:.1f} %) {reached}"
+    every = 100 * (curve[-1][0] - curve[-2][0]) / curve[-1][0] if len(curve) > 1 else 100
+    end = f"the end of {base} ({100 * target:.1f} %)"
+    return f"{method} reaches {end} {reached} (evaluated every {every:.0f} %)"
 
 
 def sources(histories: dict[str, History], out: Path) -> None:
@@ -152,22 +151,47 @@ def sources(histories: dict[str, History], out: Path) -> None:
     finish(figure, out)
 
 
+UPDATES = {
+    "equal_advantages": "groups whose kept advantages are all equal",
+    "negative": "kept actions with a negative advantage",
+    "kept_reward": "reward of the kept actions",
+}
+
+
+def updates(histories: dict[str, History], out: Path) -> None:
+    """What an update is made of, step by step, means over seeds, smoothed over five steps.
+
+    Where the kept advantages of a group are all equal, none of its actions is preferred to another;
+    where none is negative, nothing is made less likely but by the others becoming likelier.
+    """
+    figure, axes = panels(len(UPDATES))
+    for axis, (name, title) in zip(axes, UPDATES.items(), strict=True):
+        curves = {}
+        for run, history in histories.items():
+            points = [(record["step"], record[name]) for record in history if name in record]
+            if points:
+                steps, values = zip(*points, strict=True)
+                curves[run] = list(zip(steps, smooth(values), strict=True))
+        for method, seeds in by_method(curves).items():
+            axis.plot(*zip(*mean_curve(seeds), strict=True), label=shown(method))
+        axis.set(title=title, xlabel="step", ylim=(0, None))
+        axis.grid(alpha=0.3)
+    finish(figure, out)
+
+
 def mean_share(records: tuple[dict, ...], name: str) -> float:
     return statistics.fmean(record.get(name, 0.0) for record in records)
 
 
-def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], out: Path) -> None:
+def pass_at(samples: dict[str, dict[str, tuple[int, list[int]]]], out: Path) -> None:
     """Figure 5: Pass@k of each method on each set, for k = 1, 2, 4, ...; the means also as CSV.
 
-    samples: by run and set, for each question (samples, right ones).
+    samples: by set and run, how many samples a question has, and how many of each are right.
     """
-    tests: dict[str, None] = {}  # in order
-    for sets in samples.values():
-        tests |= dict.fromkeys(sets)
-    figure, axes = panels(len(tests))
+    figure, axes = panels(len(samples))
     rows = [["method", "set", "k", "pass_at_k", "seeds"]]
-    for axis, test in zip(axes, tests, strict=True):
-        curves = {run: pass_curve(sets[test]) for run, sets in samples.items() if sets.get(test)}
+    for axis, (test, runs) in zip(axes, samples.items(), strict=True):
+        curves = {run: pass_curve(n, right) for run, (n, right) in runs.items()}
         for method, seeds in by_method(curves).items():
             for k, value in plot_method(axis, method, seeds):
                 rows.append([method, test, k, f"{value:.4f}", len(seeds)])
@@ -179,10 +203,9 @@ def pass_at(samples: dict[str, dict[str, list[tuple[int, int]]]], out: Path) -> 
         csv.writer(file, lineterminator="\n").writerows(rows)
 
 
-def pass_curve(questions: list[tuple[int, int]]) -> Curve:
-    """Mean Pass@k over the questions, for each k that all have samples for."""
-    fewest = min(n for n, _ in questions)
+def pass_curve(n: int, right: list[int]) -> Curve:
+    """Mean Pass@k over the questions, each with n samples, for k = 1, 2, 4, ..., n."""
     curve = []
-    for k in [2**i for i in range(20) if 2**i <= fewest]:
-        curve.append((k, statistics.fmean(pass_at_k(n, c, k) for n, c in questions)))
+    for k in [2**i for i in range(20) if 2**i <= n]:
+        curve.append((k, statistics.fmean(pass_at_k(n, c, k) for c in right)))
     return curve

@@ -1,12 +1,14 @@
 """Scores of every question, and the methods' differences on the same questions with intervals.
 
     python -m experiments.paired runs/sweep/blocks/*/ --out results    # from runs' predictions
-    python -m experiments.paired --out results                         # from results/scores.json
+    python -m experiments.paired --out results    # again, from scores.json and budgets.json
 
 OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of one where it has
                        parts; scores are those of its questions in a fixed order: "0110..." of
                        right and wrong, or a list where there is partial credit
-    table.md           each method's mean over questions and seeds, with a 95 % interval
+    budgets.json       {run: what it has used}, see budgets.py
+    table.md           what each method has used; its mean over questions and seeds, with half the
+                       width of its 95 % interval
     differences.md     less that of the method --of, paired by question
 
 Runs whose names differ in "-seedN" only are one method. An interval is for other questions and
@@ -23,6 +25,8 @@ import numpy as np
 from scipy.stats import t as student
 
 from data.predictions import Prediction, read_predictions, with_parts
+from experiments import budgets
+from experiments.budgets import Budget
 from experiments.report import directory_of
 from rewards import accuracy_score
 from training import console, storage
@@ -72,8 +76,10 @@ def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:
     return table
 
 
-def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float, float]:
-    """The mean of `one` (seeds, questions), less that of `other`, and its 95 % interval."""
+def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float]:
+    """The mean of `one` (seeds, questions), less that of `other`; half the width of its 95 %
+    interval.
+    """
     apart = one.mean(axis=0) - (0.0 if other is None else other.mean(axis=0))  # (questions,)
     # Variances of the mean, and their degrees of freedom.
     parts = [(apart.var() / len(apart), len(apart) - 1)]
@@ -83,37 +89,52 @@ def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, f
             parts.append((means.var(ddof=1) / seeds, seeds - 1))
     value, variance = float(apart.mean()), sum(part for part, _ in parts)
     if not variance:
-        return value, value, value
+        return value, 0.0
     freedom = variance**2 / sum(part**2 / max(1, n) for part, n in parts)  # Welch-Satterthwaite
-    half = float(student.ppf(0.975, freedom)) * math.sqrt(variance)
-    return value, value - half, value + half
+    return value, float(student.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
-def markdown(scores: Scores, of: str = "") -> str:
-    """A table of all methods, in percent; less the method `of`, if one is named."""
-    methods: dict[str, int] = {}  # and its seeds
-    for cell in scores.values():
-        methods |= {method: len(values) for method, values in cell.items()}
-    lines = ["| method | seeds | " + " | ".join(scores) + " |", "|---" * (len(scores) + 2) + "|"]
-    for method, seeds in methods.items():
-        if method == of:
-            continue
-        row = [method, str(seeds)]
+def markdown(scores: Scores, used: dict[str, Budget]) -> str:
+    """A table of all methods: seeds, what each has used, and scores in percent."""
+    columns = ["method", "seeds", *budgets.COLUMNS.values(), *scores]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for method, seeds in methods_of(scores).items():
+        runs = [budget for run, budget in used.items() if method_of(run) == method]
+        row = [method, str(seeds), *budgets.told(runs)]
         for cell in scores.values():
-            known = method in cell and (not of or of in cell)
-            row.append(told(*interval(cell[method], cell.get(of)), bool(of)) if known else "-")
+            row.append(told(*interval(cell[method]), "") if method in cell else "-")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 
 
-def told(value: float, low: float, high: float, signed: bool) -> str:
-    sign = "+" if signed else ""
-    return f"{100 * value:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+def differences(scores: Scores, of: str) -> str:
+    """A table of all methods less the method `of`, on the same questions, in points."""
+    lines = [f"| less {of} | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    for method in methods_of(scores):
+        row = [method]
+        for cell in scores.values():
+            both = method in cell and of in cell
+            row.append(told(*interval(cell[method], cell[of]), "+") if both else "-")
+        if method != of:
+            lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
 
 
-def lines(runs: dict[str, str | list[float]]) -> str:
+def methods_of(scores: Scores) -> dict[str, int]:
+    """The number of seeds of each method, in order."""
+    methods: dict[str, int] = {}
+    for cell in scores.values():
+        methods |= {method: len(values) for method, values in cell.items()}
+    return methods
+
+
+def told(value: float, half: float, sign: str) -> str:
+    return f"{100 * value:{sign}.1f} ± {100 * half:.1f}"
+
+
+def lines(runs: dict) -> str:
     """A line of JSON for each run."""
-    return ",\n".join(f"{json.dumps(run)}: {json.dumps(scores)}" for run, scores in runs.items())
+    return ",\n".join(f"{json.dumps(run)}: {json.dumps(values)}" for run, values in runs.items())
 
 
 def run(argv: list[str]) -> None:
@@ -123,27 +144,32 @@ def run(argv: list[str]) -> None:
     )
     parser.add_argument("runs", nargs="*", type=Path, help="evaluated runs (default: scores.json)")
     parser.add_argument("--out", type=Path, required=True, help="directory of scores and tables")
-    parser.add_argument("--of", default="Vision-EKIPL", help="compared with (default Vision-EKIPL)")
+    parser.add_argument("--of", help="compared with (default: Vision-EKIPL, else the first)")
     args = parser.parse_args(argv)
-    file = args.out / "scores.json"
+    file, spent = args.out / "scores.json", args.out / "budgets.json"
     if args.runs:
         found = score_runs(args.runs)
+        trained = [run for run in args.runs if (run / "metrics.jsonl").exists()]
+        used = {run.name: budgets.budget_of(run) for run in trained}
     elif file.exists():
         found = json.loads(file.read_text())
+        used = json.loads(spent.read_text()) if spent.exists() else {}
     else:
         raise UserError(f"there is no {file}: name the runs to score")
     scores = by_method(found)
-    methods = set().union(*scores.values())
+    methods = methods_of(scores)
+    args.of = args.of or ("Vision-EKIPL" if "Vision-EKIPL" in methods else next(iter(methods), ""))
     if args.of not in methods:
-        raise UserError(f"--of {args.of}: there are {', '.join(sorted(methods))}")
+        raise UserError(f"--of {args.of}: there are {', '.join(methods) or 'no methods'}")
     with storage.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         rows = [f"{json.dumps(cell)}: {{\n{lines(runs)}\n}}" for cell, runs in found.items()]
         file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-        (args.out / "table.md").write_text(markdown(scores))
-        (args.out / "differences.md").write_text(markdown(scores, args.of))
-    print(markdown(scores))
-    print(f"less {args.of}:\n\n{markdown(scores, args.of)}")
+        spent.write_text("{\n" + lines(used) + "\n}\n")
+        (args.out / "table.md").write_text(markdown(scores, used))
+        (args.out / "differences.md").write_text(differences(scores, args.of))
+    print(markdown(scores, used))
+    print(differences(scores, args.of))
 
 
 def main() -> None:

@@ -4,11 +4,20 @@
     python -m experiments.report figures runs/A-seed0 runs/B-seed0 --out figures
 
 Runs whose names differ in "-seedN" only are one method: the table gives their mean and standard
-deviation.
+deviation. A run's metrics.jsonl may stand for it, of which the file's name is the run's.
+
+OUT/figure3.png    greedy accuracy against the states seen, figure3.txt says when the end of a
+                   method without experts is reached
+    figure4.png    the sources of the kept actions
+    updates.png    what the updates are made of
+    figure5.png    Pass@k, with figure5.csv; samples.json: {set: {run: [samples of each question,
+                   [right ones]]}}, from which figure 5 is made again where no run has samples
 """
 
 import csv
+import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 from data.legacy import need_math_verify
@@ -22,6 +31,8 @@ from training.curves import method_of
 from training.storage import writing
 
 Columns = dict[str, dict[str, list[float]]]  # by method and column: one number for each seed
+# By set and run: how many samples a question has, and how many of each are right.
+Samples = dict[str, dict[str, tuple[int, list[int]]]]
 NOTE = (
     "Accuracy in %, mean ± standard deviation over seeds where there are several. AVG is the mean "
     "of the task's whole sets (the paper's follow three formulas: compare single columns)."
@@ -118,19 +129,41 @@ def table_command(argv: list[str]) -> None:
     print(table(results, args.out))
 
 
-def counts(predictions: list[Prediction]) -> list[tuple[int, int]]:
-    """For each question the number of samples and of right ones; none if one has no samples."""
-    found = [(len(p.samples), right_samples(p)) for p in predictions]
-    return found if all(n for n, _ in found) else []
+def counts(predictions: list[Prediction]) -> tuple[int, list[int]]:
+    """How many samples every question has, and how many of each are right. More are left out."""
+    n = min(len(p.samples) for p in predictions)
+    right = []
+    for prediction in predictions:
+        first = replace(prediction, samples=prediction.samples[:n])
+        right.append(right_samples(first))
+    return n, right
 
 
-def samples_of(run: Path) -> dict[str, list[tuple[int, int]]]:
-    """`counts` of each set that a run has samples of."""
-    directory = directory_of(run)
-    if not list(directory.glob("*-*.jsonl")):
-        return {}
-    found = {name: counts(ps) for name, ps in read_predictions(directory).items()}
-    return {name: numbers for name, numbers in found.items() if numbers}
+def samples_of(runs: list[Path]) -> Samples:
+    """`counts` of each set and run that has samples."""
+    found: Samples = {}
+    for run in runs:
+        directory = directory_of(run)
+        sets = read_predictions(directory) if list(directory.glob("*-*.jsonl")) else {}
+        for name, predictions in sets.items():
+            n, right = counts(predictions)
+            if n:
+                found.setdefault(name, {})[run.name] = (n, right)
+    return found
+
+
+def saved_samples(runs: list[Path], file: Path) -> Samples:
+    """Those of the runs, saved; else those of the file, if there is one."""
+    if found := samples_of(runs):
+        rows = []
+        for name, by_run in found.items():
+            inner = [f"{json.dumps(run)}: {json.dumps(values)}" for run, values in by_run.items()]
+            rows.append(f"{json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n}")
+        with writing(file):
+            file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+    elif file.exists():
+        found = json.loads(file.read_text())
+    return found
 
 
 def figures_command(argv: list[str]) -> None:
@@ -140,17 +173,21 @@ def figures_command(argv: list[str]) -> None:
         "and their numbers.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="runs; names that differ in -seedN only are one method"
+        "runs",
+        nargs="+",
+        type=Path,
+        help="runs, or files of metrics; names that differ in -seedN only are one method",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory of the figures")
     args = parser.parse_args(argv)
-    args.out.mkdir(parents=True, exist_ok=True)
-    histories, samples = {}, {}
+    with writing(args.out):
+        args.out.mkdir(parents=True, exist_ok=True)
+    histories = {}
     for run in args.runs:
-        if history := curves.metrics(run / "metrics.jsonl"):
-            histories[run.name] = history
-        if found := samples_of(run):
-            samples[run.name] = found
+        file = run if run.is_file() else run / "metrics.jsonl"
+        if history := curves.metrics(file):
+            histories[run.stem if run.is_file() else run.name] = history
+    samples = saved_samples(args.runs, args.out / "samples.json")
     if not histories and not samples:
         raise UserError(
             "none of these is a run with metrics, or holds predictions with samples (--pass-k)"
@@ -161,6 +198,7 @@ def figures_command(argv: list[str]) -> None:
             (args.out / "figure3.txt").write_text(efficiency + "\n")
         print(efficiency)
         figures.sources(histories, args.out / "figure4.png")
+        figures.updates(histories, args.out / "updates.png")
     if samples:
         figures.pass_at(samples, args.out / "figure5.png")
 

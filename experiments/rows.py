@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import ekipl
+from blocks.scripted import is_scripted
 from experts.roster import expert_specs
 from training.console import UserError
 
@@ -92,7 +93,7 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         rows.append(Row(f"{row.name}-3-epochs", "sft.py", thrice, rate=row.name))
     rows += [
         Row("GRPO", "ekipl.py", alone),
-        Row("GRPO-best", "ekipl.py", (*alone, *candidates)),
+        Row("GRPO-best", "ekipl.py", (*alone, *candidates), rate="GRPO"),
         Row("Stage-1", "sft.py", first, listed=False, rate="CoT-SFT"),
         Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
         Row("RFT-first", "sft.py", half, listed=False, rate="RFT"),
@@ -173,8 +174,9 @@ def chosen(rows: list[Row], names: str) -> list[Row]:
 
 
 def short(expert: str) -> str:
-    """An expert's name without the address of its server."""
-    return expert.partition("@")[0]
+    """An expert's name without the address of its server, or a scripted one's own accuracy."""
+    name = expert.partition("@")[0]
+    return name.partition(":")[0] if is_scripted(name) else name
 
 
 def ablation(config: ekipl.Config, stage1: int) -> list[Row]:

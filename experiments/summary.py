@@ -4,23 +4,23 @@ import json
 import statistics
 from pathlib import Path
 
-from data.predictions import read_predictions, with_parts
+from data.predictions import read_predictions
 from evaluate import score_predictions
 from experiments import paired, report
 from experiments.tasks import Task
 from training import curves, storage
 
-LAST = 10  # steps, over which the ablation's diagnostics are averaged
-KEPT = ("step", "states", "loss", "tokens", "kept_reward", "negative", "trained")
+LAST = 10  # steps, over which diagnostics are averaged
 DIAGNOSTICS = (
     "expert_share",
     "dead_groups",
+    "equal_advantages",
+    "negative",
     "kl",
     "ess_share",
     "weight_var",
-    "weight_q95",
-    "bias_bound",
 )
+KEPT = ("step", "states", "loss", "tokens", "kept_reward", "trained", *DIAGNOSTICS)
 
 
 def summarise(kind: str, finished: list[Task], out: Path) -> None:
@@ -31,8 +31,12 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
             lines = [json.dumps(slim(record)) + "\n" for record in storage.read(metrics)]
             (out / f"{task.name}.jsonl").write_text("".join(lines))
     listed = [task for task in finished if task.listed]
-    if kind == "methods":
+    if kind in ("methods", "ablation"):
         paired.run([*(str(task.path) for task in listed), "--out", str(out)])
+        histories = {task.name: curves.metrics(task.path / "metrics.jsonl") for task in listed}
+        with storage.writing(out):
+            (out / "diagnostics.md").write_text(diagnostics(histories))
+        print(diagnostics(histories))
     elif kind == "rates":
         rates(listed, out)
     elif kind == "table1":
@@ -40,8 +44,7 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
         report.table_command([*paths, "--out", str(out / "table1")])
         report.figures_command([*paths, "--out", str(out)])
     else:
-        comparison(listed, out / f"{kind}.md")
-        print((out / f"{kind}.md").read_text())
+        report.table_command([*(str(task.path) for task in listed), "--out", str(out / kind)])
 
 
 def rates(finished: list[Task], out: Path) -> None:
@@ -84,40 +87,20 @@ def slim(record: dict) -> dict:
     return kept
 
 
-def comparison(finished: list[Task], out: Path) -> None:
-    """A Markdown table, means over seeds: accuracy on test sets, diagnostics of the last steps."""
+def diagnostics(histories: dict[str, list[dict]]) -> str:
+    """A Markdown table: means over the last steps and the seeds of each RL method."""
     found: dict[str, dict[str, list[float]]] = {}
-    for task in finished:
-        row = found.setdefault(curves.method_of(task.name), {})
-        for name, value in figures_of(task).items():
-            row.setdefault(name, []).append(value)
-    columns = []
-    for row in found.values():
-        columns += [name for name in row if name not in columns]
-    lines = ["| run | seeds | " + " | ".join(columns) + " |", "|---" * (len(columns) + 2) + "|"]
-    for name, row in found.items():
-        cells = [cell(column, row[column]) if column in row else "-" for column in columns]
-        lines.append(f"| {name} | {max(map(len, row.values()))} | " + " | ".join(cells) + " |")
-    note = "Accuracy on test sets in %; the other figures are means over the last"
-    lines += ["", f"{note} {LAST} steps of training."]
-    with storage.writing(out):
-        out.write_text("\n".join(lines) + "\n")
-
-
-def figures_of(task: Task) -> dict[str, float]:
-    """A run's accuracy by test set and part, and the diagnostics that all its last records have."""
-    predictions = with_parts(read_predictions(task.path / "predictions"))
-    figures = {name: score_predictions(ps)["accuracy"] for name, ps in predictions.items()}
-    history = curves.metrics(task.path / "metrics.jsonl")
-    records = [record for record in history if "loss" in record][-LAST:]
-    for name in DIAGNOSTICS:
-        values = [record.get(name) for record in records]
-        if values and None not in values:
-            figures[name] = statistics.fmean(values)
-    return figures
-
-
-def cell(column: str, values: list[float]) -> str:
-    """A test set's accuracy (its name has a dash) in percent, a diagnostic as it is."""
-    mean = statistics.fmean(values)
-    return f"{100 * mean:.1f}" if "-" in column else f"{mean:.3f}"
+    for run, history in histories.items():
+        last = [record for record in history if "expert_share" in record][-LAST:]
+        for name in DIAGNOSTICS if last else ():
+            values = [record.get(name) for record in last]
+            row = found.setdefault(curves.method_of(run), {})
+            row.setdefault(name, []).append(None if None in values else statistics.fmean(values))
+    lines = [f"| last {LAST} steps | " + " | ".join(DIAGNOSTICS) + " |"]
+    lines.append("|---" * (len(DIAGNOSTICS) + 1) + "|")
+    for method, row in found.items():
+        cells = []
+        for values in row.values():
+            cells.append("-" if None in values else f"{statistics.fmean(values):.3f}")
+        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

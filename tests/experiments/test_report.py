@@ -1,8 +1,15 @@
 """report.py, figures.py: table and figures follow from the numbers by their formulas."""
 
+import dataclasses
+import json
+
+import numpy as np
 import pytest
 
-from experiments import figures, report
+from data.predictions import Prediction
+from experiments import conditions, figures, report
+from training import storage
+from training.console import UserError
 
 
 def history(points: dict[int, float], share: float) -> list[dict]:
@@ -54,10 +61,10 @@ def test_seeds_are_one_method_with_mean_and_standard_deviation(tmp_path):
 @pytest.mark.parametrize(
     "curve, target, share",
     [
-        ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.6, 0.75),  # half-way between the last two
+        ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.6, 1.0),  # nothing is said of between
         ([(0, 0.2), (10, 0.4), (20, 0.8)], 0.4, 0.5),
         ([(0, 0.5), (10, 0.4), (20, 0.8)], 0.5, 0.0),  # it starts there
-        ([(0, 0.2), (10, 0.9), (20, 0.1)], 0.55, 0.25),  # the first time counts
+        ([(0, 0.2), (10, 0.9), (20, 0.1)], 0.55, 0.5),  # the first time counts
         ([(0, 0.2), (10, 0.4), (20, 0.5)], 0.6, None),
     ],
 )
@@ -86,13 +93,10 @@ def test_figure_3_tells_when_the_mean_of_the_seeds_reaches_the_end_of_the_method
         "grpo-seed1": history({0: 0.2, 40: 0.5, 80: 0.5}, 0.0),
     }
     said = figures.data_efficiency(histories, tmp_path / "3.png")
-    assert (
-        said == "counting-id: ekipl reaches the end of grpo (45.0 %) after 25 % of its states"
-    )  # 0.2 + 0.5 x / 40 = 0.45 at x = 20
-    assert figures.data_efficiency(
-        {"ekipl": history({0: 0.2, 80: 0.3}, 0.5), "grpo": history({0: 0.2, 80: 0.4}, 0.0)},
-        tmp_path / "3.png",
-    ).endswith("never")
+    reached = "counting-id: ekipl reaches the end of grpo (45.0 %)"
+    assert said == f"{reached} after 50 % of its states (evaluated every 50 %)"
+    late = {"ekipl": history({0: 0.2, 80: 0.3}, 0.5), "grpo": history({0: 0.2, 80: 0.4}, 0.0)}
+    assert "never (evaluated" in figures.data_efficiency(late, tmp_path / "3.png")
 
 
 def test_figure_4_stacks_the_sources_to_one(tmp_path, monkeypatch):
@@ -129,10 +133,55 @@ def test_figure_5_is_the_mean_over_questions_for_every_k_that_all_have(tmp_path,
         ),
     )
     monkeypatch.setattr(figures, "pass_at_k", lambda n, c, k: c * k / n)
-    figures.pass_at({"A": {"counting-id": [(4, 1), (5, 0)]}}, tmp_path / "5.png")
+    figures.pass_at({"counting-id": {"A": (4, [1, 0])}}, tmp_path / "5.png")
     assert drawn == [([1, 2, 4], [pytest.approx(v) for v in (0.125, 0.25, 0.5)])]
     assert (tmp_path / "5.csv").read_text().splitlines()[1:] == [
         "A,counting-id,1,0.1250,1",
         "A,counting-id,2,0.2500,1",
         "A,counting-id,4,0.5000,1",
     ]
+
+
+def test_figure_5_is_made_again_from_the_saved_counts_and_the_others_from_files(tmp_path):
+    answers = ["<answer> 3 </answer>", "<answer> 4 </answer>", "3"]
+    records = []
+    for i, samples in enumerate([answers, [*answers[:1] * 2, *answers]]):  # two of the same set
+        record = Prediction(f"a-{i}", "3", "discrete", samples[0], 5, False, samples)
+        records.append(dataclasses.asdict(record))
+    run, out = tmp_path / "A-seed0", tmp_path / "out"
+    (run / "predictions").mkdir(parents=True)
+    storage.append(run / "predictions" / "counting-id.jsonl", records)
+    report.figures_command([str(run), "--out", str(out)])
+    saved = json.loads((out / "samples.json").read_text())
+    assert saved == {"counting-id": {"A-seed0": [3, [1, 3]]}}  # as many samples of each
+    made = (out / "figure5.csv").read_text()
+    (out / "figure5.csv").unlink()
+    file = tmp_path / "B-seed0.jsonl"
+    storage.append(file, history({0: 0.2, 80: 0.3}, 0.5))
+    report.figures_command([str(file), "--out", str(out)])
+    assert (out / "figure5.csv").read_text() == made
+    assert (out / "figure4.png").exists() and (out / "updates.png").exists()
+
+
+def test_a_condition_is_drawn_with_the_interval_of_its_scores(tmp_path, monkeypatch):
+    for name, rights in (("one", "1100"), ("two", "1111")):
+        (tmp_path / name).mkdir()
+        scores = {"counting-id": {"A-seed0": rights, "A-seed1": "1100"}}
+        (tmp_path / name / "scores.json").write_text(json.dumps(scores))
+    drawn, errorbar = [], conditions.panels(1)[1][0].__class__.errorbar
+
+    def record(self, x, y, half, **options):
+        drawn.append((y, half))
+        return errorbar(self, x, y, half, **options)
+
+    monkeypatch.setattr(figures.plt.Axes, "errorbar", record)
+    given = [f"{name}={tmp_path / name}" for name in ("one", "two")]
+    conditions.run([*given, "--methods", "A", "--out", str(tmp_path / "c.png")])
+    ((values, halves),) = drawn
+    value, half = conditions.interval(np.array([[1.0, 1, 1, 1], [1, 1, 0, 0]]))
+    assert values == [50.0, 100 * value] and halves[1] == pytest.approx(100 * half)
+    for wrong, says in ((["x"], "LABEL=DIR"), ([f"a={tmp_path}"], "no scores.json")):
+        with pytest.raises(UserError, match=says):
+            conditions.run([*wrong, "--methods", "A", "--out", "c.png"])
+    with pytest.raises(UserError, match="no scores of B; there are A"):
+        conditions.run([*given, "--methods", "B", "--out", "c.png"])

@@ -1,5 +1,6 @@
 """The list of methods: who sees which questions, and which rows a sweep takes."""
 
+import json
 import shlex
 import sys
 
@@ -21,6 +22,7 @@ def test_all_methods_learn_from_the_same_questions_once():
         if not row.program or not row.listed:
             continue
         parsed = (sft if row.program == "sft.py" else ekipl).parse(list(row.flags))[0]
+        assert parsed.epochs == (3 if "3-epochs" in row.name else 1)
         seen = range(parsed.skip, parsed.limit or 640)
         if row.after:
             first = sft.parse(list(made[row.after].flags))[0]
@@ -48,6 +50,7 @@ def test_each_row_does_what_its_name_says():
     assert parsed["Vision-EKIPL"] == config()
     assert parsed["Vision-EKIPL-reversed"].experts == "quick,careful"
     assert parsed["Vision-EKIPL-any"].tie_rule == "any_expert"
+    assert parsed["Vision-EKIPL-all"].group_size == 24  # of 24 candidates
     assert (made["base"].request, made["base-check"].request) == ("", "check .")
 
 
@@ -70,3 +73,53 @@ def test_chosen_rows_come_with_those_that_they_start_from(monkeypatch, capsys):
     assert sum("check ." in words for words in said) == 1 and len(said) == 6
     with pytest.raises(UserError, match="no row RFT2; there are careful, quick, base"):
         rows.chosen(rows.methods(config(), 1280), "RFT2")
+
+
+def test_every_method_is_searched_and_takes_what_is_best_for_it(tmp_path):
+    made = rows.methods(config(), 1280)
+    searched = rows.rates(config(), 1280)
+    own = [row.name for row in made if row.program and row.listed and not row.rate]
+    names = [row.name for row in searched if row.listed]
+    assert names == [f"{name}-lr{rate}" for name in own for rate in rows.RATES]
+    assert len(rows.chosen(searched, "GRPO,RFT-then-GRPO")) == 11  # and RFT-first
+    file = tmp_path / "rates.json"
+    found = {"RFT": {"0.001": 0.4, "0.002": 0.5}, "Vision-EKIPL": {"0.001": 0.4, "0.0005": 0.3}}
+    file.write_text(json.dumps(found))
+    flags = {row.name: row.flags for row in rows.with_best_rates(made, file)}
+    for name in ("RFT", "RFT-3-epochs", "RFT-first"):
+        assert flags[name][-2:] == ("--lr", "0.002")
+    for name in ("Vision-EKIPL", "Vision-EKIPL-any", "Vision-EKIPL-reversed", "Vision-EKIPL-all"):
+        assert flags[name][-2:] == ("--lr", "0.001")
+    for name in ("GRPO", "base", "RFT-careful", "Vision-EKIPL-early"):  # not in the file
+        assert "--lr" not in flags[name]
+    again = rows.with_best_rates(searched, file)  # those that have a rate keep it
+    assert [row.flags for row in again if row.listed] == [r.flags for r in searched if r.listed]
+    for text in ("", "[]", '{"RFT": 3}'):
+        file.write_text(text)
+        with pytest.raises(UserError, match="is not what the list of rates writes"):
+            rows.with_best_rates(made, file)
+
+
+def test_the_ablation_changes_one_thing_at_the_rate_of_vision_ekipl():
+    for row in rows.ablation(config(), 1280):
+        parsed, changed = ekipl.parse(list(row.flags))[0], []
+        for name, value in vars(config()).items():
+            if getattr(parsed, name) != value:
+                changed.append(name)
+        assert row.rate == "Vision-EKIPL"
+        assert len(changed) == (0 if row.name == "Vision-EKIPL" else 2 if row.name == "N-2" else 1)
+
+
+def test_experts_of_another_accuracy_are_the_same_rows():
+    made = {row.name: row for row in rows.methods(config("--experts", "careful:0.3,quick:0.05"), 1)}
+    assert made["RFT-careful"].flags[-1] == "careful:0.3" and made["quick"].model == "quick:0.05"
+
+
+def test_rates_are_chosen_on_validation_questions(monkeypatch, capsys):
+    arguments = "rates --seeds 3 --dry-run --rows GRPO".split()
+    monkeypatch.setattr(sys, "argv", ["experiments.sweep", *arguments])
+    sweep.main()
+    said = capsys.readouterr().out.splitlines()
+    evaluations = [line for line in said if "evaluate.py" in line]
+    assert len(evaluations) == 5
+    assert all("--sets counting-val --states" in line for line in evaluations)

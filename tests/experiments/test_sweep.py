@@ -208,12 +208,9 @@ def test_a_run_that_was_stopped_is_resumed_or_begun_again(here, tmp_path, monkey
         ],
     )
     assert call(monkeypatch, *arguments) == 0
-    table = (tmp_path / "blocks" / "results" / "ablation.md").read_text()
-    assert (
-        "| run | seeds | counting-id |" in table
-        and "| expert_share |" in table
-        and "| GRPO | 1 |" in table
-    )
+    results = tmp_path / "blocks" / "results"
+    assert "| GRPO | 1 | 0.0005 | 8 | 64 | 0 | 64 | " in (results / "table.md").read_text()
+    assert "| GRPO | 0.000 | " in (results / "diagnostics.md").read_text()
     here.commands.clear()
     (tmp_path / "blocks" / "Vision-EKIPL-seed0.0.done").unlink()
     (tmp_path / "blocks" / "GRPO-seed0.0.done").unlink()
