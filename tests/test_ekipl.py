@@ -339,6 +339,7 @@ def test_step_metrics_take_ess_by_state_and_tell_where_all_advantages_are_equal(
     found = step_metrics(groups)
     assert found["dead_groups"] == pytest.approx(1 / 3)
     assert found["equal_advantages"] == pytest.approx(2 / 3)
+    assert found["negative"] == pytest.approx(1 / 9)  # of nine kept actions one
     assert found["ess"] == pytest.approx((2 + 1 + 3) / 3)
     assert found["ess_share"] == pytest.approx((1 + 1 / 3 + 3 / 4) / 3)
     groups[1]["weights"] = None  # one density unknown: nothing is said of any weight

@@ -567,6 +567,28 @@ def test_eos_receives_gradient():
         assert grad[b, g, last[b, g]] != 0
 
 
+def test_where_all_kept_actions_are_right_the_update_is_weighted_cloning():
+    """One update a batch, no KL: the gradient of each group is that of the mean log-likelihood of
+    its kept actions, times sqrt((M - 1) / M (1 - p) / p), p the share of right candidates."""
+    batch = random_batch(4)
+    logp = batch["logp"].clone().requires_grad_()
+    shares, m = torch.tensor([0.5, 0.75, 0.375]), 24
+    rewards = torch.ones(3, m)  # format
+    for row, share in enumerate(shares):
+        rewards[row, : int(share * m)] = 2.0  # and accuracy
+    present = batch["mask"].any(-1)  # (B, G)
+    advantages = grpo.group_advantages(torch.full(present.shape, 2.0), rewards)  # (B, G)
+    loss, _ = grpo.ekipl_loss(logp, logp.detach(), None, batch["mask"], advantages, beta=0)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    weights = ((m - 1) / m * (1 - shares) / shares).sqrt()
+    cloning = 0.0
+    for row in range(3):
+        means = [logp[row, i][batch["mask"][row, i]].mean() for i in range(4) if present[row, i]]
+        cloning = cloning - weights[row] * sum(means) / len(means)
+    (expected,) = torch.autograd.grad(cloning, logp)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=0)  # eps of Eq 1
+
+
 def test_every_action_counts_the_same_whatever_its_length():
     """Tokens are averaged inside an action first: a long action must not drown a short one."""
     logp, mask = torch.full((1, 2, 10), -1.0), torch.ones(1, 2, 10, dtype=torch.bool)

@@ -100,6 +100,18 @@ def test_the_hash_splits_train_from_test_whatever_the_seed(name, seed):
         )
 
 
+@pytest.mark.parametrize("task", SETS)
+def test_validation_questions_are_like_those_of_training_and_in_no_table(task):
+    found = states(f"{task}-val", 100)
+    train = {repr(state.problem) for state in states(f"{task}-train", 400)}
+    seen = sum(repr(state.problem) in train for state in found)
+    # Of structure there are few questions: some are in both.
+    assert seen <= (10 if task == "structure" else 0)
+    for state in found:
+        assert not dataset.in_test(state.problem)
+    assert {state.part for state in found} == {state.part for state in states(f"{task}-id", 100)}
+
+
 def test_the_tests_share_of_all_questions_is_as_stated():
     rng = random.Random(0)
     share = sum(dataset.in_test(counting.Counting.sample(rng, "train")) for _ in range(2000)) / 2000

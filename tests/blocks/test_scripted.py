@@ -22,7 +22,7 @@ TABLE_1 = {  # in percent, as printed: the rows of GPT-4o and of Gemini-1.5-Pro
                       (61.80, 37.50, 50.12, 48.38, 26.22, 18.76, 19.88), strict=True)),
 }  # fmt: skip
 TEST_SETS = [name for names in SETS.values() for name in names]
-TRAIN_SETS = [f"{task}-train" for task in SETS]
+TRAIN_SETS = [f"{task}-{split}" for task in SETS for split in ("train", "val")]
 
 EXPERTS = make_experts("careful,quick")
 each_expert = pytest.mark.parametrize("expert", EXPERTS, ids=lambda expert: expert.name)
@@ -42,9 +42,33 @@ def test_the_expected_score_of_every_question_is_table_1s(expert, name):
         scores = []
         for text, probability in density.items():
             scores.append(probability * accuracy_score(text, state.answer, state.kind))
-        # Train questions are like those of the test set in distribution.
-        printed = TABLE_1[expert.name][name.replace("-train", "-id")] / 100
+        # Questions of training and validation are like those of the test set in distribution.
+        task, split = name.split("-")
+        like = f"{task}-id" if split in ("train", "val") else name
+        printed = TABLE_1[expert.name][like] / 100
         assert math.fsum(scores) == pytest.approx(printed, abs=1e-12), state
+
+
+@pytest.mark.parametrize("name", ["counting-train", "counting-ood", "transformation-id"])
+def test_an_expert_of_a_given_accuracy_has_it_on_every_set(name):
+    (expert,) = make_experts("quick:0.05")
+    for state in some(name):
+        scores = []
+        for text, probability in expert.density(state).items():
+            scores.append(probability * accuracy_score(text, state.answer, state.kind))
+        assert math.fsum(scores) == pytest.approx(0.05, abs=1e-12)
+        (table1,) = make_experts("quick")
+        assert set(expert.density(state)) == set(table1.density(state))  # the same words
+
+
+@pytest.mark.parametrize("spec, says", [
+    ("careful:0", "right in 30 %"), ("careful:1", "right in 30 %"), ("quick:", "right in 30 %"),
+    ("quick:nan", "right in 30 %"), ("careful:0.3,careful", "named twice"),
+    ("slow:0.3", "no expert"),
+])  # fmt: skip
+def test_a_wrong_accuracy_is_refused(spec, says):
+    with pytest.raises(ValueError, match=says):
+        make_experts(spec)
 
 
 @each_expert
