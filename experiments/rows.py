@@ -118,7 +118,7 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
     ]
 
 
-RATES = ("0.000125", "0.00025", "0.0005", "0.001", "0.002")
+RATES = ("0.00025", "0.0005", "0.001", "0.002", "0.004")
 
 
 def rates(config: ekipl.Config, stage1: int) -> list[Row]:
