@@ -171,6 +171,7 @@ def parser_of(kind: type[Settings], presets: dict[str, dict], about: str) -> Par
         text = setting.metadata["help"]
         if setting.default != "":
             text += f" (default: {setting.default})"
+        text = text.replace("%", "%%")  # argparse formats it
         kinds = dict(type=setting.type, choices=choices or None)
         if setting.type is bool:
             kinds = dict(action=argparse.BooleanOptionalAction)
