@@ -37,9 +37,11 @@ STEPS = 30
 
 
 def group_of(state: State, expert: str) -> Group:
-    """Seven actions, five of them kept: two of the best, one in the middle, two of the worst."""
+    """Eight actions, five of them kept: two of the best, one in the middle, two of the worst; two
+    of those that are not kept are equal."""
     right = RIGHT.format(state.answer)
-    texts = {"policy": [right, WRONG, HOSTILE, WRONG], expert: [right, RIGHT.format("none"), WRONG]}
+    texts = {"policy": [right, WRONG, HOSTILE, WRONG, WRONG]}
+    texts[expert] = [right, RIGHT.format("none"), WRONG]
     actions = []
     for source, those in texts.items():
         actions += [Action([5], text, source) for text in those]
@@ -104,6 +106,16 @@ def shown_steps(page) -> list[int]:
     return [int(text) for text in page.locator("select option:checked").all_text_contents()]
 
 
+def shown_texts(page) -> list[str]:
+    """The texts of all actions that are shown; equal ones share a card."""
+    texts = []
+    for card in page.locator(".action").all():
+        times = card.locator(".times")
+        count = int(times.text_content().removeprefix(" × ")) if times.count() else 1
+        texts += count * [card.locator(".text").text_content()]
+    return texts
+
+
 def actions_of(run: Path, steps: list[int]) -> list[dict]:
     return [
         action
@@ -117,8 +129,8 @@ def actions_of(run: Path, steps: list[int]) -> list[dict]:
 
 
 def test_a_models_text_is_shown_as_it_is_and_does_nothing(page, address):
-    texts = page.locator(".text").all_text_contents()
-    assert texts.count(HOSTILE) == 3 and len(texts) == 3 * 7  # in each column
+    texts = shown_texts(page)
+    assert texts.count(HOSTILE) == 3 and len(texts) == 3 * 8  # in each column
     assert page.locator(".text *, .question :not(b), h1 *").count() == 0
     assert page.locator("h1").text_content() == "Groups of <b>a run"
     assert page.evaluate("typeof ran") == "undefined"
@@ -157,11 +169,10 @@ def test_a_filter_leaves_the_actions_that_it_does_not_name(page, run, label, sta
     actions = actions_of(run, shown_steps(page))
     left = [action for action in actions if stays(action)]
     assert 0 < len(left) < len(actions)
-    shown = page.locator(".text").all_text_contents()
-    assert sorted(shown) == sorted(action["text"] for action in left)
+    assert sorted(shown_texts(page)) == sorted(action["text"] for action in left)
     assert f"{len(left)} of {len(actions)} actions" in page.locator("#count").text_content()
     box.check()
-    assert page.locator(".action").count() == len(actions)
+    assert len(shown_texts(page)) == len(actions)
 
 
 def test_arrow_keys_move_the_framed_column_through_the_steps_and_stop_at_the_ends(page):
@@ -202,6 +213,9 @@ def test_a_bar_starts_at_the_zero_line_and_points_to_the_side_of_the_advantage(p
 def test_an_action_has_its_sources_colour_its_rewards_and_whether_it_was_kept(page, run):
     cards = page.locator(".step").first.locator(".action").all()
     actions = sorted(actions_of(run, [1]), key=lambda a: (not a["kept"], -a["reward"]))
+    twice = [action for action in actions if actions.count(action) > 1]
+    assert len(twice) == 2
+    actions.remove(twice[1])
     colors = {"policy": "rgb(31, 119, 180)", HOSTILE[:60]: "rgb(255, 127, 14)"}  # as in Figure 4
     for card, action in zip(cards, actions, strict=True):
         color = card.evaluate("element => getComputedStyle(element).borderLeftColor")
@@ -210,6 +224,7 @@ def test_an_action_has_its_sources_colour_its_rewards_and_whether_it_was_kept(pa
         parts = [action[name] for name in ("format", "accuracy", "reward")]
         assert "format {:g} + accuracy {:g} = {:g}".format(*parts) in text
         assert ("not kept" in text) != action["kept"]
+        assert (" × 2" in text) == (action == twice[0])
 
 
 @pytest.mark.parametrize("width", [1400, 400])
@@ -218,8 +233,12 @@ def test_nothing_is_wider_than_the_window_and_columns_stack_in_a_narrow_one(page
     assert page.evaluate("document.documentElement.scrollWidth") == width
     tops = [column.bounding_box()["y"] for column in page.locator(".step").all()]
     assert len(set(tops)) == (1 if width == 1400 else 3)
-    loaded = page.evaluate("[...document.images].map(image => image.naturalWidth)")
-    assert len(loaded) == 4 and all(loaded)  # a picture each, and the curves
+    images = page.evaluate(
+        "[...document.images].map(i => [i.naturalWidth, i.naturalHeight, i.width, i.height])"
+    )
+    assert len(images) == 4  # a picture each, and the curves
+    for true_width, true_height, width, height in images:
+        assert width / height == pytest.approx(true_width / true_height, rel=0.02)
 
 
 # ----------------------------------------------------------------------------------- its content
