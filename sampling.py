@@ -124,6 +124,8 @@ class Group:
                 {
                     "source": action.source,
                     "text": action.text,
+                    "format": self.format[i],
+                    "accuracy": self.accuracy[i],
                     "reward": reward,
                     "kept": i in advantages,
                     "advantage": advantages.get(i),

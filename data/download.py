@@ -36,6 +36,11 @@ def at_home(path: str) -> Path:
         ) from None
 
 
+def directory_of(source: str, cache: Path) -> Path:
+    """Where the files of `source` are, or will be: see `prepare`."""
+    return cache / "Reason-RFT-CoT-Dataset" if source == "reason-rft" else at_home(source)
+
+
 def prepare(source: str, names: list[str], cache: Path) -> Path:
     """The directory with the files of these sets, unpacked.
 
@@ -43,7 +48,7 @@ def prepare(source: str, names: list[str], cache: Path) -> Path:
     goes on at the next one. UserError if something is missing.
     """
     from_hub = source == "reason-rft"
-    directory = cache / "Reason-RFT-CoT-Dataset" if from_hub else at_home(source)
+    directory = directory_of(source, cache)
     if not from_hub and not directory.is_dir():
         raise UserError(
             f"no data at {directory}: --data is a directory with train_jsons and test_jsons, "

@@ -38,6 +38,12 @@ change_position(0, front_left)."""
 GEOMETRY = "a letter, a number or an expression"
 
 
+def image_roots(name: str, directory: Path) -> list[Path]:
+    """The folders that a record of this set may name its images from."""
+    images = "train_images" if name.endswith("-train") else "test_images"
+    return [directory / "images" / images, directory / "images", directory / images, directory]
+
+
 class ReasonRFTSet:
     """A set of Reason-RFT-CoT: `ReasonRFTSet("counting-train", directory)[17]`.
 
@@ -60,11 +66,10 @@ class ReasonRFTSet:
         if name not in FILES:
             raise ValueError(f"no set '{name}' in Reason-RFT-CoT; there are {', '.join(FILES)}")
         self.name, self.mode, self.left_out = name, mode, []
-        self.task, split = name.split("-")
+        self.task = name.split("-")[0]
         path = directory / FILES[name]
         records = read_records(path)
-        images = "train_images" if split == "train" else "test_images"
-        roots = [directory / "images" / images, directory / "images", directory / images, directory]
+        roots = image_roots(name, directory)
         found: list[Record | Unusable] = []
         for i, record in enumerate(records):
             try:

@@ -217,12 +217,14 @@ def test_the_engine_gets_what_the_sampler_is_asked_for(policy, monkeypatch):
     assert made == [((policy, "a model", 7), {"bf16": True, "max_model_len": 99})]
 
 
-def test_a_transcript_says_which_actions_were_kept_and_their_advantages():
+def test_a_transcript_has_the_parts_of_each_reward_who_was_kept_and_the_advantages():
     actions = [Action([5], text, "policy") for text in "abc"]
-    group = Group(STATES[0], None, actions, [1.0] * 3, [0.0, 1.0, 0.0])
+    group = Group(STATES[0], None, actions, [1.0, 1.0, 0.0], [0.0, 1.0, 0.5])
     group.kept, group.advantages = [1, 0], [0.5, -0.5]
     found = [(action["kept"], action["advantage"]) for action in group.transcript(3)["actions"]]
     assert found == [(True, -0.5), (True, 0.5), (False, None)]
+    parts = [(a["format"], a["accuracy"], a["reward"]) for a in group.transcript(3)["actions"]]
+    assert parts == [(1.0, 0.0, 1.0), (1.0, 1.0, 2.0), (0.0, 0.5, 0.5)]
 
 
 # --------------------------------------------------------------------------------------- rewards.py

@@ -3,7 +3,7 @@
 runs/NAME/config.json          every setting of the run
           metrics.jsonl        one line a step
           samples.jsonl        some whole groups of each step: question and every action with its
-                               source, reward and advantage, and whether it was kept
+                               source, reward, its parts and advantage, and whether it was kept
           left_out.jsonl       records of Reason-RFT-CoT that cannot be used, and why
           curves.png, time.png drawn from metrics.jsonl (curves.py)
           checkpoint-000060/   the model in Hugging Face layout and trainer.pt: the optimizer's

@@ -1,0 +1,1 @@
+"""The course; README.md beside this file."""
