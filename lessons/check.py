@@ -17,7 +17,8 @@ from lessons.exercises import BLANK, EXERCISES, OUT, Exercise, named, read, spli
 from training import console
 from training.console import UserError
 
-OPTIONS = "-x -q -n 0 --tb=short -p no:cacheprovider".split()  # one failure at a time
+OPTIONS = "-x -q -n 0 --tb=short --show-capture=stdout --disable-warnings".split()
+OPTIONS += "-p no:cacheprovider -p no:unraisableexception".split()  # nothing left, less waiting
 
 
 def load(exercise: Exercise, file: Path) -> ModuleType:
