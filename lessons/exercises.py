@@ -63,16 +63,15 @@ def read(file: Path) -> str:
 def split(source: str, name: str) -> tuple[str, str, str, str]:
     """Four texts that join to the source: before the function, its head, its body, after it.
 
-    LookupError if there is no such function at the top level.
+    The head ends with the docstring, which every exercise has. LookupError if there is no such
+    function at the top level.
     """
     found = [node for node in ast.parse(source).body if getattr(node, "name", None) == name]
     if not found:
         raise LookupError(name)
     node = found[-1]  # the one that counts
-    first = node.body[0]
-    head_end = first.lineno - 1 if ast.get_docstring(node) is None else first.end_lineno
     lines = re.split(r"(?<=\n)", source)
-    cuts = (0, node.lineno - 1, head_end, node.end_lineno, len(lines))
+    cuts = (0, node.lineno - 1, node.body[0].end_lineno, node.end_lineno, len(lines))
     return tuple("".join(lines[start:end]) for start, end in zip(cuts, cuts[1:]))
 
 

@@ -216,6 +216,24 @@ def test_a_module_that_conftest_imports_is_the_students_too(tmp_path):
     assert forked(tmp_path / "log", "pack", "--out", tmp_path) == 0
 
 
+@pytest.mark.parametrize("code, passed", [(0, 3), (1, 3), (0, 0), (5, 0)])
+def test_right_is_what_passes_every_test_and_at_least_one(code, passed, monkeypatch, capsys):
+    def pytest_main(arguments, plugins):
+        plugins[0].passed = passed
+        return code
+
+    monkeypatch.setattr(pytest, "main", pytest_main)
+    monkeypatch.setattr(check, "load", lambda *_: ModuleType("grpo"))
+    if (code, passed) == (0, 3):
+        assert "group_advantages in mine/grpo.py passes its 3 tests" in check.run(
+            ["group_advantages"]
+        )
+        return
+    with pytest.raises(SystemExit, match="1"):
+        check.run(["group_advantages"])
+    assert "not yet" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("what", ["module", "function"])
 def test_a_check_that_would_test_the_repositorys_own_function_stops(what, tmp_path, monkeypatch):
     own = importlib.import_module("grpo")
