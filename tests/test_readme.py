@@ -37,6 +37,22 @@ def test_an_equation_stands_at_its_line(row):
     assert now == [int(line)], f"{name} is at {file}:{now}"
 
 
+def named_lines() -> list[tuple[Path, str, str, str]]:
+    """(page, name, file, line) of every link of a name in code to a line."""
+    found = []
+    for page in PAGES:
+        links = re.findall(r"\[`(\w+)`\]\(([\w./]+\.py)#L(\d+)\)", page.read_text())
+        found += [(page, *link) for link in links]
+    return found
+
+
+@pytest.mark.parametrize("page, name, file, line", named_lines())
+def test_a_name_that_is_linked_stands_at_its_line(page, name, file, line):
+    lines = (page.parent / file).read_text().splitlines()
+    now = [i for i, text in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", text)]
+    assert now == [int(line)], f"{name} is at {file}:{now}"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_and_link_of_a_page_exists(page):
     text = page.read_text()
