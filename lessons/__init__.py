@@ -1,0 +1,1 @@
+"""The course: lessons whose numbers are computed by the code that they explain."""
