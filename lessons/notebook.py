@@ -42,7 +42,7 @@ def notebook(text: str) -> dict:
 
 def run(argv: list[str]) -> str:
     parser = console.Parser(
-        prog="python -m lessons.notebook", description="A file of '# %%%%' cells as a notebook."
+        prog="python -m lessons.notebook", description="A file of '# %%' cells as a notebook."
     )
     parser.add_argument("file", nargs="?", type=Path, default=WALK, help="default: the walk")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.ipynb")

@@ -155,7 +155,7 @@ for letter, name in zip("CBA", reversed(grpo.ESTIMATORS)):
         loss.backward()
         norm = clip_gradients(policy, config.max_grad_norm)
         losses[letter, reading], norms[letter, reading] = loss.item(), norm
-        print(f"{letter} by the {reading:10}: loss {loss:+.2f}, gradient norm {norm:.2f}")
+        print(f"{letter} by the {reading:10}: loss {loss:+z.2f}, gradient norm {norm:.2f}")
 
 # %% [markdown]
 # ## One step of AdamW, and the same group again: ratio, clip and KL (Eq 2, 3)
@@ -176,7 +176,7 @@ for g, action in enumerate(group.kept_actions):
     clipped, kl = (float(second[name][0, g]) for name in ("clip_fraction", "kl"))
     print(f"{action.source:8} A {advantages[0, g]:+.2f}  clipped {clipped:.0%}  KL {kl:.3f}")
 figure, axis = plt.subplots(figsize=(7, 3.5), layout="constrained")
-pictures.ratios(axis, ratio, group, config.clip_eps)
+pictures.ratios(axis, ratio, group, policy.tokenizer, config.clip_eps)
 pictures.show(figure, "ratio", __name__)
 
 # %% [markdown]

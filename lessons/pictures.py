@@ -18,7 +18,7 @@ if NOTEBOOK:  # training/curves.py draws into files
 
 
 def show(figure, name: str, module: str) -> None:
-    """In a notebook below its cell; of a script, `module` "__main__", in a file; else not at all."""
+    """In a notebook below its cell; of a script, module "__main__", in a file; else nowhere."""
     if NOTEBOOK:
         plt.show()
     elif module == "__main__":
@@ -51,7 +51,7 @@ def seen_by(layout: SharedPrefix) -> torch.Tensor:
 
 def attention(axis, layout: SharedPrefix) -> None:
     """Which token of the row sees which."""
-    axis.imshow(seen_by(layout), cmap="Blues", vmax=1.5, interpolation="nearest")
+    axis.imshow(seen_by(layout).numpy(), cmap="Blues", vmax=1.5, interpolation="nearest")
     starts = [0, *(int(at[0]) for at in layout.action_at)]
     names = ["prompt", *(f"action {number}" for number in range(1, len(starts)))]
     for start in starts[1:]:
@@ -62,13 +62,19 @@ def attention(axis, layout: SharedPrefix) -> None:
     axis.tick_params(length=0)
 
 
-def ratios(axis, ratio: torch.Tensor, group: Group, clip_eps: float) -> None:
-    """Eq 2 by token, (G, T), over the band that Eq 3 does not clip."""
+def ratios(axis, ratio: torch.Tensor, group: Group, tokenizer, clip_eps: float) -> None:
+    """Eq 2 by token, (G, T), over the band that Eq 3 does not clip; names what is outside."""
     axis.axhspan(1 - clip_eps, 1 + clip_eps, color="0.9")
-    for row, action, i in zip(ratio, group.kept_actions, group.kept, strict=True):
-        values = row[: len(action.tokens)]
-        label = f"{action.source}, R = {group.rewards[i]:.0f}"
-        style = "o-" if group.accuracy[i] else "x:"
-        axis.plot(values, style, color=COLORS[action.source], markersize=4, label=label)
-    axis.set(yscale="log", xlabel="token of the action", ylabel="ratio")
+    for g, action in enumerate(group.kept_actions):
+        right = group.accuracy[group.kept[g]]
+        words = tokenizer.convert_ids_to_tokens(action.tokens)
+        values = ratio[g, : len(words)].tolist()
+        name = f"{action.source}, {'right' if right else 'wrong'}"
+        style = dict(marker="o" if right else "X", linestyle="-" if right else ":")
+        size = max(8 - 2 * g, 5)  # equal actions lie upon each other
+        axis.plot(values, color=COLORS[action.source], label=name, markersize=size, **style)
+        for place, (word, value) in enumerate(zip(words, values, strict=True)):
+            if abs(value - 1) > clip_eps:
+                axis.annotate(word, (place, value), (7, -3), textcoords="offset points")
+    axis.set(yscale="log", xlabel="token of the action", ylabel="ratio", xticks=range(0, 21, 5))
     axis.legend(frameon=False)
