@@ -32,18 +32,11 @@ def notebook(text: str) -> dict:
             cell |= {"outputs": [], "execution_count": None}
         cells.append(cell | {"source": source.splitlines(keepends=True)})
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    return {
-        "cells": cells,
-        "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
-        "nbformat": 4,
-        "nbformat_minor": 5,
-    }
+    return dict(cells=cells, metadata={"kernelspec": kernel}, nbformat=4, nbformat_minor=5)
 
 
 def run(argv: list[str]) -> str:
-    parser = console.Parser(
-        prog="python -m lessons.notebook", description="A file of '# %%' cells as a notebook."
-    )
+    parser = console.Parser(prog="python -m lessons.notebook", description=__doc__.split("\n")[0])
     parser.add_argument("file", nargs="?", type=Path, default=WALK, help="default: the walk")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.ipynb")
     args = parser.parse_args(argv)

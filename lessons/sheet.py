@@ -133,7 +133,7 @@ def draw(walk, out: Path) -> None:
 
 
 def run(argv: list[str]) -> str:
-    parser = console.Parser(prog="python -m lessons.sheet", description="A step on one page.")
+    parser = console.Parser(prog="python -m lessons.sheet", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     out = parser.parse_args(argv).out
     with storage.writing(out):

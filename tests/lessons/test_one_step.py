@@ -185,7 +185,7 @@ def bullets() -> list[str]:
     return found
 
 
-def test_every_bullet_has_a_check_and_every_cell_with_a_number_has_a_bullet():
+def test_every_bullet_has_a_check_and_every_chapter_a_bullet():
     assert bullets() == list(CLAIMS)
     chapters = [cell for cell in CELLS[2:] if cell["cell_type"] == "markdown"]
     assert all("\n- " in "".join(cell["source"]) for cell in chapters)

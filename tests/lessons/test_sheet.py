@@ -81,6 +81,17 @@ def test_a_row_of_the_group_is_one_action_with_its_own_rewards(drawn, walk):
             assert found[at[0] + 4] == f"\u2713 {group.kept.index(i) + 1}"
 
 
+def test_a_row_of_the_losses_is_one_estimator_by_all_m_and_by_the_selected_g(drawn, walk):
+    found = texts(drawn / "one_step.svg")
+    for letter in "ABC":
+        row = []
+        for reading in ("candidates", "selected"):
+            row.append(f"{walk.losses[letter, reading]:+z.2f}")
+            row.append(f"{walk.norms[letter, reading]:.2f}")
+        at = found.index(letter)
+        assert found[at + 2 : at + 6] == row
+
+
 def test_every_equation_of_the_objective_is_named(drawn):
     page = " ".join(texts(drawn / "one_step.svg"))
     for name in ("Eq 1", "Eq 2", "Eq 3", "Eq 4, 5, 6", "Eq 7", "Eq 8, 9", "Eq 10", "A.2"):
