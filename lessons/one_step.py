@@ -13,6 +13,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
+from transformers.utils import logging
 
 sys.path.insert(  # the repository, from where a script or a notebook starts
     0, next((str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "ekipl.py").exists()), ".")
@@ -35,6 +36,7 @@ from training.distributed import World, clear_gradients, clip_gradients, determi
 #
 # - The scene has three objects, one of them a large sphere, so the answer is 1.
 # %%
+logging.disable_progress_bar()
 config = Config(num_samples=4, group_size=4)
 deterministic(World(0, 1, torch.device("cpu")))
 state = BlocksSet("counting-train", 143)[142]
@@ -131,7 +133,7 @@ weights = log_w.exp()
 ess = float(grpo.effective_sample_size(weights))
 bound = float(grpo.bias_bound(advantages.abs().max(), grpo.total_variation(weights)))
 for action, logp, w in zip(group.kept_actions, old_logp[0].sum(-1), weights[0]):
-    print(f"{action.source:8} log pi_old {logp:6.2f}  w {w:.2g}")
+    print(f"{action.source:8} log pi_old {logp:6.2f}  w {w:.3g}")
 print(f"ESS {ess:.2f} of {config.group_size}; Eq 10: {bound:.2f}")
 
 # %% [markdown]

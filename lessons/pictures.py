@@ -14,7 +14,9 @@ COLORS = {"policy": "tab:blue", "careful": "tab:orange", "quick": "tab:green"}
 OUT = Path("runs/lessons/one_step")
 NOTEBOOK = hasattr(builtins, "__IPYTHON__")
 if NOTEBOOK:  # training/curves.py draws into files
-    plt.switch_backend("module://matplotlib_inline.backend_inline")
+    from IPython import get_ipython
+
+    get_ipython().run_line_magic("matplotlib", "inline")
 
 
 def show(figure, name: str, module: str) -> None:

@@ -13,7 +13,7 @@ import torch
 
 import grpo
 from lessons import pictures
-from training import console, curves, storage
+from training import console, storage
 
 PANELS = [["state"] + ["group"] * 3, ["kept", "advantages", "loss", "loss"]]
 PANELS += [["ratio", "ratio", "clip", "after"]]
@@ -60,7 +60,7 @@ def kept(walk, axis, advantages_axis, colors: list) -> None:
     rows, G = [["", "source", "answer", "log π old", "w"]], len(colors)
     for g, action in enumerate(walk.group.kept_actions):
         logp, w = float(walk.old_logp[0, g].sum()), float(walk.weights[0, g])
-        rows.append([g + 1, action.source, short(action).split()[-1], f"{logp:.2f}", f"{w:.2g}"])
+        rows.append([g + 1, action.source, short(action).split()[-1], f"{logp:.2f}", f"{w:.3g}"])
     table(axis, [0, 0.07, -0.5, -0.76, -1], rows, colors)
     axis.set_title(f"3  Weights (Eq 8, 9): ESS {walk.ess:.2f} of {G}")
     for name, alpha, shift in (("candidates", 1.0, -0.2), ("selected", 0.4, 0.2)):
@@ -128,8 +128,10 @@ def draw(walk, out: Path) -> None:
         kept(walk, axes["kept"], axes["advantages"], colors)
         loss(walk, axes["loss"])
         after(walk, axes, colors)
-        for ending in ("png", "svg"):
-            curves.save(figure, out / f"one_step.{ending}", dpi=150)
+        for ending, metadata in (("png", {}), ("svg", {"Date": None})):  # the same every day
+            with storage.writing(out):
+                figure.savefig(out / f"one_step.{ending}", dpi=150, metadata=metadata)
+        plt.close(figure)
 
 
 def run(argv: list[str]) -> str:

@@ -47,7 +47,7 @@ def numbers_before_the_step(walk) -> list[str]:
     for values in walk.readings.values():
         wanted += [f"{value:+.2f}" for value in values[0].tolist()]
     wanted += [f"{logp:.2f}" for logp in walk.old_logp[0].sum(-1).tolist()]
-    wanted += [f"{w:.2g}" for w in walk.weights[0].tolist()]
+    wanted += [f"{w:.3g}" for w in walk.weights[0].tolist()]
     wanted += [f"{value:+z.2f}" for value in walk.losses.values()]
     wanted += [f"{value:.2f}" for value in walk.norms.values()]
     return [*wanted, f"{walk.ess:.2f}", f"{walk.bound:.2f}"]
