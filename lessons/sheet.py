@@ -61,7 +61,7 @@ def kept(walk, axis, advantages_axis, colors: list) -> None:
     for g, action in enumerate(walk.group.kept_actions):
         logp, w = float(walk.old_logp[0, g].sum()), float(walk.weights[0, g])
         rows.append([g + 1, action.source, short(action).split()[-1], f"{logp:.2f}", f"{w:.3g}"])
-    table(axis, [0, 0.07, -0.5, -0.76, -1], rows, colors)
+    table(axis, [0, 0.07, -0.46, -0.7, -1], rows, colors)
     axis.set_title(f"3  Weights (Eq 8, 9): ESS {walk.ess:.2f} of {G}")
     for name, alpha, shift in (("candidates", 1.0, -0.2), ("selected", 0.4, 0.2)):
         values = walk.readings[name][0].tolist()

@@ -238,6 +238,12 @@ def test_a_gradient_is_that_of_a_plain_forward_without_packing(walk, base, lette
     assert walk.norms[letter, reading] == pytest.approx(norm, rel=1e-3)
 
 
+def test_in_the_first_update_ratios_are_1_and_only_advantages_are_left(walk):
+    assert not walk.first["kl"].any() and not walk.first["clip_fraction"].any()
+    assert torch.equal(walk.first["objective"], walk.advantages)
+    assert walk.losses["A", "candidates"] == pytest.approx(-float(walk.advantages.mean()))
+
+
 def test_the_picture_of_attention_is_what_a_token_depends_on(walk):
     lengths = [33, *(len(tokens) for tokens in dict.fromkeys(map(tuple, walk.group.kept_tokens)))]
     part = [k for k, length in enumerate(lengths) for _ in range(length)]
