@@ -80,7 +80,8 @@ def commands(page: Path) -> list[tuple[str, list[str]]]:
                     found.append((words[at], words[at + 1 :]))
                 elif names and {"python", "torchrun"} & set(words):
                     found.append((words[names[0]], words[names[0] + 1 :]))
-    others = ("pytest", "venv", "experiments.benchmarks.NAME")
+    # lessons.one_step: cells without flags
+    others = ("pytest", "venv", "experiments.benchmarks.NAME", "lessons.one_step")
     return [(program, rest) for program, rest in found if program not in others]
 
 
