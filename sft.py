@@ -75,6 +75,8 @@ class Config(Settings, ExpertSettings):
         "(the other methods ignore --experts, --group-size and all that is about experts)",
         (*METHODS, *imitation.METHODS),
     )
+    # In the blocks world SFT is best at four times RL's rate (experiments/results).
+    lr: float = option(2e-3, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     group_size: int = option(
         8, "G: samples learnt per state at most, as many as RL keeps; any of those there are"
     )

@@ -136,10 +136,10 @@ def sources(histories: dict[str, History], out: Path) -> None:
     figure, axes = panels(len(methods), width=6)
     for axis, (method, seeds) in zip(axes, methods.items(), strict=False):
         steps = list(zip(*seeds))  # the records of each step, one a seed
-        names: dict[str, None] = {}  # in order
+        names: set[str] = set()
         for record in seeds[0]:
-            names |= dict.fromkeys(key for key in record if key.startswith("share/"))
-        shares = []
+            names.update(key for key in record if key.startswith("share/"))
+        names, shares = sorted(names), []  # one colour each, whatever the order of --experts
         for name in names:
             shares.append(smooth([mean_share(records, name) for records in steps]))
         policy = [1 - sum(at) for at in zip(*shares, strict=True)]

@@ -13,7 +13,7 @@ import shlex
 import textwrap
 from pathlib import Path
 
-from lessons.exercises import BLANK, EXERCISES, OUT, ROOT, Exercise, named, split, split_mine
+from lessons.exercises import EXERCISES, OUT, ROOT, Exercise, blank_of, named, split, split_mine
 from training import console
 from training.console import UserError
 
@@ -25,14 +25,15 @@ def blank(exercise: Exercise, out: Path, again: bool) -> str:
     """
     name, file = exercise.name, out / exercise.file
     before, head, body, after = split(exercise.solution, name)
+    empty = blank_of(body)
     if file.exists():
         if file.samefile(ROOT / exercise.file):
             raise UserError(f"{file} is the repository's own: give --out another directory")
         before, *theirs, after = split_mine(file, name)
-        if "".join(theirs) not in (head + body, head + BLANK) and not again:
+        if "".join(theirs) not in (head + body, head + empty) and not again:
             raise UserError(f"{file} has your own {name}: --again throws it away for a new blank")
     out.mkdir(parents=True, exist_ok=True)
-    file.write_bytes((before + head + BLANK + after).encode())
+    file.write_bytes((before + head + empty + after).encode())
     line = (before + head).count("\n") + 1
     more = "" if out == Path(OUT) else f" --out {shlex.quote(str(out))}"
     return (

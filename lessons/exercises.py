@@ -75,6 +75,18 @@ def split(source: str, name: str) -> tuple[str, str, str, str]:
     return tuple("".join(lines[start:end]) for start, end in zip(cuts, cuts[1:]))
 
 
+def blank_of(body: str) -> str:
+    """What stands in the place of a body: its errors, whose words the tests want, and a raise."""
+    lines, errors = body.splitlines(), []
+    nodes = ast.walk(ast.parse(f"def blank():\n{body}"))
+    raises = [node for node in nodes if isinstance(node, ast.Raise)]
+    for node in sorted(raises, key=lambda node: node.lineno):
+        for line in lines[node.lineno - 2 : node.end_lineno - 1]:  # the first line is "def"
+            errors.append(f"    # {line}\n")
+    head = ["    # Its errors, when the docstring says so:\n"] if errors else []
+    return "".join([*head, *errors, BLANK])
+
+
 def split_mine(file: Path, name: str) -> tuple[str, str, str, str]:
     """`split` of a student's file. UserError if the function is not in it."""
     try:

@@ -31,6 +31,7 @@ from data.reason_rft import image_roots
 from data.sets import WORLDS
 from training import console, curves, rundir, storage
 from training.console import Parser, UserError
+from training.metrics import POLICY
 from training.settings import Settings
 
 TEMPLATE = Path(__file__).with_name("groups.html.template")
@@ -182,10 +183,11 @@ def page_data(run: Path, wanted: str) -> dict:
     """All that the page shows."""
     steps = read_groups(run / "samples.jsonl")
     config = SimpleNamespace(**(vars(Settings()) | rundir.read_config(run)))
-    sources: dict[str, None] = {}  # in order; over all steps, as Figure 4 has them
+    sources: set[str] = set()  # over all steps, in an order that --experts does not change
     for groups in steps.values():
         for group in groups:
-            sources |= dict.fromkeys(action["source"] for action in group["actions"])
+            sources.update(action["source"] for action in group["actions"])
+    colors = curves.colors_of(sorted(sources, key=lambda name: (name != POLICY, name)))
     questions, shown = Questions(config), []
     for step in chosen_steps(list(steps), wanted):
         groups = [group | {"pictures": pictures(group, questions)} for group in steps[step]]
@@ -194,7 +196,7 @@ def page_data(run: Path, wanted: str) -> dict:
         "name": run.resolve().name,
         "settings": [[key, str(getattr(config, key, ""))] for key in SETTINGS],
         "of": len(steps),
-        "sources": [[name, to_hex(color)] for name, color in curves.colors_of(sources).items()],
+        "sources": [[name, to_hex(color)] for name, color in colors.items()],
         "steps": shown,
         "curves": curves_uri(run),
     }

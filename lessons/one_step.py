@@ -165,7 +165,7 @@ for letter, name in zip("CBA", reversed(grpo.ESTIMATORS)):
 # (`--updates-per-batch 2`) would begin with these ratios.
 #
 # - The clip stops one token of each action: the digit of a glance, and the listing's first word.
-# - That word has become ten thousand times as likely; once it is written, the rest was known.
+# - That word is over ten thousand times as likely now; once it is written, the rest was known.
 # - So the KL to the policy before the step is largest for `careful`'s action.
 # %%
 asked = {"before": (sampler.greedy([prompt])[0], sampler.sample([prompt], 64, seed=1)[0])}

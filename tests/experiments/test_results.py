@@ -1,119 +1,124 @@
-"""The committed results: the READMEs agree with the scores of every question, and with the runs."""
+"""The committed results: READMEs and tables are made of the scores and metrics beside them."""
 
 import json
 import re
-from functools import cache
 from pathlib import Path
 
 import pytest
 
-from blocks.dataset import BlocksSet
-from experiments import paired
-from training import storage
+from experiments import figures, paired, results_page, rows, summary
+from training import curves, storage
+from training.console import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "experiments" / "results"
+PAGE = (RESULTS / "page.md").read_text()
 COUNTING = RESULTS / "counting"
-CELLS = [f"counting-{split}/{part}" for split in ("id", "ood") for part in ("one-step", "two-step")]
-SCORES = paired.by_method(json.loads((COUNTING / "scores.json").read_text()))
-MORE = {"careful", "quick", "Vision-EKIPL-any"}  # only in the tables of the results
+SCORES = results_page.scores("counting")
+TASKS = [path.parent.name for path in sorted(RESULTS.glob("*/scores.json"))]
+CELLS = list(results_page.CELLS)
+UNTRAINED = ("careful", "quick", "base", "base-check")
 SHOWN = {  # rows of the README at the root
     "the commonest answer": None,
     "base, RL's prompt": "base",
     'base, "check ."': "base-check",
-    "GRPO": "GRPO",
+    "CoT-SFT, on true thoughts": "CoT-SFT",
     "RFT on both experts": "RFT",
     "RFT on `careful`": "RFT-careful",
+    "GRPO": "GRPO",
     "SFT-then-GRPO": "SFT-then-GRPO",
     "RFT-then-GRPO": "RFT-then-GRPO",
     "**Vision-EKIPL**": "Vision-EKIPL",
-    "Vision-EKIPL, `quick` named first": "Vision-EKIPL-reversed",
     "Vision-EKIPL, `--expert-steps 30`": "Vision-EKIPL-early",
-    "the same, and `--ties any_expert`": "Vision-EKIPL-any-early",
 }
 
 
-def mean(values) -> float:
-    values = list(values)
-    return sum(values) / len(values)
-
-
-def history(method: str, seed: int) -> list[dict]:
-    return storage.read(COUNTING / f"{method}-seed{seed}.jsonl")
-
-
-@cache
-def answers(name: str, size: int) -> list[tuple[str, str]]:
-    """(part, answer) of each question."""
-    return [(state.part, state.answer) for state in BlocksSet(name, size)]
-
-
-def commonest(cell: str, size: int = 2000) -> float:
-    """The share of the commonest answer of a cell's questions."""
-    name, _, part = cell.partition("/")
-    found = [answer for its, answer in answers(name, size) if its == part]
-    return max(map(found.count, set(found))) / len(found)
-
-
 def test_every_cell_has_a_thousand_questions_and_every_method_three_seeds():
-    assert list(SCORES) == CELLS
+    assert list(SCORES) == list(results_page.CELLS.values())
     for methods in SCORES.values():
-        assert set(SHOWN.values()) - {None} | MORE == set(methods)
         for method, scores in methods.items():
-            trained = method not in ("careful", "quick", "base", "base-check")
-            assert scores.shape[0] == (3 if trained else 1) and scores.shape[1] > 950
+            assert scores.shape[0] == (1 if method in UNTRAINED else 3), method
+            assert scores.shape[1] > 950
 
 
 def test_the_table_of_the_first_page_is_made_of_the_scores():
     readme = (ROOT / "README.md").read_text()
-    rows = re.findall(
+    found = re.findall(
         r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", readme, re.M
     )
-    assert [name for name, *_ in rows] == list(SHOWN)
-    for name, *values in rows:
+    assert [name for name, *_ in found] == list(SHOWN)
+    for name, *values in found:
         method = SHOWN[name]
-        found = [SCORES[cell][method].mean() if method else commonest(cell) for cell in CELLS]
-        assert values == [f"{100 * value:.1f}" for value in found], name
+        made = results_page.mean if method else lambda _, cell: results_page.commonest(cell)
+        assert values == [made(method, cell) for cell in CELLS], name
 
 
-@pytest.mark.parametrize("task", ["counting", "structure", "transformation"])
-def test_the_tables_of_the_results_are_made_of_the_scores_and_told(task, tmp_path):
-    scores = (RESULTS / task / "scores.json").read_text()
-    (tmp_path / "scores.json").write_text(scores)
+def test_the_page_is_made_of_the_scores_and_metrics():
+    assert (RESULTS / "README.md").read_text() == results_page.render(PAGE)
+
+
+def test_no_number_of_the_page_is_typed_by_hand():
+    """Numbers with decimals, and percentages, are places; settings and versions are whole."""
+    text = re.sub(r"\{\{.+?\}\}|^```.*?^```|`[^`\n]+`|\]\([^)]+\)", "", PAGE, flags=re.M | re.S)
+    text = text.replace("torch 2.13", "").replace("transformers 5.19", "").replace("1.3 M", "")
+    assert re.findall(r"\d+\.\d+", text) == []
+
+
+@pytest.mark.parametrize("place", [
+    "{{mean RFT nowhere}}", "{{mean Nobody id1}}", "{{avg}}", "{{mean RFT}}",
+    "{{include nothing.md}}", "{{rate X}}",
+])  # fmt: skip
+def test_a_place_that_cannot_be_filled_is_told(place):
+    with pytest.raises(UserError, match=re.escape(place)):
+        results_page.render(place)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_tables_are_made_of_scores_and_budgets(task, tmp_path):
+    for name in ("scores.json", "budgets.json"):
+        if (RESULTS / task / name).exists():
+            (tmp_path / name).write_text((RESULTS / task / name).read_text())
     paired.run(["--out", str(tmp_path)])
-    for name in ("table.md", "differences.md") if task == "counting" else ("table.md",):
-        made = (tmp_path / name).read_text()
-        assert (RESULTS / task / name).read_text() == made
-        assert made in (RESULTS / "README.md").read_text()
+    for name in ("table.md", "differences.md"):
+        assert (RESULTS / task / name).read_text() == (tmp_path / name).read_text()
 
 
-def test_the_commonest_answers_of_structure_are_told():
-    parts = ("aside", "turned", "larger", "unseen", "letters")
-    shares = [f"`{p}` {100 * commonest(f'structure-ood/{p}', 500):.1f}" for p in parts]
-    told = " ".join((RESULTS / "README.md").read_text().split())
-    assert ", ".join(shares) in told, shares
+def test_methods_have_used_what_is_said_of_them():
+    used = json.loads((COUNTING / "budgets.json").read_text())
+    trained = {run for cell in json.loads((COUNTING / "scores.json").read_text()).values()
+               for run in cell if "-seed" in run}  # fmt: skip
+    assert set(used) == trained
+    for run, budget in used.items():
+        assert budget["states"] == 3200, run
+        if "epochs" not in run and "-all" not in run:
+            assert budget["trained"] <= 8 * 3200
+        history = storage.read(COUNTING / f"{run}.jsonl")
+        assert all("loss" in record for record in history[1:])
 
 
-def test_all_methods_saw_as_many_questions():
-    for seed in range(3):
-        for method in set(SHOWN.values()) - {None, "base", "base-check"} | {"Vision-EKIPL-any"}:
-            states = history(method, seed)[-1]["states"]
-            if method in ("SFT-then-GRPO", "RFT-then-GRPO"):
-                first = "Stage-1" if method.startswith("SFT") else "RFT-first"
-                states += history(first, seed)[-1]["states"]
-            assert states == 3200, method
+def test_every_method_has_the_rate_that_is_best_for_it():
+    used = json.loads((COUNTING / "budgets.json").read_text())
+    found = json.loads((COUNTING / "rates.json").read_text())
+    assert {tuple(accuracy) for accuracy in found.values()} == {rows.RATES}
+    for method, accuracy in found.items():
+        seeds = [run for run in used if curves.method_of(run) == method]
+        for run in seeds:
+            assert f"{used[run]['lr']:g}" == f"{float(max(accuracy, key=accuracy.get)):g}", run
 
 
-def test_what_the_shares_are_said_to_be_is_what_was_measured():
-    head = "| kept actions, % | steps | policy | `careful` | `quick` | tokens of the policy |"
-    rows = [head, "|---|---|---|---|---|---|"]
-    for method in ("Vision-EKIPL", "Vision-EKIPL-any", "Vision-EKIPL-reversed"):
-        for label, part in (("1 to 10", slice(1, 11)), ("41 to 50", slice(-10, None))):
-            cells = []
-            for key in ("expert_share", "share/careful", "share/quick", "tokens"):
-                value = mean(mean(r[key] for r in history(method, s)[part]) for s in range(3))
-                share = 1 - value if key == "expert_share" else value
-                cells.append(f"{value:.1f}" if key == "tokens" else f"{100 * share:.1f}")
-            rows.append(f"| {method} | {label} | " + " | ".join(cells) + " |")
-    table = "\n".join(rows)
-    assert table in (RESULTS / "README.md").read_text(), table
+def test_figure_3_says_what_the_metrics_say(tmp_path):
+    names = ("GRPO", "Vision-EKIPL", "Vision-EKIPL-early", "RFT", "RFT-careful")
+    histories = {}
+    for name in names:
+        for file in sorted(COUNTING.glob(f"{name}-seed*.jsonl")):
+            histories[file.stem] = curves.metrics(file)
+    said = figures.data_efficiency(histories, tmp_path / "3.png")
+    assert (COUNTING / "figure3.txt").read_text() == said + "\n"
+
+
+def test_diagnostics_are_means_of_the_metrics():
+    runs = [file for file in sorted(COUNTING.glob("*-seed*.jsonl"))]
+    histories = {file.stem: curves.metrics(file) for file in runs}
+    made = summary.diagnostics(histories).splitlines()
+    for line in (COUNTING / "diagnostics.md").read_text().splitlines():
+        assert line in made

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT
 
 from lessons import blank, check, exercises
-from lessons.exercises import BLANK, EXERCISES, read, split
+from lessons.exercises import BLANK, EXERCISES, blank_of, read, split
 from training.console import UserError
 
 REQUIRED = """group_advantages clipped_objective kl_to_reference mixture_logp importance_weights
@@ -66,7 +66,7 @@ def test_the_blank_and_the_wrong_ones_fail_and_the_original_passes(name, tmp_pat
     exercise = EXERCISES[name]
     before, head, body, after = split(exercise.solution, name)
     assert not outcome(name, exercise.solution, tmp_path / "right").errors
-    assert outcome(name, before + head + BLANK + after, tmp_path / "blank").errors
+    assert outcome(name, before + head + blank_of(body) + after, tmp_path / "blank").errors
     assert len(exercise.wrong) >= 2
     for wrong in exercise.wrong:
         assert body.count(wrong.was) == 1, wrong.was
@@ -99,16 +99,25 @@ def test_a_blank_changes_the_functions_body_alone(name, tmp_path):
     told = blank.run([name, "--out", str(tmp_path)])
     made, own = (path / exercise.file for path in (tmp_path, ROOT))
     was, now = own.read_bytes().splitlines(True), made.read_bytes().splitlines(True)
-    (at,) = [i for i, line in enumerate(now) if line == BLANK.encode() and was[i] != line]
+    blanked = blank_of(split(exercise.solution, name)[2]).encode().splitlines(True)
+    at = min(i for i, line in enumerate(now) if line != was[i])
     assert f"{made}, line {at + 1}:" in told and f"lessons.check {name} --out {tmp_path}" in told
-    cut = len(was) - len(now) + 1  # lines of the body
-    assert now == [*was[:at], BLANK.encode(), *was[at + cut :]]
+    cut = len(was) - len(now) + len(blanked)  # lines of the body
+    assert now == [*was[:at], *blanked, *was[at + cut :]]
     before, after = ({f.name: f for f in functions(path)} for path in (own, made))
     assert ast.get_docstring(before[name]) == ast.get_docstring(after[name]) is not None
     assert ast.dump(before[name].args) == ast.dump(after[name].args)
     assert ast.unparse(after[name].body[1:]) == "raise NotImplementedError"
     for other in before.keys() - {name}:
         assert ast.dump(before[other]) == ast.dump(after[other])
+
+
+def test_a_blank_names_the_errors_that_its_tests_want():
+    _, _, body, _ = split(EXERCISES["select_top_g"].solution, "select_top_g")
+    made = blank_of(body)
+    assert made.count("raise ValueError") == 2 and "cannot keep {g} of {len(rewards)}" in made
+    assert made.index("cannot keep") < made.index("selection is top or random")
+    assert "rng" not in made and made.endswith(BLANK)  # nothing else of the solution
 
 
 def functions(path) -> list[ast.FunctionDef]:
@@ -136,7 +145,7 @@ def test_a_second_blank_keeps_what_is_written_and_the_first(tmp_path):
     for name, body in (
         ("clipped_objective", BLANK),
         ("kl_to_reference", "    return 7\n"),
-        ("mixture_logp", BLANK),
+        ("mixture_logp", blank_of(split(EXERCISES["mixture_logp"].solution, "mixture_logp")[2])),
     ):
         assert split(read(copy), name)[2] == body
     before = copy.read_bytes()

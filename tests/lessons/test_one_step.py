@@ -149,7 +149,7 @@ CLAIMS = {
     ),
     "The clip stops one token of each action: the digit of a glance, and the listing's first "
     "word.": lambda w: [stopped(w, g) for g in range(4)] == [["1"], ["b1"], ["1"], ["0"]],
-    "That word has become ten thousand times as likely; once it is written, the rest was known.": (
+    "That word is over ten thousand times as likely now; once it is written, the rest was known.": (
         lambda w: (
             3e3 < float(w.ratio[1, 1]) < 2e5
             and float(w.old_logp[0, 1].sum() - w.old_logp[0, 1, 1]) > -1.0

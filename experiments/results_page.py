@@ -1,0 +1,164 @@
+"""experiments/results/README.md from page.md beside it: every number is computed when it is made.
+
+    python -m experiments.results_page
+
+page.md is Markdown with places such as {{mean RFT id2}}; `FIGURES` says what each means. A cell is
+id1, id2, ood1 or ood2 (counting, one step or two, in or out of distribution) or a cell's whole
+name; DIR is a folder of results, counting if none is named. The tests hold README.md equal to what
+this makes, and page.md free of numbers with decimals outside of such places.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from blocks.dataset import BlocksSet
+from experiments import paired
+from training import console, curves, storage
+from training.console import Parser, UserError
+
+RESULTS = Path(__file__).with_name("results")
+CELLS = {
+    "id1": "counting-id/one-step",
+    "id2": "counting-id/two-step",
+    "ood1": "counting-ood/one-step",
+    "ood2": "counting-ood/two-step",
+}
+COUNT = 10  # steps at the start and at the end of a run
+FIGURES: dict[str, Callable[..., str]] = {}
+
+
+def figure(function: Callable[..., str]) -> Callable[..., str]:
+    """Makes a function of words a place of the page."""
+    FIGURES[function.__name__] = function
+    return function
+
+
+@cache
+def scores(directory: str) -> paired.Scores:
+    return paired.by_method(json.loads((RESULTS / directory / "scores.json").read_text()))
+
+
+@cache
+def histories(directory: str, method: str) -> list[list[dict]]:
+    """The records of each of a method's seeds. UserError if there are none."""
+    files = sorted((RESULTS / directory).glob(f"{method}-seed*.jsonl"))
+    if not files:
+        raise UserError(f"no metrics of {method} in {directory}")
+    return [storage.read(file) for file in files]
+
+
+@figure
+def mean(method: str, cell: str, directory: str = "counting") -> str:
+    """Accuracy in %."""
+    return f"{100 * scores(directory)[CELLS.get(cell, cell)][method].mean():.1f}"
+
+
+@figure
+def value(method: str, cell: str, directory: str = "counting") -> str:
+    """Accuracy in %, with half its 95 % interval."""
+    return paired.told(*paired.interval(scores(directory)[CELLS.get(cell, cell)][method]), "")
+
+
+@figure
+def difference(method: str, other: str, cell: str, directory: str = "counting") -> str:
+    """Of two methods on the same questions, in points, with half its 95 % interval."""
+    found = scores(directory)[CELLS.get(cell, cell)]
+    return paired.told(*paired.interval(found[method], found[other]), "+")
+
+
+@figure
+def rate(method: str, directory: str = "counting") -> str:
+    """The learning rate that was best for a method on the validation questions."""
+    found = json.loads((RESULTS / directory / "rates.json").read_text())[method]
+    return max(found, key=found.get)
+
+
+@figure
+def validation(method: str, rate: str, directory: str = "counting") -> str:
+    """Accuracy in % on the validation questions with a learning rate."""
+    found = json.loads((RESULTS / directory / "rates.json").read_text())
+    return f"{100 * found[method][rate]:.1f}"
+
+
+@figure
+def percent(name: str, method: str, when: str, directory: str = "counting") -> str:
+    """A share of metrics.jsonl in %, mean over seeds and the first or last ten steps."""
+    return f"{100 * during(name, method, when, directory):.1f}"
+
+
+@figure
+def number(name: str, method: str, when: str, directory: str = "counting") -> str:
+    """The same of what is no share."""
+    return f"{during(name, method, when, directory):.2f}"
+
+
+def during(name: str, method: str, when: str, directory: str) -> float:
+    part = {"first": slice(COUNT), "last": slice(-COUNT, None), "all": slice(None)}[when]
+    means = []
+    for history in histories(directory, method):
+        steps = [record[name] for record in history if "loss" in record][part]
+        means.append(statistics.fmean(steps))
+    return statistics.fmean(means)
+
+
+@figure
+def used(name: str, method: str, directory: str = "counting") -> str:
+    """Of a method's budget (budgets.py)."""
+    found = json.loads((RESULTS / directory / "budgets.json").read_text())
+    runs = [budget for run, budget in found.items() if curves.method_of(run) == method]
+    cells = dict(zip(paired.budgets.COLUMNS, paired.budgets.told(runs), strict=True))
+    return cells[name]
+
+
+@figure
+def commonest(cell: str, size: str = "2000") -> str:
+    """The share in % of the commonest answer of a cell, what guessing gives."""
+    name, _, part = CELLS.get(cell, cell).partition("/")
+    found = [answer for its, answer in answers(name, int(size)) if its == part or not part]
+    return f"{100 * max(map(found.count, set(found))) / len(found):.1f}"
+
+
+@cache
+def answers(name: str, size: int) -> list[tuple[str, str]]:
+    """(part, answer) of each question."""
+    return [(state.part, state.answer) for state in BlocksSet(name, size)]
+
+
+@figure
+def include(file: str) -> str:
+    return (RESULTS / file).read_text().rstrip()
+
+
+def render(text: str) -> str:
+    """UserError for a place that cannot be filled."""
+
+    def fill(place: re.Match) -> str:
+        name, *words = place[1].split()
+        try:
+            return FIGURES[name](*words)
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise UserError(f"{place[0]}: {type(error).__name__} {error}") from None
+
+    made = re.sub(r"\{\{(.+?)\}\}", fill, text)
+    return f"<!-- made from page.md by python -m experiments.results_page -->\n{made}"
+
+
+def run(argv: list[str]) -> str:
+    Parser(
+        prog="python -m experiments.results_page", description=__doc__.split("\n")[0]
+    ).parse_args(argv)
+    with storage.writing(RESULTS):
+        (RESULTS / "README.md").write_text(render((RESULTS / "page.md").read_text()))
+    return str(RESULTS / "README.md")
+
+
+def main() -> None:
+    console.command("experiments.results_page", run)
+
+
+if __name__ == "__main__":
+    main()
