@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from blocks.dataset import BlocksSet
-from experiments import paired
+from experiments import figures, paired
 from training import console, curves, storage
 from training.console import Parser, UserError
 
@@ -103,6 +103,17 @@ def during(name: str, method: str, when: str, directory: str) -> float:
         steps = [record[name] for record in history if "loss" in record][part]
         means.append(statistics.fmean(steps))
     return statistics.fmean(means)
+
+
+@figure
+def reached(method: str, other: str, test: str, directory: str = "counting") -> str:
+    """The share in % of its questions at which a method was first seen at the end of another."""
+    mean_of = {}
+    for name in (method, other):
+        found = [figures.accuracy_curve(h, f"eval/{test}") for h in histories(directory, name)]
+        mean_of[name] = figures.mean_curve(found)
+    share = figures.share_to_reach(mean_of[method], mean_of[other][-1][1])
+    return "never" if share is None else f"{100 * share:.0f}"
 
 
 @figure
