@@ -16,8 +16,7 @@ from data.lengths import Room
 from data.predictions import Prediction, read_predictions, with_parts
 from data.state import MODES, State
 from evaluate import greedy_accuracy
-from experiments import figures, report, summary
-from experiments.tasks import Task
+from experiments import figures, report
 from experts.apis import request_content
 from rollouts.answering import ModelAnswers
 from sampling import Action
@@ -142,15 +141,6 @@ def test_a_table_has_the_parts_columns_after_their_sets_and_its_avg_is_of_whole_
     assert "A,counting-id/one-step,1.00000,0.00000,2" in rows
 
 
-def test_the_ablations_table_has_the_parts_in_percent(tmp_path):
-    run = saved(tmp_path / "GRPO-seed0", {"counting-id": a_set()})
-    (run / "metrics.jsonl").write_text("")
-    summary.comparison([Task("GRPO-seed0", run, [])], tmp_path / "a.md")
-    lines = (tmp_path / "a.md").read_text().splitlines()
-    assert lines[0] == "| run | seeds | counting-id | counting-id/one-step | counting-id/two-step |"
-    assert lines[2] == "| GRPO | 1 | 33.3 | 100.0 | 0.0 |"
-
-
 def records(*tests: str, share: float = 0.0) -> list[dict]:
     """Evaluations at 0, 40 and 80 states; the i-th test has (i + 1) / 10, later more."""
     found = []
@@ -196,7 +186,7 @@ def test_figure_3_compares_whole_sets(tmp_path):
 
 def test_figure_5_has_whole_sets(tmp_path):
     run = saved(tmp_path / "A", {"counting-id": a_set([RIGHT, WRONG])})
-    assert report.samples_of(run) == {"counting-id": [(2, 1)] * 3}
+    assert report.samples_of([run]) == {"counting-id": {"A": (2, [1, 1, 1])}}
 
 
 def test_a_part_changes_nothing_that_is_asked():
