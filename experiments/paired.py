@@ -25,7 +25,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from data.predictions import Prediction, read_predictions, with_parts
-from experiments import budgets
+from experiments import budgets, tables
 from experiments.budgets import Budget
 from experiments.report import directory_of
 from rewards import accuracy_score
@@ -96,28 +96,27 @@ def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, f
 
 def markdown(scores: Scores, used: dict[str, Budget]) -> str:
     """A table of all methods: seeds, what each has used, and scores in percent."""
-    columns = ["method", "seeds", *budgets.COLUMNS.values(), *scores]
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    rows = [["method", "seeds", *budgets.COLUMNS.values(), *scores]]
     for method, seeds in methods_of(scores).items():
         runs = [budget for run, budget in used.items() if method_of(run) == method]
         row = [method, str(seeds), *budgets.told(runs)]
         for cell in scores.values():
             row.append(told(*interval(cell[method]), "") if method in cell else "-")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(row)
+    return tables.markdown(rows)
 
 
 def differences(scores: Scores, of: str) -> str:
     """A table of all methods less the method `of`, on the same questions, in points."""
-    lines = [f"| less {of} | " + " | ".join(scores) + " |", "|---" * (len(scores) + 1) + "|"]
+    rows = [[f"less {of}", *scores]]
     for method in methods_of(scores):
         row = [method]
         for cell in scores.values():
             both = method in cell and of in cell
             row.append(told(*interval(cell[method], cell[of]), "+") if both else "-")
         if method != of:
-            lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+            rows.append(row)
+    return tables.markdown(rows)
 
 
 def methods_of(scores: Scores) -> dict[str, int]:
@@ -130,11 +129,6 @@ def methods_of(scores: Scores) -> dict[str, int]:
 
 def told(value: float, half: float, sign: str) -> str:
     return f"{100 * value:{sign}.1f} ± {100 * half:.1f}"
-
-
-def lines(runs: dict) -> str:
-    """A line of JSON for each run."""
-    return ",\n".join(f"{json.dumps(run)}: {json.dumps(values)}" for run, values in runs.items())
 
 
 def run(argv: list[str]) -> None:
@@ -161,15 +155,15 @@ def run(argv: list[str]) -> None:
     args.of = args.of or ("Vision-EKIPL" if "Vision-EKIPL" in methods else next(iter(methods), ""))
     if args.of not in methods:
         raise UserError(f"--of {args.of}: there are {', '.join(methods) or 'no methods'}")
+    table, less = markdown(scores, used), differences(scores, args.of)
     with storage.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
-        rows = [f"{json.dumps(cell)}: {{\n{lines(runs)}\n}}" for cell, runs in found.items()]
-        file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
-        spent.write_text("{\n" + lines(used) + "\n}\n")
-        (args.out / "table.md").write_text(markdown(scores, used))
-        (args.out / "differences.md").write_text(differences(scores, args.of))
-    print(markdown(scores, used))
-    print(differences(scores, args.of))
+        file.write_text(tables.json_by_set(found))
+        spent.write_text(tables.json_of(used) + "\n")
+        (args.out / "table.md").write_text(table)
+        (args.out / "differences.md").write_text(less)
+    print(table)
+    print(less)
 
 
 def main() -> None:

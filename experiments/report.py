@@ -24,7 +24,7 @@ from data.legacy import need_math_verify
 from data.predictions import Prediction, read_predictions, with_parts
 from data.state import SETS
 from evaluate import LEGACY, right_samples, score_predictions
-from experiments import figures
+from experiments import figures, tables
 from training import console, curves
 from training.console import Parser, UserError
 from training.curves import method_of
@@ -68,11 +68,10 @@ def table(results: dict[str, dict[str, float]], out: Path) -> str:
             order += [name, *sorted(part for part in present if part.startswith(f"{name}/"))]
         order.append(f"{task} AVG")
     columns = [name for name in order if name in present] + sorted(present - set(order))
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = [["method", *columns]]
     for method, found in methods.items():
-        cells = [cell(found.get(column)) for column in columns]
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    text = "\n".join([*lines, "", NOTE]) + "\n"
+        rows.append([method, *(cell(found.get(column)) for column in columns)])
+    text = f"{tables.markdown(rows)}\n{NOTE}\n"
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         Path(f"{out}.md").write_text(text)
@@ -155,12 +154,8 @@ def samples_of(runs: list[Path]) -> Samples:
 def saved_samples(runs: list[Path], file: Path) -> Samples:
     """Those of the runs, saved; else those of the file, if there is one."""
     if found := samples_of(runs):
-        rows = []
-        for name, by_run in found.items():
-            inner = [f"{json.dumps(run)}: {json.dumps(values)}" for run, values in by_run.items()]
-            rows.append(f"{json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n}")
         with writing(file):
-            file.write_text("{\n" + ",\n".join(rows) + "\n}\n")
+            file.write_text(tables.json_by_set(found))
     elif file.exists():
         found = json.loads(file.read_text())
     return found

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.predictions import read_predictions
 from evaluate import score_predictions
-from experiments import paired, report
+from experiments import paired, report, tables
 from experiments.tasks import Task
 from training import curves, storage
 
@@ -34,9 +34,10 @@ def summarise(kind: str, finished: list[Task], out: Path) -> None:
     if kind in ("methods", "ablation"):
         paired.run([*(str(task.path) for task in listed), "--out", str(out)])
         histories = {task.name: curves.metrics(task.path / "metrics.jsonl") for task in listed}
+        text = diagnostics(histories)
         with storage.writing(out):
-            (out / "diagnostics.md").write_text(diagnostics(histories))
-        print(diagnostics(histories))
+            (out / "diagnostics.md").write_text(text)
+        print(text)
     elif kind == "rates":
         rates(listed, out)
     elif kind == "table1":
@@ -64,17 +65,18 @@ def rates(finished: list[Task], out: Path) -> None:
         table[method] = {
             rate: round(statistics.fmean(row[rate]), 4) for rate in columns if rate in row
         }
-    lines = ["| method | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    rows = [["method", *columns]]
     for method, row in table.items():
         best, cells = max(row, key=row.get), []
         for rate in columns:
             text = f"{100 * row[rate]:.1f}" if rate in row else "-"
             cells.append(f"**{text}**" if rate == best else text)
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
+        rows.append([method, *cells])
+    text = tables.markdown(rows)
     with storage.writing(out):
         (out / "rates.json").write_text(json.dumps(table, indent=1) + "\n")
-        (out / "rates.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+        (out / "rates.md").write_text(text)
+    print(text)
 
 
 def slim(record: dict) -> dict:
@@ -96,11 +98,10 @@ def diagnostics(histories: dict[str, list[dict]]) -> str:
             values = [record.get(name) for record in last]
             row = found.setdefault(curves.method_of(run), {})
             row.setdefault(name, []).append(None if None in values else statistics.fmean(values))
-    lines = [f"| last {LAST} steps | " + " | ".join(DIAGNOSTICS) + " |"]
-    lines.append("|---" * (len(DIAGNOSTICS) + 1) + "|")
+    rows = [[f"last {LAST} steps", *DIAGNOSTICS]]
     for method, row in found.items():
         cells = []
         for values in row.values():
             cells.append("-" if None in values else f"{statistics.fmean(values):.3f}")
-        lines.append(f"| {method} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([method, *cells])
+    return tables.markdown(rows)
