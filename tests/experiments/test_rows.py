@@ -1,5 +1,6 @@
 """The list of methods: who sees which questions, and which rows a sweep takes."""
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -8,7 +9,10 @@ import pytest
 
 import ekipl
 import sft
-from experiments import rows, sweep
+from data.predictions import Prediction
+from experiments import rows, summary, sweep
+from experiments.tasks import Task
+from training import storage
 from training.console import UserError
 
 
@@ -123,3 +127,20 @@ def test_rates_are_chosen_on_validation_questions(monkeypatch, capsys):
     evaluations = [line for line in said if "evaluate.py" in line]
     assert len(evaluations) == 5
     assert all("--sets counting-val --states" in line for line in evaluations)
+
+
+def test_the_rates_table_has_every_rate_in_order_and_the_best_in_bold(tmp_path):
+    finished = []
+    for rate, right in (("0.001", 3), ("0.0005", 1), ("0.002", 2)):
+        name = f"GRPO-lr{rate}-seed3"
+        texts = ["<answer> 3 </answer>"] * right + ["<answer> 4 </answer>"] * (4 - right)
+        answers = [Prediction(f"a-{i}", "3", "discrete", t, 5, False) for i, t in enumerate(texts)]
+        (tmp_path / name / "predictions").mkdir(parents=True)
+        file = tmp_path / name / "predictions" / "counting-val.jsonl"
+        storage.append(file, [dataclasses.asdict(answer) for answer in answers])
+        finished.append(Task(name, tmp_path / name, []))
+    summary.rates(finished, tmp_path)
+    assert json.loads((tmp_path / "rates.json").read_text()) == {
+        "GRPO": {"0.0005": 0.25, "0.001": 0.75, "0.002": 0.5}
+    }
+    assert "| GRPO | 25.0 | **75.0** | 50.0 |" in (tmp_path / "rates.md").read_text()
