@@ -54,9 +54,11 @@ def outcome(name: str, source: str, base) -> Outcome:
     changed = {"__name__": module.__name__}
     exec(compile(source, exercise.file, "exec"), changed)
     options = [*check.OPTIONS, f"--basetemp={base}", "-p", "no:faulthandler"]
+    imported = dict(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(getattr(module, name), "__code__", changed[name].__code__)
         code = pytest.main([*shlex.split(exercise.tests), *options], [made])
+    sys.modules.update(imported)  # it imports conftest.py anew: other tests have the first one
     assert code == (1 if made.errors else 0) and made.ran + len(made.errors) > 0
     return made
 
@@ -74,6 +76,12 @@ def test_the_blank_and_the_wrong_ones_fail_and_the_original_passes(name, tmp_pat
         errors = outcome(name, source, tmp_path / "wrong").errors
         # By what it computes: not because it does not run.
         assert errors and not {"NameError", "AttributeError", "TypeError"} & set(errors), wrong.now
+
+
+def test_tests_of_an_exercise_leave_what_other_tests_have_imported(tmp_path):
+    before = {name: sys.modules[name] for name in ("conftest", "test_blank")}
+    assert not outcome("pack", EXERCISES["pack"].solution, tmp_path).errors
+    assert before == {name: sys.modules[name] for name in before}
 
 
 def test_every_exercise_has_a_place_a_hint_and_effects():
