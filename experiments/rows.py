@@ -65,7 +65,7 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
     schedules of the learning rate, and the first stage's model as the reference of the KL term.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
-    dropped. "3-epochs": three passes over the same samples.
+    dropped. "3-epochs": three passes over the questions, in RFT over the same samples.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
@@ -114,6 +114,7 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
         Row(f"{name}-any-early", "ekipl.py", (*any_expert, *leaving), rate=f"{name}-early"),
         Row(f"{name}-reversed", "ekipl.py", backwards, rate=name),
         Row(f"{name}-all", "ekipl.py", everything, rate=name),
+        Row(f"{name}-3-epochs", "ekipl.py", ("--epochs", "3"), rate=name),
         Row(f"{name}-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
     ]
 

@@ -112,7 +112,7 @@ def test_every_method_has_the_rate_that_is_best_for_it():
 
 
 def test_figure_3_says_what_the_metrics_say(tmp_path):
-    names = ("GRPO", "Vision-EKIPL", "Vision-EKIPL-early", "RFT", "RFT-careful")
+    names = ("GRPO", "Vision-EKIPL", "Vision-EKIPL-all", "RFT", "RFT-careful")
     histories = {}
     for name in names:
         for file in sorted(COUNTING.glob(f"{name}-seed*.jsonl")):
