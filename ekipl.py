@@ -9,9 +9,8 @@
            -> advantages (Eq 1) -> log-probs of the kept actions, policy and reference
            -> loss (Eq 2, 3; estimator A, B or C) -> AdamW
 
-The batch is global: the loss is divided by its number of states, so micro-batches, accumulation and
-processes do not change the gradient. Every random number follows from seed, step and process: on a
-CPU a resumed run equals one never stopped. README.md lists the choices made.
+The batch is global: micro-batches, accumulation and processes do not change the gradient. Every
+random number follows from seed, step and process: on a CPU a resumed run equals one never stopped.
 """
 
 import math
@@ -97,9 +96,7 @@ class MicroBatch:
         self.old_logp = old_logp
         self.log_w = group_log_weights(self.groups, old_logp, config.group_size)
         if config.corrected and self.log_w is None:
-            raise UserError(
-                f"--estimator {config.estimator} needs every expert's density; one reports none"
-            )
+            raise UserError(f"--estimator {config.estimator} needs the density of every expert")
 
     def measure(self, stats: dict[str, torch.Tensor]) -> None:
         """Sets `measured` of each group. stats: (B, G) each, as ekipl_loss returns them."""
@@ -186,6 +183,7 @@ def loss_of(config: Config, policy, batch: MicroBatch, device: torch.device, tok
     if batch.old_logp is None:  # one update: pi_old is pi_theta, the ratio is 1 with a gradient
         batch.set_old(logp.detach(), config)
     mask = batch.packed.action_mask  # (B, G, T)
+    term = EXPERT_TERMS[config.expert_loss]
     return grpo.ekipl_loss(
         logp,
         batch.old_logp,
@@ -197,8 +195,7 @@ def loss_of(config: Config, policy, batch: MicroBatch, device: torch.device, tok
         clip_eps=config.clip_eps,
         beta=config.beta,
         length=action_length(config.loss_mean, mask, tokens, config.max_new_tokens),
-        expert=batch.expert,
-        expert_term=EXPERT_TERMS[config.expert_loss],
+        expert=(batch.expert, term) if term else None,
     )
 
 
@@ -267,49 +264,52 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     )
 
 
+def train_step(run: Run, step: int, world: World, watch: Stopwatch) -> tuple[list[Group], dict]:
+    """One step of the method. Returns this process's groups and the record of metrics.jsonl."""
+    config, sampler, experts = run.config, run.sampler, run.experts
+    # ---- rollouts: N actions of the policy and of each expert (Eq 4-6)
+    seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
+    expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
+    experts.prefetch(step, config.steps)
+    states, joining = run.states_of(step), experts.at(step)
+    groups = total_groups(states, sampler, joining, config.num_samples, seed, expert_seed, watch)
+    # ---- rewards (Eq 7)
+    give_rewards(groups)
+    if config.experts_when == "unsolved":
+        roster.drop_where_solved(groups)
+    watch.lap("rewards")
+    sampler.sleep()
+    due = config.parity_every and (step == run.start or step % config.parity_every == 0)
+    parity = sampler.check_parity(groups) if due else {}
+    # ---- selection: the top G, and their advantages (Eq 1)
+    how = (config.advantage, config.tie_rule, config.selection, random.Random(seed))
+    select(groups, config.group_size, *how, config.advantage_std)
+    add_expert_logps(groups, experts)
+    watch.lap("selection")
+    # ---- update (Eq 2, 3)
+    lr = learning_rate(config, step)
+    result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
+    clear_gradients(run.learner, run.optimizer)  # free this memory before vLLM wakes
+    sampler.sync_weights()
+    watch.lap("sync")
+    record = {"step": step + 1, "states": (step + 1) * config.batch_size}
+    record |= step_metrics(world.gather([group.summary() for group in groups]))
+    record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
+    return groups, record | {"lr": lr} | experts.metrics(world) | parity
+
+
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run (A.6). Returns its directory; its last checkpoint is runs/NAME/model."""
     run = prepare(config, resume, world)
-    config, sampler, experts = run.config, run.sampler, run.experts
+    config, sampler = run.config, run.sampler
     log = StepLog(run.path, run.start, config.steps, world)
     if run.start == 0 and config.eval_every:
         log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
     watch = Stopwatch(world.device)
     for step in range(run.start, config.steps):
-        # ---- rollouts: N actions of the policy and of each expert (Eq 4-6)
-        seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
-        expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
-        states = run.states_of(step)
-        experts.prefetch(step, config.steps)
-        groups = total_groups(
-            states, sampler, experts.at(step), config.num_samples, seed, expert_seed, watch
-        )
-        # ---- rewards (Eq 7)
-        give_rewards(groups)
-        if config.experts_when == "unsolved":
-            roster.drop_where_solved(groups)
-        watch.lap("rewards")
-        sampler.sleep()
-        due = config.parity_every and (step == run.start or step % config.parity_every == 0)
-        parity = sampler.check_parity(groups) if due else {}
-        # ---- selection: the top G, and their advantages (Eq 1)
-        how = (config.advantage, config.tie_rule, config.selection, random.Random(seed))
-        select(groups, config.group_size, *how, config.advantage_std)
-        add_expert_logps(groups, experts)
-        watch.lap("selection")
-        # ---- update (Eq 2, 3)
-        lr = learning_rate(config, step)
-        result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
-        clear_gradients(run.learner, run.optimizer)  # free this memory before vLLM wakes
-        sampler.sync_weights()
-        watch.lap("sync")
-        # ---- log, evaluate, save
-        done = step + 1
-        record = {"step": done, "states": done * config.batch_size}
-        record |= step_metrics(world.gather([group.summary() for group in groups]))
-        record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
-        record |= {"lr": lr} | experts.metrics(world) | parity
+        groups, record = train_step(run, step, world, watch)
         watch.lap("logging")
+        done = step + 1
         if config.evaluates_after(done):
             record |= greedy_accuracy(sampler, run.tests, world)
             watch.lap("evaluation")

@@ -274,8 +274,7 @@ def ekipl_loss(
     clip_eps: float = 0.2,
     beta: float = 0.04,
     length: Tensor | float | None = None,
-    expert: Tensor | None = None,
-    expert_term: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None,
+    expert: tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 3 for B groups of up to G actions, by estimator (A) "uncorrected", (B) "is" or (C) "snis".
 
@@ -283,15 +282,13 @@ def ekipl_loss(
     beta is 0. mask: (B, G, T) bool, true on an action's tokens with EOS; an action without any is
     padding of a smaller group. advantages: (B, G). log_weights: (B, G), log w_S of whole actions,
     for (B) and (C). Not the paper's (training/neighbours.py): length, broadcastable to (B, G), in
-    place of an action's number of tokens; expert_term(logp, old_logp, advantage), in place of clip
-    and KL in the actions that `expert` marks, (B, G) bool.
+    place of an action's number of tokens; expert, which actions are experts', (B, G) bool, and the
+    term(logp, old_logp, advantage) that stands for clip and KL in them.
 
     Returns (loss, stats). The loss is minus the SUM of the B groups' objectives: divide it by the
     number of groups in the global batch. With one update per batch rho = 1, and the loss is close
-    to 0 while its gradient is not. stats, detached, each (B, G) and 0 for absent actions:
-    "objective" f_i, "kl" in nats per token, "clip_fraction", the share of an action's tokens whose
-    gradient the clip stops.
-
+    to 0 while its gradient is not. stats, detached, (B, G), 0 for absent actions: "objective" f_i,
+    "kl" in nats per token, "clip_fraction", of its tokens whose gradient the clip stops.
     ValueError on an unknown estimator, a missing or misshapen input, and a non-finite value.
     """
     _check_inputs(estimator, log_weights, ref_logp, beta)
@@ -305,18 +302,15 @@ def ekipl_loss(
     ratio = policy_ratio(logp, old_logp)  # (B, G, T)  # Eq 2
     kl = kl_to_reference(logp, ref_logp.detach())  # (B, G, T)
     objective = clipped_objective(ratio, advantage, clip_eps) - beta * kl  # (B, G, T)  # Eq 3
-    stopped = _stopped(ratio, advantage, clip_eps)  # (B, G, T)
-    if expert_term is not None:
-        expert = _known("expert", expert, present).unsqueeze(-1) > 0  # (B, G, 1)
-        objective = torch.where(expert, expert_term(logp, old_logp, advantage), objective)
-        stopped = stopped & ~expert
+    if expert:
+        theirs = _known("expert", expert[0], present).unsqueeze(-1) > 0  # (B, G, 1)
+        objective = torch.where(theirs, expert[1](logp, old_logp, advantage), objective)
+        advantage = advantage.masked_fill(theirs, 0.0)  # nothing of theirs is clipped
     objective = _token_mean(objective, mask, length)  # (B, G): f_i
     loss = -(_shares(estimator, log_weights, present, objective.dtype) * objective).sum()
-    return loss, {
-        "objective": objective.detach(),
-        "kl": _token_mean(kl.detach(), mask),
-        "clip_fraction": _token_mean(stopped.to(ratio.dtype), mask),
-    }
+    stopped = _stopped(ratio, advantage, clip_eps).to(ratio.dtype)  # (B, G, T)
+    stats = {"kl": _token_mean(kl.detach(), mask), "clip_fraction": _token_mean(stopped, mask)}
+    return loss, {"objective": objective.detach(), **stats}
 
 
 def _stopped(ratio: Tensor, advantage: Tensor, clip_eps: float) -> Tensor:

@@ -206,7 +206,7 @@ def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_ne
         unknown = [group.measured["weights"] is None for group in groups]
         assert unknown == [False, True, False, False]
     else:
-        with pytest.raises(UserError, match=f"{estimator} needs every expert's density"):
+        with pytest.raises(UserError, match=f"{estimator} needs the density of every expert"):
             update()
 
 

@@ -72,6 +72,11 @@ def test_a_token_that_the_policy_is_sure_of_has_no_more_to_teach_by_rl_plus():
     assert rl_plus_term(torch.tensor(1e-7), torch.tensor(0.0), torch.tensor(1.0)) == 0  # p > 1
 
 
+def with_term(batch: dict, term) -> dict:
+    """The arguments of ekipl_loss for a batch whose experts' tokens have this term."""
+    return {**batch, "expert": (batch["expert"], term) if term else None}
+
+
 def loop_loss(batch: dict, expert_loss: str, loss_mean: str) -> float:
     """The loss by the words of its definition: one token at a time, Python floats only."""
     all_tokens, groups, total = int(batch["mask"].sum()), len(batch["mask"]), 0.0
@@ -107,11 +112,10 @@ def test_loss_is_its_definition_token_by_token(expert_loss, loss_mean, seed):
     batch = mixed_batch(seed)
     assert len({int(actions.any(-1).sum()) for actions in batch["mask"]}) > 1  # ragged groups
     loss, _ = grpo.ekipl_loss(
-        **batch,
+        **with_term(batch, EXPERT_TERMS[expert_loss]),
         clip_eps=EPS,
         beta=BETA,
         length=of_length(loss_mean, batch["mask"]),
-        expert_term=EXPERT_TERMS[expert_loss],
     )
     assert loss.item() == pytest.approx(loop_loss(batch, expert_loss, loss_mean), rel=1e-6)
 
@@ -121,7 +125,7 @@ def test_loss_is_its_definition_token_by_token(expert_loss, loss_mean, seed):
 def test_gradient_is_that_of_finite_differences(expert_loss, loss_mean):
     batch, step = mixed_batch(5, b=2, g=3, t=4), 1e-5
     options = dict(length=of_length(loss_mean, batch["mask"]))
-    exact = gradient(batch, expert_term=EXPERT_TERMS[expert_loss], **options)
+    exact = gradient(with_term(batch, EXPERT_TERMS[expert_loss]), **options)
     assert exact[batch["expert"]].abs().max() > 0.005
     term, unlikely = EXPERT_TERMS[expert_loss], (1 - batch["logp"].exp()).sqrt()
     if expert_loss == "rl-plus":  # its weight has no gradient: differences must leave it as it is
@@ -135,7 +139,7 @@ def test_gradient_is_that_of_finite_differences(expert_loss, loss_mean):
         for sign in (1, -1):
             moved = {**batch, "logp": batch["logp"].clone()}
             moved["logp"][index] += sign * step
-            losses.append(grpo.ekipl_loss(**moved, expert_term=term, **options)[0].item())
+            losses.append(grpo.ekipl_loss(**with_term(moved, term), **options)[0].item())
         assert exact[index].item() == pytest.approx((losses[0] - losses[1]) / (2 * step), abs=1e-7)
 
 
@@ -143,14 +147,14 @@ def test_gradient_is_that_of_finite_differences(expert_loss, loss_mean):
 def test_an_experts_token_has_neither_clip_nor_kl_and_the_policys_keeps_both(expert_loss):
     batch, term = mixed_batch(3, t=20), EXPERT_TERMS[expert_loss]
     expert = batch["expert"]
-    plain, own = gradient(batch), ~expert
-    found = gradient(batch, expert_term=term)
+    plain, own = gradient(with_term(batch, None)), ~expert
+    found = gradient(with_term(batch, term))
     assert torch.equal(found[own], plain[own])
     assert ((found == 0)[expert] == ~batch["mask"][expert]).all()  # each of its tokens teaches
     elsewhere = {**batch, "ref_logp": batch["ref_logp"] - 1}
-    assert torch.equal(gradient(elsewhere, expert_term=term)[expert], found[expert])
-    assert not torch.equal(gradient(elsewhere, expert_term=term)[own], found[own])
-    usual, stats = (grpo.ekipl_loss(**batch, expert_term=t)[1] for t in (None, term))
+    assert torch.equal(gradient(with_term(elsewhere, term))[expert], found[expert])
+    assert not torch.equal(gradient(with_term(elsewhere, term))[own], found[own])
+    usual, stats = (grpo.ekipl_loss(**with_term(batch, t))[1] for t in (None, term))
     assert usual["clip_fraction"][expert].max() > 0 == stats["clip_fraction"][expert].max()
     for name in ("objective", "kl", "clip_fraction"):
         assert torch.equal(stats[name][own], usual[name][own])
@@ -169,15 +173,15 @@ def test_extreme_inputs_give_finite_results(expert_loss, logp, other):
         "expert": torch.tensor([[True, True]]),
     }
     term = EXPERT_TERMS[expert_loss]
-    loss, stats = grpo.ekipl_loss(**batch, expert_term=term)
-    results = (loss, gradient(batch, expert_term=term), *stats.values())
+    loss, stats = grpo.ekipl_loss(**with_term(batch, term))
+    results = (loss, gradient(with_term(batch, term)), *stats.values())
     assert all(value.isfinite().all() for value in results)
 
 
 def test_who_is_an_expert_must_be_told_of_each_action():
     batch = mixed_batch(1)
     with pytest.raises(ValueError, match="^expert has shape"):
-        grpo.ekipl_loss(**{**batch, "expert": batch["expert"][:, :1]}, expert_term=luffy_term)
+        grpo.ekipl_loss(**{**batch, "expert": (batch["expert"][:, :1], luffy_term)})
 
 
 # ---------------------------------------------------------------------------------- means of tokens
@@ -214,13 +218,13 @@ def test_every_token_counts_the_same_whatever_its_action_and_group(loss_mean):
 def test_micro_batches_sum_to_the_full_batch(loss_mean):
     batch = mixed_batch(6, b=6)
     tokens = batch["mask"].sum().item() / 6
-    whole = gradient(batch, length=of_length(loss_mean, batch["mask"]), expert_term=luffy_term)
+    whole = gradient(with_term(batch, luffy_term), length=of_length(loss_mean, batch["mask"]))
     for size in (1, 2, 4):
         parts = []
         for i in range(0, 6, size):
             part = {name: value[i : i + size] for name, value in batch.items()}
             length = action_length(loss_mean, part["mask"], tokens, LIMIT)
-            parts.append(gradient(part, length=length, expert_term=luffy_term))
+            parts.append(gradient(with_term(part, luffy_term), length=length))
         torch.testing.assert_close(torch.cat(parts), whole)
 
 
