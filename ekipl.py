@@ -302,7 +302,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run (A.6). Returns its directory; its last checkpoint is runs/NAME/model."""
     run = prepare(config, resume, world)
     config, sampler = run.config, run.sampler
-    log = StepLog(run.path, run.start, config.steps, world)
+    log = StepLog(config, run.path, run.start, world)
     if run.start == 0 and config.eval_every:
         log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
     watch = Stopwatch(world.device)
@@ -314,7 +314,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             record |= greedy_accuracy(sampler, run.tests, world)
             watch.lap("evaluation")
         record |= watch.read()  # logging and saving: those of the step before
-        log.write(record, [group.transcript(done) for group in groups[: config.log_groups]])
+        log.write(record, groups[: config.log_groups])
         if config.saves_after(done):
             sampler.sleep()  # full tensors need the memory that gathered copies may hold
             save(run.path, done, run.policy, run.optimizer, world)
