@@ -9,10 +9,8 @@
            -> advantages (Eq 1) -> log-probs of the kept actions, policy and reference
            -> loss (Eq 2, 3; estimator A, B or C) -> AdamW
 
-The batch is global: `batch_size` states a step over all processes, and the loss is divided by that
-number, so micro-batches, accumulation and processes do not change the gradient. Every random number
-follows from seed, step and process, so on a CPU a resumed run equals one that was never stopped.
-README.md ("Where the paper is silent") lists the choices made.
+The batch is global: micro-batches, accumulation and processes do not change the gradient. Every
+random number follows from seed, step and process: on a CPU a resumed run equals one never stopped.
 """
 
 import math
@@ -37,13 +35,14 @@ from experts.settings import MixtureSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
 from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
-from training import console, distributed, plan, settings
+from training import console, distributed, method, plan, settings
 from training.checkpointing import last_checkpoint, restore, save
 from training.console import UserError
 from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
 from training.method import MethodSettings
-from training.metrics import step_metrics
+from training.metrics import POLICY, step_metrics
+from training.neighbours import EXPERT_TERMS, action_length
 from training.presets import PRESETS
 from training.rundir import open_run, take
 from training.settings import Settings, learning_rate, option
@@ -57,7 +56,6 @@ from training.stopwatch import Stopwatch
 class Config(Settings, MixtureSettings, MethodSettings):
     """All settings of a run; training/method.py has those of the method itself."""
 
-    # what is measured and kept
     parity_every: int = option(
         20,
         "compare vLLM's log-probs with the policy's at the start and every so many steps; 0: never",
@@ -74,15 +72,8 @@ def check(config: Config, world: int, resuming: bool) -> None:
     """UserError for settings that cannot work, before anything is loaded."""
     experts = roster.check(config, config.estimator)
     settings.check(config, world, resuming)
-    settings.must(config, 1, "group_size", "updates_per_batch")
-    settings.must(config, 0, "expert_steps", "beta", "clip_eps", "parity_every", "log_groups")
-    settings.above_zero(config, "temperature")
-    candidates = config.num_samples * (len(experts) + 1)
-    if config.group_size > candidates:
-        raise UserError(
-            f"--group-size {config.group_size} is more than the {candidates} candidates of a state "
-            f"(--num-samples {config.num_samples} x {len(experts) + 1} sources)"
-        )
+    settings.must(config, 0, "expert_steps", "parity_every", "log_groups")
+    method.check(config, len(experts))
 
 
 # ------------------------------------------------------------------------------------- the update
@@ -95,6 +86,7 @@ class MicroBatch:
     groups: list[Group]
     packed: PackedBatch
     advantages: torch.Tensor  # (B, G)
+    expert: torch.Tensor  # (B, G), true on an expert's action
     ref_logp: torch.Tensor | None  # (B, G, T)
     old_logp: torch.Tensor | None = None  # (B, G, T); None until the policy has scored the batch
     log_w: torch.Tensor | None = None  # (B, G), log w_S; None where a density is unknown
@@ -104,10 +96,7 @@ class MicroBatch:
         self.old_logp = old_logp
         self.log_w = group_log_weights(self.groups, old_logp, config.group_size)
         if config.corrected and self.log_w is None:
-            raise UserError(
-                f"--estimator {config.estimator} needs every expert's density, and one of "
-                f"{config.experts} reports none"
-            )
+            raise UserError(f"--estimator {config.estimator} needs the density of every expert")
 
     def measure(self, stats: dict[str, torch.Tensor]) -> None:
         """Sets `measured` of each group. stats: (B, G) each, as ekipl_loss returns them."""
@@ -132,7 +121,9 @@ def micro_batches(config, reference, groups: list[Group], device, watch) -> list
         watch.lap("reference")
         advantages = [torch.tensor(group.advantages) for group in chosen]
         advantages = pad_sequence(advantages, batch_first=True).to(device)  # (B, G)
-        batches.append(MicroBatch(chosen, packed, advantages, ref_logp))
+        expert = [torch.tensor([a.source != POLICY for a in g.kept_actions]) for g in chosen]
+        expert = pad_sequence(expert, batch_first=True).to(device)  # (B, G)
+        batches.append(MicroBatch(chosen, packed, advantages, expert, ref_logp))
     return batches
 
 
@@ -148,12 +139,13 @@ def update(
 ) -> dict[str, float]:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: as World.data_parallel returns it. Returns the loss (of this process's groups, over the
-    global number of groups) and the norm of the gradient before clipping, means over the updates.
-    Sets each group's `measured`.
+    policy: as World.data_parallel returns it. Returns the loss (of these groups, over the global
+    number) and the gradient's norm before clipping, means over updates. Sets groups' `measured`.
     """
     device, watch = world.device, watch or Stopwatch(world.device)
     batches = micro_batches(config, reference, groups, device, watch)
+    tokens = [sum(map(len, group.kept_tokens)) for group in groups]
+    tokens = sum(world.gather([sum(tokens)])) / config.batch_size  # of a group in the global batch
     for parameters in optimizer.param_groups:
         parameters["lr"] = lr
     loss_sum, norms = 0.0, []
@@ -167,7 +159,7 @@ def update(
         results = []
         for batch in batches:
             with accumulating(policy, last=batch is batches[-1]):
-                loss, stats = loss_of(config, policy, batch, device)
+                loss, stats = loss_of(config, policy, batch, device, tokens)
                 watch.lap("forward")
                 # DDP and FSDP average over processes; the loss is a sum over groups.
                 (loss * world.size / config.batch_size).backward()
@@ -184,22 +176,26 @@ def update(
     return {"loss": loss_sum, "grad_norm": sum(norms) / len(norms)}
 
 
-def loss_of(config: Config, policy, batch: MicroBatch, device: torch.device):
-    """The loss of a micro-batch and its statistics, as grpo.ekipl_loss returns them."""
+def loss_of(config: Config, policy, batch: MicroBatch, device: torch.device, tokens: float):
+    """Loss and statistics as grpo.ekipl_loss returns them. tokens: as action_length takes them."""
     with autocast(device, config.bf16):
         logp = policy(batch.packed)  # (B, G, T)
     if batch.old_logp is None:  # one update: pi_old is pi_theta, the ratio is 1 with a gradient
         batch.set_old(logp.detach(), config)
+    mask = batch.packed.action_mask  # (B, G, T)
+    term = EXPERT_TERMS[config.expert_loss]
     return grpo.ekipl_loss(
         logp,
         batch.old_logp,
         batch.ref_logp,
-        batch.packed.action_mask,
+        mask,
         batch.advantages,
         estimator=config.estimator,
         log_weights=batch.log_w,
         clip_eps=config.clip_eps,
         beta=config.beta,
+        length=action_length(config.loss_mean, mask, tokens, config.max_new_tokens),
+        expert=(batch.expert, term) if term else None,
     )
 
 
@@ -259,8 +255,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
-    # vLLM takes what training will leave of the GPU, and counts moments and gradients as to come:
-    # so it starts before they exist.
+    # Before moments and gradients exist: vLLM takes what training will leave, and counts them.
     sampler = choice.sampler_of(config, policy, config.start, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
@@ -269,52 +264,57 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     )
 
 
+def train_step(run: Run, step: int, world: World, watch: Stopwatch) -> tuple[list[Group], dict]:
+    """One step of the method. Returns this process's groups and the record of metrics.jsonl."""
+    config, sampler, experts = run.config, run.sampler, run.experts
+    # ---- rollouts: N actions of the policy and of each expert (Eq 4-6)
+    seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
+    expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
+    experts.prefetch(step, config.steps)
+    states, joining = run.states_of(step), experts.at(step)
+    groups = total_groups(states, sampler, joining, config.num_samples, seed, expert_seed, watch)
+    # ---- rewards (Eq 7)
+    give_rewards(groups)
+    if config.experts_when == "unsolved":
+        roster.drop_where_solved(groups)
+    watch.lap("rewards")
+    sampler.sleep()
+    due = config.parity_every and (step == run.start or step % config.parity_every == 0)
+    parity = sampler.check_parity(groups) if due else {}
+    # ---- selection: the top G, and their advantages (Eq 1)
+    how = (config.advantage, config.tie_rule, config.selection, random.Random(seed))
+    select(groups, config.group_size, *how, config.advantage_std)
+    add_expert_logps(groups, experts)
+    watch.lap("selection")
+    # ---- update (Eq 2, 3)
+    lr = learning_rate(config, step)
+    result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
+    clear_gradients(run.learner, run.optimizer)  # free this memory before vLLM wakes
+    sampler.sync_weights()
+    watch.lap("sync")
+    record = {"step": step + 1, "states": (step + 1) * config.batch_size}
+    record |= step_metrics(world.gather([group.summary() for group in groups]))
+    record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
+    return groups, record | {"lr": lr} | experts.metrics(world) | parity
+
+
 def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run (A.6). Returns its directory; its last checkpoint is runs/NAME/model."""
     run = prepare(config, resume, world)
-    config, sampler, experts = run.config, run.sampler, run.experts
-    log = StepLog(run.path, run.start, config.steps, world)
+    config, sampler = run.config, run.sampler
+    log = StepLog(config, run.path, run.start, world)
     if run.start == 0 and config.eval_every:
         log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
     watch = Stopwatch(world.device)
     for step in range(run.start, config.steps):
-        # ---- rollouts: N actions of the policy and of each expert (Eq 4-6)
-        seed = random.Random(f"{config.seed} {step} {world.rank}").getrandbits(62)
-        expert_seed = random.Random(f"{config.seed} {step}").getrandbits(62)
-        states = run.states_of(step)
-        experts.prefetch(step, config.steps)
-        groups = total_groups(
-            states, sampler, experts.at(step), config.num_samples, seed, expert_seed, watch
-        )
-        # ---- rewards (Eq 7)
-        give_rewards(groups)
-        watch.lap("rewards")
-        sampler.sleep()
-        due = config.parity_every and (step == run.start or step % config.parity_every == 0)
-        parity = sampler.check_parity(groups) if due else {}
-        # ---- selection: the top G, and their advantages (Eq 1)
-        rng = random.Random(seed)
-        select(groups, config.group_size, config.advantage, config.tie_rule, config.selection, rng)
-        add_expert_logps(groups, experts)
-        watch.lap("selection")
-        # ---- update (Eq 2, 3)
-        lr = learning_rate(config, step)
-        result = update(config, run.learner, run.reference, run.optimizer, groups, world, lr, watch)
-        clear_gradients(run.learner, run.optimizer)  # free this memory before vLLM wakes
-        sampler.sync_weights()
-        watch.lap("sync")
-        # ---- log, evaluate, save
-        done = step + 1
-        record = {"step": done, "states": done * config.batch_size}
-        record |= step_metrics(world.gather([group.summary() for group in groups]))
-        record |= {"loss": sum(world.gather([result["loss"]])), "grad_norm": result["grad_norm"]}
-        record |= {"lr": lr} | experts.metrics(world) | parity
+        groups, record = train_step(run, step, world, watch)
         watch.lap("logging")
+        done = step + 1
         if config.evaluates_after(done):
             record |= greedy_accuracy(sampler, run.tests, world)
             watch.lap("evaluation")
         record |= watch.read()  # logging and saving: those of the step before
-        log.write(record, [group.transcript(done) for group in groups[: config.log_groups]])
+        log.write(record, groups[: config.log_groups])
         if config.saves_after(done):
             sampler.sleep()  # full tensors need the memory that gathered copies may hold
             save(run.path, done, run.policy, run.optimizer, world)

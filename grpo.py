@@ -27,6 +27,7 @@ Where the paper is silent or allows two readings:
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -62,11 +63,12 @@ def _weights(weights) -> Tensor:
 # -------------------------------------------------------------------------------- main text, Eq 1-3
 
 
-def group_advantages(rewards, baseline_rewards=None, eps: float = 1e-4) -> Tensor:
+def group_advantages(rewards, baseline_rewards=None, eps: float = 1e-4, scale=True) -> Tensor:
     """Eq 1: A_i = (r_i - mean(b)) / (std(b) + eps), b the rewards that r_i is compared with.
 
     rewards: (..., G). baseline_rewards: (..., M), or None for the group itself. Returns (..., G),
-    without gradient; exactly 0 where b is all equal. ValueError on non-finite rewards.
+    without gradient; exactly 0 where b is all equal. scale: False leaves out the division, as Dr.
+    GRPO does (arXiv 2503.20783). ValueError on non-finite rewards.
     """
     rewards = finite("rewards", rewards).detach()  # (..., G)
     baseline = rewards  # (..., M)
@@ -77,6 +79,7 @@ def group_advantages(rewards, baseline_rewards=None, eps: float = 1e-4) -> Tenso
     n = max(wide.shape[-1] - 1, 1)  # Bessel
     std = ((wide - mean).square().sum(-1, keepdim=True) / n).sqrt()  # (..., 1)
     advantages = (rewards - mean) / (std + eps)  # (..., G)  # Eq 1
+    advantages = advantages if scale else rewards - mean
     # Compare rewards, not the std with 0: rounding the mean of equal rewards is magnified by eps.
     equal = (baseline == baseline[..., :1]).all(-1, keepdim=True)  # (..., 1)
     return advantages.masked_fill(equal, 0.0).to(rewards.dtype)
@@ -250,9 +253,13 @@ def _known(name: str, values, mask: Tensor) -> Tensor:
     return finite(name, torch.where(mask, values, 0.0))
 
 
-def _token_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean over an action's own tokens, (B, G, T) -> (B, G); 0 for an absent action."""
-    return torch.where(mask, values, 0.0).sum(-1) / mask.sum(-1).clamp(min=1)
+def _token_mean(values: Tensor, mask: Tensor, length=None) -> Tensor:
+    """Mean over an action's own tokens, (B, G, T) -> (B, G); 0 for an absent action.
+
+    length: of the action, what the sum is divided by; None: its own number of tokens.
+    """
+    length = mask.sum(-1).clamp(min=1) if length is None else length  # (B, G)
+    return torch.where(mask, values, 0.0).sum(-1) / length
 
 
 def ekipl_loss(
@@ -266,20 +273,22 @@ def ekipl_loss(
     log_weights: Tensor | None = None,
     clip_eps: float = 0.2,
     beta: float = 0.04,
+    length: Tensor | float | None = None,
+    expert: tuple[Tensor, Callable[[Tensor, Tensor, Tensor], Tensor]] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq 3 for B groups of up to G actions, by estimator (A) "uncorrected", (B) "is" or (C) "snis".
 
     logp, old_logp, ref_logp: (B, G, T) log-probs of the actions' tokens; ref_logp may be None if
     beta is 0. mask: (B, G, T) bool, true on an action's tokens with EOS; an action without any is
     padding of a smaller group. advantages: (B, G). log_weights: (B, G), log w_S of whole actions,
-    for (B) and (C).
+    for (B) and (C). Not the paper's (training/neighbours.py): length, broadcastable to (B, G), in
+    place of an action's number of tokens; expert, which actions are experts', (B, G) bool, and the
+    term(logp, old_logp, advantage) that stands for clip and KL in them.
 
     Returns (loss, stats). The loss is minus the SUM of the B groups' objectives: divide it by the
     number of groups in the global batch. With one update per batch rho = 1, and the loss is close
-    to 0 while its gradient is not. stats, detached, each (B, G) and 0 for absent actions:
-    "objective" f_i, "kl" in nats per token, "clip_fraction", the share of an action's tokens whose
-    gradient the clip stops.
-
+    to 0 while its gradient is not. stats, detached, (B, G), 0 for absent actions: "objective" f_i,
+    "kl" in nats per token, "clip_fraction", of its tokens whose gradient the clip stops.
     ValueError on an unknown estimator, a missing or misshapen input, and a non-finite value.
     """
     _check_inputs(estimator, log_weights, ref_logp, beta)
@@ -293,17 +302,21 @@ def ekipl_loss(
     ratio = policy_ratio(logp, old_logp)  # (B, G, T)  # Eq 2
     kl = kl_to_reference(logp, ref_logp.detach())  # (B, G, T)
     objective = clipped_objective(ratio, advantage, clip_eps) - beta * kl  # (B, G, T)  # Eq 3
-    objective = _token_mean(objective, mask)  # (B, G): f_i
+    if expert:
+        theirs = _known("expert", expert[0], present).unsqueeze(-1) > 0  # (B, G, 1)
+        objective = torch.where(theirs, expert[1](logp, old_logp, advantage), objective)
+        advantage = advantage.masked_fill(theirs, 0.0)  # nothing of theirs is clipped
+    objective = _token_mean(objective, mask, length)  # (B, G): f_i
     loss = -(_shares(estimator, log_weights, present, objective.dtype) * objective).sum()
+    stopped = _stopped(ratio, advantage, clip_eps).to(ratio.dtype)  # (B, G, T)
+    stats = {"kl": _token_mean(kl.detach(), mask), "clip_fraction": _token_mean(stopped, mask)}
+    return loss, {"objective": objective.detach(), **stats}
 
-    up, down = ratio > 1 + clip_eps, ratio < 1 - clip_eps  # (B, G, T)
-    stopped = ((advantage > 0) & up) | ((advantage < 0) & down)  # (B, G, T)
-    stats = {
-        "objective": objective.detach(),
-        "kl": _token_mean(kl.detach(), mask),
-        "clip_fraction": _token_mean(stopped.to(ratio.dtype), mask),
-    }
-    return loss, stats
+
+def _stopped(ratio: Tensor, advantage: Tensor, clip_eps: float) -> Tensor:
+    """Where the clip of Eq 3 stops the gradient. Both and the result: (B, G, T)."""
+    up, down = ratio > 1 + clip_eps, ratio < 1 - clip_eps
+    return ((advantage > 0) & up) | ((advantage < 0) & down)
 
 
 def _check_inputs(estimator: str, log_weights, ref_logp, beta: float) -> None:

@@ -280,12 +280,18 @@ def select_top_g(
 
 
 def select(
-    groups: list[Group], g: int, baseline: str, ties: str, selection: str, rng: random.Random
+    groups: list[Group],
+    g: int,
+    baseline: str,
+    ties: str,
+    selection: str,
+    rng: random.Random,
+    scale: bool = True,
 ) -> None:
     """Sets `kept`, `selection` and `advantages` (Eq 1) of each group.
 
     A group of fewer than g actions keeps them all. baseline: whose mean and std Eq 1 takes, of all
-    "candidates" or of the "selected".
+    "candidates" or of the "selected". scale: whether it divides by the std.
     """
     for group in groups:
         own = sum(action.source == POLICY for action in group.actions)
@@ -295,7 +301,7 @@ def select(
         rewards = torch.tensor(group.rewards)  # (M,)
         kept = rewards[group.kept]  # (G,)
         compared = rewards if baseline == "candidates" else None
-        group.advantages = grpo.group_advantages(kept, compared).tolist()  # Eq 1
+        group.advantages = grpo.group_advantages(kept, compared, scale=scale).tolist()
 
 
 # ---------------------------------------------------------------------------------- weights (A.5)

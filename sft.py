@@ -264,7 +264,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
     """The whole run. Returns its directory; its last checkpoint is runs/NAME/model."""
     run = prepare(config, resume, world)
     config, sampler = run.config, run.sampler
-    log = StepLog(run.path, run.start, config.steps, world)
+    log = StepLog(config, run.path, run.start, world)
     if run.start == 0 and config.eval_every:
         log.write({"step": 0, "states": 0, **greedy_accuracy(sampler, run.tests, world)})
     sampler.sleep()

@@ -65,7 +65,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
     schedules of the learning rate, and the first stage's model as the reference of the KL term.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
-    dropped. "3-epochs": three passes over the questions, in RFT over the same samples.
+    dropped. "3-epochs": three passes over the questions, in RFT over the same samples. See
+    `neighbour_rows` for other papers'.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
@@ -99,7 +100,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("RFT-first", "sft.py", half, listed=False, rate="RFT"),
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
     ]
-    return rows + ekipl_rows(experts, str(early), str(stage1), candidates[1])
+    rows += ekipl_rows(experts, str(early), str(stage1), candidates[1])
+    return rows + neighbour_rows()
 
 
 def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> list[Row]:
@@ -116,6 +118,24 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
         Row(f"{name}-all", "ekipl.py", everything, rate=name),
         Row(f"{name}-3-epochs", "ekipl.py", ("--epochs", "3"), rate=name),
         Row(f"{name}-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
+    ]
+
+
+def neighbour_rows() -> list[Row]:
+    """The methods next door (training/README.md), with the groups of GRPO or Vision-EKIPL.
+
+    LUFFY and RL-PLUS have, as their authors' scripts, no KL, no std and Dr. GRPO's constant; so
+    "constant" tells what their losses change. "unsolved" is when ReLIFT imitates, "token" DAPO's.
+    """
+    constant, name = ("--loss-mean", "constant", "--no-advantage-std"), "Vision-EKIPL"
+    theirs = (*constant, "--beta", "0")
+    return [
+        Row("Dr-GRPO", "ekipl.py", ("--experts", "none", *constant), rate="GRPO"),
+        Row("LUFFY", "ekipl.py", ("--expert-loss", "luffy", *theirs)),
+        Row("RL-PLUS", "ekipl.py", ("--expert-loss", "rl-plus", *theirs)),
+        Row(f"{name}-unsolved", "ekipl.py", ("--experts-when", "unsolved"), rate=name),
+        Row(f"{name}-token", "ekipl.py", ("--loss-mean", "token"), rate=name),
+        Row(f"{name}-constant", "ekipl.py", constant, rate=name),
     ]
 
 

@@ -10,10 +10,11 @@ from experts import apis
 from experts.api_expert import LOG, VENDORS, ApiExpert
 from experts.apis import parse_price
 from experts.cache import Cache
-from sampling import Expert
+from sampling import Expert, Group
 from training import settings
 from training.console import UserError
 from training.distributed import World
+from training.metrics import POLICY
 
 AHEAD = 2  # steps that requests to APIs run ahead of the training
 # Always in the metrics.
@@ -118,6 +119,19 @@ def try_out(experts: list[Expert], state: Callable[[], State], n: int) -> None:
                 "actions",
                 expert.name,
             )
+
+
+def drop_where_solved(groups: list[Group]) -> None:
+    """Drops the experts' actions of each rewarded group in which the policy has a right one.
+
+    Right: an accuracy of 1. Such a group has the policy's N candidates alone, in the advantages
+    too. ReLIFT (arXiv 2506.07527) and HPT (arXiv 2509.04419) so choose the questions on which they
+    imitate; their loss there is SFT's.
+    """
+    for group in groups:
+        own = sum(action.source == POLICY for action in group.actions)  # the policy's come first
+        if max(group.accuracy[:own]) == 1:
+            del group.actions[own:], group.format[own:], group.accuracy[own:]
 
 
 class Experts:

@@ -177,6 +177,18 @@ def test_micro_batches_do_not_change_the_gradient_of_groups_of_different_sizes(r
     )
 
 
+@pytest.mark.parametrize("expert_loss, loss_mean", [("luffy", "token"), ("rl-plus", "constant")])
+def test_micro_batches_do_not_change_the_gradient_of_the_methods_next_door(
+    random_model_dir, whole_batch_gradients, expert_loss, loss_mean
+):
+    changes = dict(expert_loss=expert_loss, loss_mean=loss_mean)
+    whole = gradient_of(random_model_dir, CPU, update_config(**changes), ragged=True)
+    config = update_config(**changes, micro_batch=2)
+    assert_same_gradient(gradient_of(random_model_dir, CPU, config, ragged=True), whole)
+    usual = whole_batch_gradients["uncorrected"]
+    assert max((whole[name] - usual[name]).abs().max() for name in usual) > 1e-3
+
+
 @pytest.mark.parametrize("estimator", ["uncorrected", "is", "snis"])
 def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_need_it(
     random_model_dir, estimator
@@ -194,7 +206,7 @@ def test_an_unknown_density_says_nothing_of_weights_and_stops_estimators_that_ne
         unknown = [group.measured["weights"] is None for group in groups]
         assert unknown == [False, True, False, False]
     else:
-        with pytest.raises(UserError, match=f"{estimator} needs every expert's density"):
+        with pytest.raises(UserError, match=f"{estimator} needs the density of every expert"):
             update()
 
 
@@ -245,16 +257,17 @@ def torchrun(*arguments: str, timeout: float = 300) -> subprocess.CompletedProce
 
 
 @pytest.mark.parametrize(
-    "count, micro_batch", [(6, 1), (5, 2)]
+    "count, micro_batch, changes",
+    [(6, 1, {}), (5, 2, {}), (5, 2, dict(expert_loss="luffy", loss_mean="token"))],
 )  # 5: one process has a state more than the other
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
-    random_model_dir, count, micro_batch
+    random_model_dir, count, micro_batch, changes
 ):
-    one = gradient_of(random_model_dir, CPU, update_config(batch_size=count), count)
+    one = gradient_of(random_model_dir, CPU, update_config(batch_size=count, **changes), count)
     for gradient in in_two_processes(
         gradient_here,
         random_model_dir,
-        update_config(batch_size=count, micro_batch=micro_batch),
+        update_config(batch_size=count, micro_batch=micro_batch, **changes),
         count,
     ):
         assert_same_gradient(gradient, one)
@@ -550,6 +563,10 @@ def test_a_killed_run_leaves_a_usable_checkpoint(tmp_path):
         dict(estimator="is"),
         dict(estimator="snis", ties="policy_first"),
         dict(selection="random", beta=0.0),
+        dict(expert_loss="luffy", beta=0.0),
+        dict(expert_loss="rl-plus", experts_when="unsolved"),
+        dict(loss_mean="token"),
+        dict(loss_mean="constant", advantage_std=False),
         dict(updates_per_batch=4, lr=3e-2),
         dict(task="structure"),
         dict(task="transformation", max_new_tokens=80, gradient_checkpointing=True),
@@ -623,6 +640,10 @@ def test_help_explains_every_setting(capsys):
         (["--lr", "fast"], "lr"),
         (["--lr", "nan"], "--lr"),
         (["--estimator", "best"], "estimator"),
+        (["--expert-loss", "luffy", "--experts", "none"], "--expert-loss luffy is of experts"),
+        (["--expert-loss", "rl-plus", "--estimator", "is"], "no weights for --expert-loss rl-plus"),
+        (["--loss-mean", "token", "--estimator", "snis"], "use --loss-mean action"),
+        (["--experts-when", "unsolved", "--estimator", "is"], "no weights for --experts-when"),
         (["--experts", "gpt-9"], "gpt-9"),
         (["--group-size", "25"], "24 candidates"),
         (["--states", "0"], "--states"),

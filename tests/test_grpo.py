@@ -76,6 +76,15 @@ def test_advantages_against_a_baseline_use_its_mean_and_std():
     torch.testing.assert_close(advantages, torch.full((2,), 1 / (2 / math.sqrt(3) + 1e-4)))
 
 
+def test_advantages_without_the_std_are_differences_from_the_mean():
+    rewards = torch.tensor([[2.0, 0.0, 1.0, 2.0], [0.1, 0.1, 0.1, 0.1]])
+    found = grpo.group_advantages(rewards, scale=False)
+    torch.testing.assert_close(found[0], torch.tensor([0.75, -1.25, -0.25, 0.75]))
+    assert found[1].tolist() == [0.0] * 4
+    kept = grpo.group_advantages(rewards[0, ::3], rewards[0], scale=False)
+    torch.testing.assert_close(kept, torch.tensor([0.75, 0.75]))
+
+
 def test_advantages_of_many_groups_are_those_of_each_group():
     rewards = torch.randint(0, 3, (2, 3, 5), generator=generator(0)).float()
     baseline = torch.randint(0, 3, (2, 3, 9), generator=generator(1)).float()

@@ -168,18 +168,40 @@ def weight(group: Group, i: int, old: float, experts: list, selection: str) -> f
     return math.exp(old) / q * sum(r >= threshold for r in group.rewards) / len(sources)
 
 
-def objective(logp, old, ref, advantage: float, beta: float) -> tuple[torch.Tensor, float, float]:
-    """Eq 2 and 3 of one action: f_i, with its KL and the share of its tokens that are clipped."""
+def objective(
+    logp, old, ref, advantage: float, beta: float, method: str, length: float
+) -> tuple[torch.Tensor, float, float]:
+    """Eq 2 and 3 of one action: f_i, with its KL and the share of its tokens that are clipped.
+
+    method: whose objective its tokens have; other papers' have no clip and no KL.
+    """
     total, kls, clipped = 0.0, 0.0, 0
     for theta, before, frozen in zip(logp, old.tolist(), ref.tolist(), strict=True):
         rho = (theta - before).exp()  # Eq 2
         d = frozen - theta
         kl = d.exp() - d - 1
+        if method != "ekipl":
+            p, before = theta.exp(), math.exp(before)
+            luffy = p / (p + 0.1)
+            rl_plus = (1 - p.item()) ** 0.5 * p / (before / 2 + (before + 1) / 4)
+            total = total + advantage * (luffy if method == "luffy" else rl_plus)
+            kls += kl.item()
+            continue
         inside = rho.clamp(1 - CLIP, 1 + CLIP) * advantage
         smaller = rho * advantage if (rho * advantage < inside) else inside
         clipped += (advantage > 0 and rho > 1 + CLIP) or (advantage < 0 and rho < 1 - CLIP)
         total, kls = total + smaller - beta * kl, kls + kl.item()
-    return total / len(logp), kls / len(logp), float(clipped) / len(logp)
+    return total / length, kls / len(logp), float(clipped) / len(logp)
+
+
+def length_of(config, group: Group, action, groups: list[Group]) -> float:
+    """What an action's sum over tokens is divided by, before the mean over its group."""
+    if config.loss_mean == "action":
+        return len(action.tokens)
+    if config.loss_mean == "constant":
+        return config.max_new_tokens
+    tokens = [len(kept.tokens) for each in groups for kept in each.kept_actions]
+    return sum(tokens) / len(groups) / len(group.kept)
 
 
 def combined(estimator: str, values: list, weights: list[float]):
@@ -229,11 +251,12 @@ def loop(config, plain: Plain, reference, optimizer: AdamW, groups, experts, lr:
     for _ in range(config.updates_per_batch):
         loss, rows = 0.0, []
         for g, before, frozen, w in zip(groups, old, ref, weights, strict=True):
-            gains = advantages(g.rewards, g.kept, config.advantage)
-            told = [
-                objective(plain.logp(g.state, a.tokens), b, f, gain, config.beta)
-                for a, b, f, gain in zip(g.kept_actions, before, frozen, gains, strict=True)
-            ]
+            gains, told = advantages(g.rewards, g.kept, config.advantage), []
+            for a, b, f, gain in zip(g.kept_actions, before, frozen, gains, strict=True):
+                method = "ekipl" if a.source == "policy" else config.expert_loss
+                length = length_of(config, g, a, groups)
+                logp = plain.logp(g.state, a.tokens)
+                told.append(objective(logp, b, f, gain, config.beta, method, length))
             values = [f for f, _, _ in told]
             loss = loss - combined(config.estimator, values, w) / len(groups)
             rows.append(
@@ -264,6 +287,8 @@ CASES = [
     dict(estimator="is", selection="random", updates_per_batch=3, micro_batch=2),
     dict(estimator="snis", selection="random", advantage="selected", micro_batch=1),
     dict(estimator="uncorrected", advantage="selected", updates_per_batch=3, beta=0.0),
+    dict(expert_loss="luffy", loss_mean="constant", max_new_tokens=6, updates_per_batch=3),
+    dict(expert_loss="rl-plus", loss_mean="token", updates_per_batch=3, micro_batch=1),
 ]
 
 

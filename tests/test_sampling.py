@@ -538,6 +538,13 @@ def test_advantages_of_a_worked_example_by_both_baselines():
     )
 
 
+def test_without_the_std_an_advantage_is_the_reward_less_the_mean():
+    made = group([0, 1, 1, 1], [0, 1, 0.5, 0])  # mean 1.125, of the kept 1.75
+    for baseline, expected in (("candidates", [0.875, 0.375]), ("selected", [0.25, -0.25])):
+        select([made], 2, baseline, "policy_first", "top", random.Random(0), scale=False)
+        assert made.advantages == pytest.approx(expected)
+
+
 def test_a_group_kept_all_perfect_teaches_by_its_candidates_only():
     perfect = [1, 0, 1, 0, 1], [1, 0, 1, 0, 1]
     assert selected(3, "selected", group(*perfect)).advantages == [0.0] * 3  # dead

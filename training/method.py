@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 
 import grpo
+from training import settings
+from training.console import UserError
+from training.neighbours import EXPERT_TERMS, LOSS_MEANS
 from training.settings import option
 
 
@@ -11,6 +14,12 @@ class MethodSettings:
     """Vision-EKIPL's own settings, as flags of ekipl.py; `num_samples`, N, is with the experts'."""
 
     # the total group (Eq 4-6) and the selection
+    experts_when: str = option(
+        "always",
+        "whose groups the experts' actions join: all, or those where none of the policy's N is "
+        "right (as in ReLIFT and HPT). Experts are asked all the same, so it saves no cost",
+        ("always", "unsolved"),
+    )
     group_size: int = option(8, "G: actions kept per state; at most N x (experts + 1)")
     selection: str = option("top", "the G to keep: the best, or any (a control)", ("top", "random"))
     ties: str = option(
@@ -28,12 +37,25 @@ class MethodSettings:
         "perfect actions teaches nothing)",
         ("candidates", "selected"),
     )
+    advantage_std: bool = option(True, "divide by the std in Eq 1; Dr. GRPO does not")
     estimator: str = option(
         "uncorrected",
         "A.7: uncorrected (A) is the paper's; is (B) weights each action by pi_old/q, which takes "
         "away most of what experts teach; snis (C) normalises the weights, with a bias where few "
         "kept actions are the policy's",
         grpo.ESTIMATORS,
+    )
+    expert_loss: str = option(
+        "ekipl",
+        "what an expert's token gives: ekipl, clip and KL as any other (Eq 3); or without both "
+        "luffy, A p / (p + 0.1); rl-plus, A (1 - p)^0.5 2 p / (p_old + (p_old + 1) / 2)",
+        tuple(EXPERT_TERMS),
+    )
+    loss_mean: str = option(
+        "action",
+        "what tokens are averaged over: their action, then actions (the paper's); all tokens of "
+        "the batch (DAPO); or their sum over --max-new-tokens, then actions (Dr. GRPO)",
+        LOSS_MEANS,
     )
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
     beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")
@@ -50,3 +72,24 @@ class MethodSettings:
         if self.ties != "auto":
             return self.ties
         return "random" if self.corrected else "policy_first"
+
+
+def check(config, experts: int) -> None:
+    """UserError for settings of the method that cannot work. experts: how many are named."""
+    settings.must(config, 1, "group_size", "updates_per_batch")
+    settings.must(config, 0, "beta", "clip_eps")
+    settings.above_zero(config, "temperature")
+    candidates = config.num_samples * (experts + 1)
+    if config.group_size > candidates:
+        raise UserError(
+            f"--group-size {config.group_size} is more than the {candidates} candidates of a state "
+            f"(--num-samples {config.num_samples} x {experts + 1} sources)"
+        )
+    if config.expert_loss != "ekipl" and not experts:
+        raise UserError(f"--expert-loss {config.expert_loss} is of experts' tokens: name --experts")
+    for name, usual in dict(expert_loss="ekipl", loss_mean="action", experts_when="always").items():
+        if config.corrected and (value := getattr(config, name)) != usual:
+            raise UserError(
+                f"--estimator {config.estimator} has no weights for {settings.flag(name)} {value}: "
+                f"use {settings.flag(name)} {usual}, or --estimator uncorrected"
+            )

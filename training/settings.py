@@ -16,6 +16,7 @@ from training.console import Parser, UserError
 CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
 TASKS = ("counting", "structure", "transformation")
 ROLLOUTS = ("auto", "vllm", "transformers")
+TRACKERS = ("none", "tensorboard", "wandb")
 MOST = 10**8  # of any count: the order of more states than that does not fit into memory
 
 
@@ -115,6 +116,9 @@ class Settings:
     eval_states: int = option(100, "questions of each test set in an evaluation")
     save_every: int = option(
         25, "checkpoint every so many steps and after the last; 0: after the last only"
+    )
+    tracker: str = option(
+        "none", "also report to TensorBoard or Weights & Biases (pip install ...)", TRACKERS
     )
 
     @property

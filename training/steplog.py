@@ -1,4 +1,4 @@
-"""The records of a run's steps: metrics.jsonl, samples.jsonl, and the progress bar."""
+"""The records of a run's steps: metrics.jsonl, samples.jsonl, the progress bar, a tracker."""
 
 from pathlib import Path
 
@@ -6,6 +6,7 @@ from tqdm import tqdm
 
 from training import curves, storage
 from training.distributed import World
+from training.trackers import Tracker
 
 SHOWN = {  # figures in the bar
     "reward": "reward",
@@ -17,29 +18,40 @@ SHOWN = {  # figures in the bar
 
 
 class StepLog:
-    """Writes a run's records, in the first process. done: steps of earlier processes."""
+    """Writes a run's records, in the first process. done: steps of earlier processes.
 
-    def __init__(self, path: Path, done: int, steps: int, world: World):
-        self.path, self.first, self.complete = path, world.rank == 0, done == steps
+    UserError if the tracker of `config` cannot start.
+    """
+
+    def __init__(self, config, path: Path, done: int, world: World):
+        self.path, self.first, self.steps = path, world.rank == 0, config.steps
+        self.complete = done == config.steps
+        self.tracker = Tracker(config, path, done) if self.first else None
         self.bar = tqdm(
-            total=steps,
+            total=config.steps,
             initial=done,
             desc=path.name,
             disable=not self.first,
             dynamic_ncols=True,
         )
 
-    def write(self, record: dict, groups: list[dict] = ()) -> None:
-        """One step's record, and the groups that are kept for people to read."""
+    def write(self, record: dict, groups: list = ()) -> None:
+        """One step's record, and the groups (sampling.Group) that are kept for people to read."""
         if not self.first:
             return
         storage.append(self.path / "metrics.jsonl", [record])
+        transcripts = [group.transcript(record["step"]) for group in groups]
         if groups:
-            storage.append(self.path / "samples.jsonl", groups)
+            storage.append(self.path / "samples.jsonl", transcripts)
         tested = {key: value for key, value in record.items() if key.startswith("eval/")}
         if tested:
             accuracy = [f"{key[5:]} {100 * value:.1f}" for key, value in tested.items()]
             self.bar.write(f"step {record['step']}: greedy accuracy {'  '.join(accuracy)}")
+        shown = groups if tested or record["step"] == self.steps else ()
+        pictures = []
+        for group in shown:
+            pictures += group.state.images
+        self.tracker.write(record, transcripts if shown else [], pictures)
         if "reward" in record:
             figures = {name: f"{record[key]:.2f}" for name, key in SHOWN.items()}
             self.bar.set_postfix(figures, refresh=False)
@@ -52,4 +64,6 @@ class StepLog:
         self.bar.close()
         if self.first and self.complete:  # it was stopped after its last checkpoint
             curves.draw_run(self.path / "metrics.jsonl", self.path.name)
+        if self.first:
+            self.tracker.close()
         storage.let_go(self.path)

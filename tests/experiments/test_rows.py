@@ -58,6 +58,25 @@ def test_each_row_does_what_its_name_says():
     assert (made["base"].request, made["base-check"].request) == ("", "check .")
 
 
+def test_the_methods_next_door_change_what_their_papers_change():
+    made = {row.name: row for row in rows.methods(config(), 1280)}
+    constant = dict(loss_mean="constant", advantage_std=False)
+    changes = {
+        "Dr-GRPO": dict(constant, experts="none"),
+        "LUFFY": dict(constant, expert_loss="luffy", beta=0.0),
+        "RL-PLUS": dict(constant, expert_loss="rl-plus", beta=0.0),
+        "Vision-EKIPL-unsolved": dict(experts_when="unsolved"),
+        "Vision-EKIPL-token": dict(loss_mean="token"),
+        "Vision-EKIPL-constant": constant,
+    }
+    for name, changed in changes.items():
+        parsed = ekipl.parse(list(made[name].flags))[0]
+        assert parsed == dataclasses.replace(config(), **changed), name
+        ekipl.check(parsed, 1, False)
+    own = {name for name in changes if not made[name].rate}
+    assert own == {"LUFFY", "RL-PLUS"}  # their losses have a scale of their own
+
+
 @pytest.mark.parametrize("flags, says", [
     (("--experts", "none"), "needs --experts"), (("--epochs", "2"), "no --epochs"),
     (("--limit", "640"), "no --epochs"), (("--preset", "counting-2b"), "for the blocks world"),
