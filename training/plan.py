@@ -22,6 +22,7 @@ from training import pretrained
 from training.activations import MicroBatch, activations
 from training.console import UserError
 from training.disk import GB, MOMENTS, WEIGHTS
+from training.families import head_size
 from training.settings import Settings
 
 MARGIN = 0.05
@@ -154,7 +155,7 @@ def generating(
 ) -> list[Row]:
     """What rollouts take, without vLLM's CUDA graphs."""
     text, c, name = model.text_config, 2 if half else 4, "bfloat16" if half else "float32"
-    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    width = head_size(text) * text.num_key_value_heads
     token = 2 * c * width * text.num_hidden_layers  # its keys and values
     length = batch.P + config.max_new_tokens
     if config.rollout != "transformers":
