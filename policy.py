@@ -197,7 +197,8 @@ class Policy(nn.Module):
 
     def try_out(self) -> None:
         """Encodes and scores one small state. ValueError for what a run would only meet later: a
-        template that leaves something out, tags that no response can hold, weights that are NaN."""
+        template that leaves something out or begins the response, tags that no response can hold,
+        weights that are NaN."""
         response = self._tags()
         pictures = (Image.new("RGB", (56, 56)), Image.new("RGB", (56, 56)))
         state = State("try", pictures, "how many ?", "1", "discrete")
@@ -205,6 +206,11 @@ class Policy(nn.Module):
             text = self.prompt_text(state)
         if text.count(self.processor.image_token) != 2 or "how many ?" not in text:
             raise ValueError("its chat template leaves out the question or its images")
+        if text.rstrip().endswith(TAGS[0]):
+            raise ValueError(
+                f"its chat template writes {TAGS[0]} itself (a Thinking model): no response would "
+                "have the format that is rewarded. Start from the Instruct model"
+            )
         with pretrained.library("scoring a small state"), torch.no_grad():
             (prompt,) = self.encode([state])
             logp = self(pack([prompt], [[[*response, self.eos_id]]]))  # (1, 1, T)

@@ -142,9 +142,14 @@ CASES = {
 }
 
 
+FAMILIES = {"Qwen2-VL": "random_model_dir", "Qwen3-VL": "random_qwen3_dir"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
-def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case):
-    policy = Policy.load(random_model_dir, temperature=1.3, logit_chunk=7)
+def test_packed_equals_plain_in_values_and_gradients(request, family, case):
+    directory = request.getfixturevalue(FAMILIES[family])
+    policy = Policy.load(directory, temperature=1.3, logit_chunk=7)
     states, lengths = CASES[case]
     actions = random_actions(policy, lengths)
     batch = pack(policy.encode(states), actions)
@@ -619,6 +624,26 @@ REFUSED = {  # what is done to a good directory, and what the one line says
         ),
         "sliding",
     ),
+    "linear attention, as Qwen3.5's": (
+        lambda d: edit(
+            d / "config.json",
+            model_type="qwen3_5",
+            text_config__layer_types=["linear_attention", "full_attention"],
+        ),
+        "'qwen3_5', we train .*linear_attention layers, which pass on one state .*cannot share",
+    ),
+    "linear attention, as Qwen3-Next's": (
+        lambda d: (d / "config.json").write_text(
+            '{"model_type": "qwen3_next", "full_attention_interval": 4}'
+        ),
+        "'qwen3_next', we train .*linear_attention layers, which pass on one state",
+    ),
+    "chunks": (
+        lambda d: edit(
+            d / "config.json", text_config__layer_types=["full_attention", "chunked_attention"]
+        ),
+        "chunked_attention layers, which attention.py does not know",
+    ),
     "code of its own": (
         lambda d: edit(d / "config.json", model_type="evil", auto_map=CODE),
         "never run code",
@@ -709,6 +734,12 @@ REFUSED = {  # what is done to a good directory, and what the one line says
     "a template that looks around": (
         lambda d: (d / "chat_template.jinja").write_text("{{ ''.__class__ }}"),
         "its chat template",
+    ),
+    "a template that begins to think": (
+        lambda d: (d / "chat_template.jinja").write_text(
+            (d / "chat_template.jinja").read_text() + "<think>\n"
+        ),
+        "writes <think> itself .*Instruct",
     ),
     "a template without images": (
         lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}"),
