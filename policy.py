@@ -188,8 +188,8 @@ class Policy(nn.Module):
             message = f"cannot load a vision-language model from {str(path)!r}: {why}"
             raise ValueError(message) from error
         size = dict(processor.image_processor.size)  # the edges are areas, whatever their names
-        size["shortest_edge"] = min_pixels or size["shortest_edge"]
         size["longest_edge"] = max_pixels or size["longest_edge"]
+        size["shortest_edge"] = min_pixels or min(size["shortest_edge"], size["longest_edge"])
         processor.image_processor.size = size
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})

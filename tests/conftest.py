@@ -1,5 +1,5 @@
-"""A random Qwen2-VL of 0.2 M parameters, and a Qwen3-VL, in Hugging Face layout, that tests load like
-any other checkpoint."""
+"""A random Qwen2-VL of 0.2 M parameters, and a Qwen3-VL, in Hugging Face layout, that tests load
+like any other checkpoint."""
 
 import multiprocessing
 import os

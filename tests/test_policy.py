@@ -509,6 +509,13 @@ def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_
     assert image_tokens(Policy.load(tmp_path)) == 4
 
 
+def test_a_limit_below_the_models_least_is_a_limit_still(random_model_dir):
+    """Qwen3-VL's least are 256 x 256: to enlarge what another limit has just allowed is no sense."""
+    policy = Policy.load(random_model_dir, max_pixels=32 * 16)  # its least are 32 x 32
+    (prompt,) = policy.encode([State("small", (picture(32, 16, 0),), "how many ?", "1", "math")])
+    assert prompt.image_grid_thw.tolist() == [[1, 2, 4]]
+
+
 def test_a_batch_moves_to_a_device_whole(policy):
     batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to(
         "meta"

@@ -193,10 +193,11 @@ def test_log_probs_and_gradients_are_those_of_transformers_one_prompt_at_a_time(
 
 
 def test_the_plan_counts_the_parameters_of_a_hub_directory(directories):
-    config, pixels = plan.described(str(directories["untied"]))
-    policy = Policy.load(directories["untied"])
-    assert plan.sizes(config).total == sum(p.numel() for p in policy.parameters())
-    assert pixels == 12845056
+    for name, least, most in (("untied", 3136, 12845056), ("3", 65536, 16777216)):
+        config, edges = plan.described(str(directories[name]))
+        policy = Policy.load(directories[name])
+        assert plan.sizes(config).total == sum(p.numel() for p in policy.parameters())
+        assert edges == {"shortest_edge": least, "longest_edge": most}
 
 
 # ------------------------------------------------------------------ the programs

@@ -219,8 +219,8 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     ekipl.update(
         config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4
     )  # gradients and moments are there
-    model, longest_edge = plan.described(config.start)
-    batch = plan.micro_batch(config, model, longest_edge, 1)
+    model, edges = plan.described(config.start)
+    batch = plan.micro_batch(config, model, edges, 1)
     rows = {
         row.name: row.learning
         for row in plan.memory(
@@ -378,11 +378,11 @@ def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(
     ],
 )
 def test_known_models_have_as_many_parameters_as_their_checkpoints(name, parameters):
-    config, pixels = plan.described(f"Qwen/{name}-Instruct")
+    config, edges = plan.described(f"Qwen/{name}-Instruct")
     assert plan.sizes(config).total == parameters
     # Tokens of the largest image: a side of 28 or of 32 pixels.
     side = 28 if name.startswith("Qwen2") else 32
-    assert pixels == 16384 * side**2 and config.text_config.vocab_size > 151_668
+    assert edges["longest_edge"] == 16384 * side**2 and config.text_config.vocab_size > 151_668
 
 
 @pytest.mark.parametrize(
@@ -401,8 +401,8 @@ def test_it_says_whether_it_fits_and_what_helps(flags, says):
 
 def test_a_frozen_vision_tower_has_neither_gradients_nor_moments_nor_activations():
     config, rows = ekipl.Config(parallel="fsdp"), {}
-    model, longest_edge = plan.described(config.start)
-    batch = plan.micro_batch(config, model, longest_edge, 2)
+    model, edges = plan.described(config.start)
+    batch = plan.micro_batch(config, model, edges, 2)
     policy = Policy.load(config.start)
     policy.freeze_vision()
     learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
