@@ -206,7 +206,7 @@ def random_qwen3(tokenizer) -> Qwen3VLForConditionalGeneration:
     vision = dict(
         depth=3,
         hidden_size=64,
-        intermediate_size=96,
+        intermediate_size=112,
         out_hidden_size=128,
         num_heads=2,
         patch_size=8,

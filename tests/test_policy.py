@@ -510,7 +510,7 @@ def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_
 
 
 def test_a_limit_below_the_models_least_is_a_limit_still(random_model_dir):
-    """Qwen3-VL's least are 256 x 256: to enlarge what another limit has just allowed is no sense."""
+    """Qwen3-VL's least are 256 x 256, and nobody who lowers the most wants images enlarged."""
     policy = Policy.load(random_model_dir, max_pixels=32 * 16)  # its least are 32 x 32
     (prompt,) = policy.encode([State("small", (picture(32, 16, 0),), "how many ?", "1", "math")])
     assert prompt.image_grid_thw.tolist() == [[1, 2, 4]]
