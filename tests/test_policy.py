@@ -377,6 +377,18 @@ def test_no_cache_of_keys_and_values_is_built(policy):
     assert seen == [None]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_of_the_whole_row_is_made(request, family):
+    """A row of 10,000 tokens would have one of 100 million entries."""
+    policy = Policy.load(request.getfixturevalue(FAMILIES[family]))
+    seen = []
+    policy.model.model.language_model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    policy(pack(policy.encode([ONE_IMAGE]), [[[5, 6], [7]]]))
+    assert seen == [None]
+
+
 def test_train_and_eval_mode_give_the_same_numbers(policy):
     """The model's own configuration may ask for dropout; two passes of one policy must not differ
     by chance."""
