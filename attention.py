@@ -3,10 +3,10 @@
 transformers calls `attend` in every layer of the language model (its AttentionInterface, under
 the name SHARED_PREFIX). There are three cases:
 
-- Training and scoring: all tokens of a micro-batch stand in one row without padding, and a
-  `SharedPrefix` takes the place of the attention mask. A prompt attends to itself, an action to
-  its prompt and itself: P^2 + G T (P + T) pairs of tokens a state. One row with a mask would take
-  (P + G T)^2, and G separate rows G (P + T)^2.
+- Training and scoring: all tokens of a micro-batch stand in one row without padding, and the
+  model's forward pass hands a `SharedPrefix` on to here (`shared_prefix=`), in place of a mask. A
+  prompt attends to itself, an action to its prompt and itself: P^2 + G T (P + T) pairs of tokens a
+  state. One row with a mask would take (P + G T)^2, and G separate rows G (P + T)^2.
 - Generating one token for each row: the query heads that share a key head (GQA) become the rows
   of one small matrix, so no key is repeated.
 - Anything else goes to transformers' own function for SDPA.
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -42,6 +43,26 @@ class SharedPrefix:
     prompt_length: torch.Tensor
     output_at: torch.Tensor
     mask: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        prompt_at: list[torch.Tensor],
+        action_at: list[torch.Tensor],
+        prompt_of: list[int],
+        N: int,
+    ) -> "SharedPrefix":
+        """The layout of a row of N tokens, from the places of each prompt and of each action."""
+        prompts = pad_sequence(prompt_at, batch_first=True)  # (B, P)
+        actions = pad_sequence(action_at, batch_first=True)  # (A, T)
+        (B, P), T = prompts.shape, actions.shape[1]
+        output_at = torch.zeros(N, dtype=torch.long)  # (N,)
+        for b, at in enumerate(prompt_at):
+            output_at[at] = torch.arange(b * P, b * P + len(at))
+        for a, at in enumerate(action_at):
+            output_at[at] = torch.arange(B * P + a * T, B * P + a * T + len(at))
+        lengths = torch.tensor([len(at) for at in prompt_at])
+        return cls(prompts, actions, torch.tensor(prompt_of), lengths, output_at)
 
     def to(self, device: torch.device | str) -> "SharedPrefix":
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -103,15 +124,23 @@ class SharedPrefix:
 
 
 def attend(
-    module, query, key, value, attention_mask, dropout: float = 0.0, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout: float = 0.0,
+    scaling=None,
+    shared_prefix: SharedPrefix | None = None,
+    **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function.
 
     query: (rows, H, tokens, D), key and value: (rows, key heads, tokens, D)
     -> (rows, tokens, H, D), None.
     """
-    if isinstance(attention_mask, SharedPrefix):
-        return attention_mask.attend(query, key, value, scaling), None
+    if shared_prefix is not None:
+        return shared_prefix.attend(query, key, value, scaling), None
     if query.shape[2] == 1 and dropout == 0:
         rows, heads, _, size = query.shape
         query = query.view(rows, key.shape[1], -1, size)  # (rows, key heads, queries of one, D)

@@ -31,7 +31,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
 from attention import SHARED_PREFIX, SharedPrefix
@@ -123,7 +122,7 @@ def pack(prompts: list[Prompt], actions: list[list[list[int]]]) -> PackedBatch:
         position_ids=torch.cat(positions, dim=1),
         pixel_values=joined([prompt.pixel_values for prompt in prompts]),
         image_grid_thw=joined([prompt.image_grid_thw for prompt in prompts]),
-        layout=layout_of(prompt_at, action_at, prompt_of, end),
+        layout=SharedPrefix.of(prompt_at, action_at, prompt_of, end),
         predict_at=torch.tensor(predict_at),
         predicted=torch.tensor(predicted),
         token_at=token_at,
@@ -135,22 +134,6 @@ def joined(tensors: list[torch.Tensor | None]) -> torch.Tensor | None:
     """The images of all states, one after the other."""
     present = [tensor for tensor in tensors if tensor is not None]
     return torch.cat(present) if present else None
-
-
-def layout_of(
-    prompt_at: list[torch.Tensor], action_at: list[torch.Tensor], prompt_of: list[int], N: int
-) -> SharedPrefix:
-    """The layout of a row of N tokens, from the places of each prompt and of each action."""
-    prompts = pad_sequence(prompt_at, batch_first=True)  # (B, P)
-    actions = pad_sequence(action_at, batch_first=True)  # (A, T)
-    (B, P), T = prompts.shape, actions.shape[1]
-    output_at = torch.zeros(N, dtype=torch.long)  # (N,)
-    for b, at in enumerate(prompt_at):
-        output_at[at] = torch.arange(b * P, b * P + len(at))
-    for a, at in enumerate(action_at):
-        output_at[at] = torch.arange(B * P + a * T, B * P + a * T + len(at))
-    lengths = torch.tensor([len(at) for at in prompt_at])
-    return SharedPrefix(prompts, actions, torch.tensor(prompt_of), lengths, output_at)
 
 
 class Policy(nn.Module):
@@ -205,8 +188,8 @@ class Policy(nn.Module):
             message = f"cannot load a vision-language model from {str(path)!r}: {why}"
             raise ValueError(message) from error
         size = dict(processor.image_processor.size)  # the edges are areas, whatever their names
-        size["shortest_edge"] = min_pixels or size["shortest_edge"]
         size["longest_edge"] = max_pixels or size["longest_edge"]
+        size["shortest_edge"] = min_pixels or min(size["shortest_edge"], size["longest_edge"])
         processor.image_processor.size = size
         if gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -214,7 +197,8 @@ class Policy(nn.Module):
 
     def try_out(self) -> None:
         """Encodes and scores one small state. ValueError for what a run would only meet later: a
-        template that leaves something out, tags that no response can hold, weights that are NaN."""
+        template that leaves something out or begins the response, tags that no response can hold,
+        weights that are NaN."""
         response = self._tags()
         pictures = (Image.new("RGB", (56, 56)), Image.new("RGB", (56, 56)))
         state = State("try", pictures, "how many ?", "1", "discrete")
@@ -222,6 +206,11 @@ class Policy(nn.Module):
             text = self.prompt_text(state)
         if text.count(self.processor.image_token) != 2 or "how many ?" not in text:
             raise ValueError("its chat template leaves out the question or its images")
+        if text.rstrip().endswith(TAGS[0]):
+            raise ValueError(
+                f"its chat template writes {TAGS[0]} itself (a Thinking model): no response would "
+                "have the format that is rewarded. Start from the Instruct model"
+            )
         with pretrained.library("scoring a small state"), torch.no_grad():
             (prompt,) = self.encode([state])
             logp = self(pack([prompt], [[[*response, self.eos_id]]]))  # (1, 1, T)
@@ -312,7 +301,7 @@ class Policy(nn.Module):
 
     def _hidden(self, batch: PackedBatch) -> torch.Tensor:
         """The last hidden states of the row, (N, H)."""
-        model = self.model.model
+        model, deepstack = self.model.model, {}
         embeds = self.model.get_input_embeddings()(batch.input_ids)  # (N, H)
         if batch.pixel_values is not None:
             images = model.get_image_features(batch.pixel_values, batch.image_grid_thw)
@@ -321,12 +310,17 @@ class Policy(nn.Module):
             is_image = batch.input_ids == self.model.config.image_token_id  # (N,)
             is_image &= batch.layout.in_prompt
             embeds = embeds.masked_scatter(is_image[:, None], features)
-        # A mapping is passed on as it is; a KV cache would be of no use and stop checkpointing.
-        return model(
+            if hasattr(images, "deepstack_features"):
+                # Qwen3-VL adds features of earlier blocks to what its first layers give out there.
+                levels = [torch.cat(level) for level in images.deepstack_features]
+                deepstack = dict(visual_pos_masks=is_image[None], deepstack_visual_embeds=levels)
+        # A KV cache would be of no use and stop checkpointing.
+        return model.language_model(
             inputs_embeds=embeds[None],  # (1, N, H)
             position_ids=batch.position_ids[:, None],  # (3, 1, N)
-            attention_mask={"full_attention": batch.layout},
+            shared_prefix=batch.layout,
             use_cache=False,
+            **deepstack,
         ).last_hidden_state[0]
 
     def _token_logp(self, hidden: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

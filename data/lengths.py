@@ -62,7 +62,7 @@ class Room:
         return None
 
     def image_tokens(self, size: tuple[int, int]) -> int:
-        """Tokens of an image of this (width, height), as Qwen2-VL's processor resizes it."""
+        """Tokens of an image of this (width, height), as the models' processor resizes it."""
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
         _, factor, fewest, most = self._limits
@@ -88,8 +88,8 @@ class Room:
             config, size = pretrained.described(self.model)
             limit, vision = config.text_config.max_position_embeddings, config.vision_config
             factor = vision.patch_size * vision.spatial_merge_size
-            fewest = self.min_pixels or size["shortest_edge"]
             most = self.max_pixels or size["longest_edge"]
+            fewest = self.min_pixels or min(size["shortest_edge"], most)
             return min(limit, self.max_model_len or limit), factor, fewest, most
         except Exception:
             return None

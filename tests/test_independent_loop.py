@@ -13,7 +13,7 @@ import random
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoProcessor, Qwen2VLForConditionalGeneration
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import ekipl
 from data.state import State
@@ -112,7 +112,7 @@ class Plain:
     """transformers' own model with eager attention, one sequence at a time."""
 
     def __init__(self, path):
-        self.model = Qwen2VLForConditionalGeneration.from_pretrained(
+        self.model = AutoModelForImageTextToText.from_pretrained(
             path, attn_implementation="eager", dtype=torch.float64
         )
         self.processor = AutoProcessor.from_pretrained(path)
@@ -292,15 +292,27 @@ CASES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def other_dir(random_model_dir, tmp_path_factory):
+def moved(directory, path):
     """A reference that is not the policy, so that the KL term has a gradient from the start."""
-    policy, path = Policy.load(random_model_dir), tmp_path_factory.mktemp("reference")
+    policy = Policy.load(directory)
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1.02)
     policy.save(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def other_dir(random_model_dir, tmp_path_factory):
+    return moved(random_model_dir, tmp_path_factory.mktemp("reference"))
+
+
+def test_updates_of_qwen3_vl_are_those_of_plain_passes(random_qwen3_dir, tmp_path):
+    """Deepstack, its positions, its norms of queries and keys."""
+    changes = dict(estimator="snis", updates_per_batch=3, micro_batch=3)
+    test_updates_are_those_of_plain_passes_one_action_at_a_time(
+        random_qwen3_dir, moved(random_qwen3_dir, tmp_path), changes
+    )
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,14 @@ CASES = {
 }
 
 
+FAMILIES = {"Qwen2-VL": "random_model_dir", "Qwen3-VL": "random_qwen3_dir"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("case", CASES)
-def test_packed_equals_plain_in_values_and_gradients(random_model_dir, case):
-    policy = Policy.load(random_model_dir, temperature=1.3, logit_chunk=7)
+def test_packed_equals_plain_in_values_and_gradients(request, family, case):
+    directory = request.getfixturevalue(FAMILIES[family])
+    policy = Policy.load(directory, temperature=1.3, logit_chunk=7)
     states, lengths = CASES[case]
     actions = random_actions(policy, lengths)
     batch = pack(policy.encode(states), actions)
@@ -372,6 +377,18 @@ def test_no_cache_of_keys_and_values_is_built(policy):
     assert seen == [None]
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_mask_of_the_whole_row_is_made(request, family):
+    """A row of 10,000 tokens would have one of 100 million entries."""
+    policy = Policy.load(request.getfixturevalue(FAMILIES[family]))
+    seen = []
+    policy.model.model.language_model.layers[1].self_attn.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    policy(pack(policy.encode([ONE_IMAGE]), [[[5, 6], [7]]]))
+    assert seen == [None]
+
+
 def test_train_and_eval_mode_give_the_same_numbers(policy):
     """The model's own configuration may ask for dropout; two passes of one policy must not differ
     by chance."""
@@ -504,6 +521,13 @@ def test_pixel_limits_set_the_number_of_image_tokens_and_are_saved(random_model_
     assert image_tokens(Policy.load(tmp_path)) == 4
 
 
+def test_a_limit_below_the_models_least_is_a_limit_still(random_model_dir):
+    """Qwen3-VL's least are 256 x 256, and nobody who lowers the most wants images enlarged."""
+    policy = Policy.load(random_model_dir, max_pixels=32 * 16)  # its least are 32 x 32
+    (prompt,) = policy.encode([State("small", (picture(32, 16, 0),), "how many ?", "1", "math")])
+    assert prompt.image_grid_thw.tolist() == [[1, 2, 4]]
+
+
 def test_a_batch_moves_to_a_device_whole(policy):
     batch = pack(policy.encode([ONE_IMAGE, NO_IMAGE]), random_actions(policy, [[5, 1], [4]])).to(
         "meta"
@@ -619,6 +643,26 @@ REFUSED = {  # what is done to a good directory, and what the one line says
         ),
         "sliding",
     ),
+    "linear attention, as Qwen3.5's": (
+        lambda d: edit(
+            d / "config.json",
+            model_type="qwen3_5",
+            text_config__layer_types=["linear_attention", "full_attention"],
+        ),
+        "'qwen3_5', we train .*linear_attention layers, which pass on one state .*cannot share",
+    ),
+    "linear attention, as Qwen3-Next's": (
+        lambda d: (d / "config.json").write_text(
+            '{"model_type": "qwen3_next", "full_attention_interval": 4}'
+        ),
+        "'qwen3_next', we train .*linear_attention layers, which pass on one state",
+    ),
+    "chunks": (
+        lambda d: edit(
+            d / "config.json", text_config__layer_types=["full_attention", "chunked_attention"]
+        ),
+        "chunked_attention layers, which attention.py does not know",
+    ),
     "code of its own": (
         lambda d: edit(d / "config.json", model_type="evil", auto_map=CODE),
         "never run code",
@@ -709,6 +753,12 @@ REFUSED = {  # what is done to a good directory, and what the one line says
     "a template that looks around": (
         lambda d: (d / "chat_template.jinja").write_text("{{ ''.__class__ }}"),
         "its chat template",
+    ),
+    "a template that begins to think": (
+        lambda d: (d / "chat_template.jinja").write_text(
+            (d / "chat_template.jinja").read_text() + "<think>\n"
+        ),
+        "writes <think> itself .*Instruct",
     ),
     "a template without images": (
         lambda d: (d / "chat_template.jinja").write_text("{{ messages[0].content[-1].text }}"),

@@ -43,6 +43,14 @@ def policy(random_model_dir):
     return Policy.load(random_model_dir)
 
 
+@pytest.fixture(scope="module")
+def qwen3(random_qwen3_dir):
+    policy = Policy.load(random_qwen3_dir)
+    with torch.no_grad():  # or the likeliest token is the same everywhere
+        policy.model.get_output_embeddings().weight.mul_(0.5)
+    return policy
+
+
 def picture(width: int, height: int, seed: int) -> Image.Image:
     pixels = torch.randint(
         0, 256, (height, width, 3), generator=torch.Generator().manual_seed(seed)
@@ -224,6 +232,11 @@ def test_greedy_takes_the_most_probable_token_whatever_the_batch(policy, rows):
     assert len({tuple(tokens) for tokens in expected}) > 1
     actions = TransformersSampler(policy, 6, rows=rows).greedy(policy.encode(STATES))
     assert [action.tokens for action in actions] == expected
+
+
+def test_greedy_does_so_with_deepstack(qwen3):
+    # What the image adds to the first layers is in the keys and values that a prompt leaves.
+    test_greedy_takes_the_most_probable_token_whatever_the_batch(qwen3, 512)
 
 
 def test_a_row_goes_on_as_if_alone_when_others_have_ended(policy, monkeypatch):

@@ -5,6 +5,8 @@ tests/training/test_plan.py compares it with measurements.
 
 from dataclasses import dataclass
 
+from training.families import head_size
+
 LOGIT_CHUNK = 512  # Policy's
 BYTES_OF_A_LOGIT = 12  # float32: log-softmax, its gradient and that of the logits
 
@@ -35,19 +37,22 @@ def kept_by_layer(config, batch: MicroBatch, half: bool, sharded: bool) -> tuple
     with weights gathered in bfloat16 (sharded) they are bfloat16, and linear layers share it.
     """
     text, B, P, A, T = config.text_config, batch.B, batch.P, batch.B * batch.G, batch.T
+    c, width = 2 if half else 4, head_size(text) * text.num_attention_heads
     # Queries, keys, values, outputs of the prompts; queries, outputs of the actions; the keys and
-    # values that they see, of as many heads as there are queries.
-    attention = text.hidden_size * (4 * B * P + 2 * A * T + 2 * A * (P + T))
-    mlp = 4 * text.intermediate_size * batch.N  # gate, its SiLU, up, their product
+    # values that they see, of as many heads as there are queries; the input of o_proj.
+    attention = c * width * (4 * B * P + 2 * A * T + 2 * A * (P + T) + batch.N)
+    if config.model_type == "qwen3_vl":  # of queries and keys: what the norms take in and give out
+        heads = text.num_attention_heads + text.num_key_value_heads
+        attention += (4 + c) * head_size(text) * heads * batch.N
+    mlp = c * 4 * text.intermediate_size * batch.N  # gate, its SiLU, up, their product
     if not half:
-        norms = 7 * 4  # two norms: input, normalised, output for linear layers; the input of o_proj
+        norms = 6 * 4  # two norms: input, normalised, output for linear layers
     elif sharded:
-        norms = 2 * 4 + 5 * 2  # inputs of norms are taken to float32
+        norms = 2 * 4 + 4 * 2  # inputs of norms are taken to float32
     else:
-        norms = 4 * 4 + 6 * 2  # inputs and normalised; the inputs of q, k, v, o, gate, up
+        norms = 4 * 4 + 5 * 2  # inputs and normalised; the inputs of q, k, v, gate, up
     hidden = text.hidden_size * batch.N  # entries of the hidden states
-    layer = (2 if half else 4) * (attention + mlp) + norms * hidden
-    return layer, (2 if half and sharded else 4) * hidden
+    return attention + mlp + norms * hidden, (2 if half and sharded else 4) * hidden
 
 
 def kept_by_block(config, batch: MicroBatch, half: bool) -> tuple[float, float]:
@@ -58,10 +63,23 @@ def kept_by_block(config, batch: MicroBatch, half: bool) -> tuple[float, float]:
     vision = config.vision_config
     if config.model_type == "qwen2_vl":  # QuickGELU: its input, the sigmoid, their product
         width, mlp = vision.embed_dim, 3 * vision.embed_dim * vision.mlp_ratio
-    else:
+    elif config.model_type == "qwen2_5_vl":  # as in a layer of the language model
         width, mlp = vision.hidden_size, 4 * vision.intermediate_size
+    else:  # GELU: its input and its output
+        width, mlp = vision.hidden_size, 2 * vision.intermediate_size
     entries = (2 if half else 4) * batch.patches
     return entries * (11 * width + mlp), entries * width
+
+
+def kept_by_deepstack(config, batch: MicroBatch, half: bool) -> float:
+    """The same of what Qwen3-VL's vision tower gives out on the way: normalised, GELU's input and
+    its output, for each of its levels. And of its learned positions: four neighbours of each patch,
+    in float32."""
+    vision = config.vision_config
+    if config.model_type != "qwen3_vl":
+        return 0
+    levels = 3 * len(vision.deepstack_visual_indexes)
+    return vision.hidden_size * batch.patches * ((2 if half else 4) * levels + 4 * 4)
 
 
 def activations(
@@ -79,6 +97,7 @@ def activations(
     layers, blocks = text.num_hidden_layers, config.vision_config.depth
     layer, layer_input = kept_by_layer(config, batch, half, sharded)
     block, block_input = (0, 0) if frozen else kept_by_block(config, batch, half)
+    deepstack = 0 if frozen else kept_by_deepstack(config, batch, half)
     c = 2 if half else 4
     mask = c * batch.B * batch.G * batch.T * (batch.P + batch.T)  # the same in all layers
     predicted = batch.B * batch.G * batch.T
@@ -91,7 +110,7 @@ def activations(
     embeddings = (c if sharded else 4) * table
     waiting = embeddings if config.tie_word_embeddings else 0
     # Patches, merger, embeddings, last norm, the hidden states that predict.
-    ends = block + 6 * 4 * text.hidden_size * batch.N
+    ends = block + deepstack + 6 * 4 * text.hidden_size * batch.N
     if checkpointing:
         kept = layers * layer_input + blocks * block_input + mask + ends
         backward = max(layer + gradients, block)

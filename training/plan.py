@@ -22,6 +22,7 @@ from training import pretrained
 from training.activations import MicroBatch, activations
 from training.console import UserError
 from training.disk import GB, MOMENTS, WEIGHTS
+from training.families import head_size
 from training.settings import Settings
 
 MARGIN = 0.05
@@ -52,13 +53,13 @@ class Row:
     step: float = 0.0
 
 
-def described(path: str) -> tuple[PreTrainedConfig, int]:
-    """A model's config, and to how many pixels its processor shrinks an image."""
+def described(path: str) -> tuple[PreTrainedConfig, dict[str, int]]:
+    """A model's config, and between how many pixels its processor keeps an image: "shortest_edge"
+    and "longest_edge"."""
     try:
-        config, edges = pretrained.described(path)
+        return pretrained.described(path)
     except ValueError as error:
         raise UserError(f"cannot read the config of {path!r}: {error}") from None
-    return config, edges["longest_edge"]
 
 
 def parameters(module: torch.nn.Module) -> int:
@@ -79,12 +80,12 @@ def sizes(config: PreTrainedConfig) -> Sizes:
     )
 
 
-def micro_batch(config: Settings, model, longest_edge: int, processes: int) -> MicroBatch:
-    """The largest that the settings allow."""
+def micro_batch(config: Settings, model, edges: dict[str, int], processes: int) -> MicroBatch:
+    """The largest that the settings allow. edges: of `described`."""
     vision = model.vision_config
-    pixels = min(config.max_pixels or longest_edge, longest_edge)
+    pixels = min(config.max_pixels or edges["longest_edge"], edges["longest_edge"])
     if config.data == "blocks":
-        pixels = min(pixels, max(64 * 64, config.min_pixels))
+        pixels = min(pixels, max(64 * 64, config.min_pixels or edges["shortest_edge"]))
     images = 2 if config.task == "transformation" else 1
     merged = images * (pixels // (vision.patch_size * vision.spatial_merge_size) ** 2)
     B = min(config.micro_batch, -(-config.batch_size // processes))
@@ -154,7 +155,7 @@ def generating(
 ) -> list[Row]:
     """What rollouts take, without vLLM's CUDA graphs."""
     text, c, name = model.text_config, 2 if half else 4, "bfloat16" if half else "float32"
-    width = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    width = head_size(text) * text.num_key_value_heads
     token = 2 * c * width * text.num_hidden_layers  # its keys and values
     length = batch.P + config.max_new_tokens
     if config.rollout != "transformers":
@@ -195,8 +196,8 @@ def totals(rows: list[Row]) -> list[float]:
 
 def short_of(config: Settings, gigabytes: float, processes: int) -> float:
     """How many bytes are missing at the worst moment; below 0: what is left."""
-    model, longest_edge = described(config.start)
-    batch = micro_batch(config, model, longest_edge, processes)
+    model, edges = described(config.start)
+    batch = micro_batch(config, model, edges, processes)
     rows = with_graphs(config, model, batch, processes)
     return max(totals(rows)) - (1 - MARGIN) * gigabytes * GB
 
@@ -236,8 +237,8 @@ def parse(text: str) -> tuple[float, int]:
 def report(config: Settings) -> str:
     """The plan as text: a table in GB, and whether it fits."""
     gigabytes, processes = parse(config.plan)
-    model, longest_edge = described(config.start)
-    batch = micro_batch(config, model, longest_edge, processes)
+    model, edges = described(config.start)
+    batch = micro_batch(config, model, edges, processes)
     rows = with_graphs(config, model, batch, processes)
     count = sizes(model)
     name = Path(config.start).name if Path(config.start).is_dir() else config.start

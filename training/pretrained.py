@@ -31,14 +31,13 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
-    Qwen2VLConfig,
 )
 from transformers.utils import logging as transformers_logging
 
+from training.families import FAMILIES, known, why_not_packed
+
 LOG = logging.getLogger("pretrained")
 
-# Model families whose positions and image features work as policy.py uses them.
-SUPPORTED = ("qwen2_vl", "qwen2_5_vl")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
 DESCRIPTION = ["*.json", "*.jinja", "*.txt"]
 OBJECTS = (
@@ -136,11 +135,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
     }
     config = stored["config.json"]
     code = any("auto_map" in values for values in stored.values())
-    if config.get("model_type") not in SUPPORTED:
-        raise ValueError(
-            f"its model type is {config.get('model_type')!r}, we train {' and '.join(SUPPORTED)}"
-            + (", and never run code that comes with a model" if code else "")
-        )
+    if config.get("model_type") not in FAMILIES:
+        raise ValueError(other_family(config, code))
     if config.get("quantization_config"):
         raise ValueError("its weights are quantised: start from the model with whole weights")
     for part in (config, config.get("text_config"), config.get("vision_config")):
@@ -156,15 +152,29 @@ def read_config(directory: Path) -> PreTrainedConfig:
         del found.auto_map  # a checkpoint of ours comes without that code
     text = found.text_config
     text.attention_dropout = 0.0  # Eq 2 compares two passes, which must not differ by chance
-    if any(layer != "full_attention" for layer in text.layer_types):
-        raise ValueError("it has sliding-window attention, which attention.py does not know")
+    if reason := why_not_packed(text):
+        raise ValueError(reason)
     heads, key_heads = text.num_attention_heads, text.num_key_value_heads
-    if min(heads, key_heads, text.hidden_size) < 1 or text.hidden_size % heads or heads % key_heads:
+    named = getattr(text, "head_dim", None)  # Qwen3-VL's heads have a size of their own
+    whole = min(heads, key_heads, text.hidden_size) > 0 and heads % key_heads == 0
+    if not whole or (not named and text.hidden_size % heads):
         raise ValueError(
             f"config.json: {text.hidden_size} hidden values, {heads} heads and {key_heads} "
             "key heads do not divide each other"
         )
     return found
+
+
+def other_family(config: dict, code: bool) -> str:
+    """Why a config.json of another family is refused. code: whether files of the model name some
+    (auto_map)."""
+    text = config.get("text_config")
+    reason = why_not_packed(text if isinstance(text, dict) else config)
+    return (
+        f"its model type is {config.get('model_type')!r}, we train {', '.join(FAMILIES)}"
+        + (f"; {reason}" if reason else "")
+        + (", and never run code that comes with a model" if code else "")
+    )
 
 
 def read_processor(directory: Path, config: PreTrainedConfig) -> ProcessorMixin:
@@ -310,35 +320,14 @@ def writable(generation: GenerationConfig) -> None:
 # -------------------------------------------------------------------------------- without weights
 
 
-def published(size: str) -> Qwen2VLConfig:
-    """Qwen2-VL-2B or 7B, as the config.json of Qwen/Qwen2-VL-2B-Instruct or 7B-Instruct has it."""
-    hidden, intermediate, heads, key_heads, words = {
-        "2B": (1536, 8960, 12, 2, 151936),
-        "7B": (3584, 18944, 28, 4, 152064),
-    }[size]
-    text = dict(
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=28,
-        num_attention_heads=heads,
-        num_key_value_heads=key_heads,
-        vocab_size=words,
-        max_position_embeddings=32768,
-    )
-    vision = dict(depth=32, embed_dim=1280, hidden_size=hidden, num_heads=16, mlp_ratio=4)
-    vision |= dict(patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
-    return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=size == "2B")
-
-
 def described(model: str | Path) -> tuple[PreTrainedConfig, dict[str, int]]:
     """A model's config, and the fewest and most pixels of an image ("shortest_edge" and
-    "longest_edge", as its processor names them). The paper's models are known without the hub.
+    "longest_edge", as its processor names them). Some are known without the hub (families.py).
 
     ValueError as `read_config` and `read_processor` raise it.
     """
-    if known := re.fullmatch(r"Qwen/Qwen2-VL-(2B|7B)(-Instruct)?", str(model)):
-        # By their preprocessor_config.json.
-        return published(known[1]), {"shortest_edge": 3136, "longest_edge": 12845056}
+    if found := known(str(model)):
+        return found
     directory = directory_of(model, weights=False)
     config = read_config(directory)
     return config, dict(read_processor(directory, config).image_processor.size)

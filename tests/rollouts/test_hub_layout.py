@@ -1,11 +1,12 @@
 """The real model's files, in small: hub layout, the real tokenizer, pictures of realistic sizes.
 
-hub_model.py makes three directories. What is tried on which:
+hub_model.py makes four directories. What is tried on which:
 
     qwen2_vl, tied, 2 heads of 128 values      sft.py, ekipl.py from its checkpoint, resume,
                                                evaluate.py; vLLM
     qwen2_vl, untied, 4 heads on 2 key heads   two processes (ddp); vLLM
     qwen2_5_vl, tied, 4 heads on 2 key heads   two processes (fsdp), transformation; vLLM
+    qwen3_vl, tied, 4 heads on 2 key heads     two processes (fsdp); vLLM
     each                                       log-probs and gradients as transformers', tokenizer
 """
 
@@ -44,6 +45,7 @@ MODELS = {  # family, whether the head is tied, heads
     "tied": ("qwen2_vl", True, 2),
     "untied": ("qwen2_vl", False, 4),
     "2.5": ("qwen2_5_vl", True, 4),
+    "3": ("qwen3_vl", True, 4),
 }
 PICTURES = [  # of geometry sets: size and mode
     ((24, 20), "RGB"),
@@ -137,7 +139,8 @@ def test_tags_are_ordinary_tokens_and_what_no_tokenizer_knows_is_suppressed(poli
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert not banned & set(ids)
         assert tokenizer.decode(ids, skip_special_tokens=True) == text
-    assert policy.eos_id == 151645 and banned >= {151643, 151644, *range(151665, 151936)}
+    known = 151657 + len(hub_model.MORE[policy.model.config.model_type])
+    assert policy.eos_id == 151645 and banned >= {151643, 151644, *range(known, 151936)}
     assert not banned & set(range(151643))
 
 
@@ -154,7 +157,7 @@ def plain_logp(policy: Policy, state, action: list[int]) -> torch.Tensor:
     logits = eager_logits(policy, state, action)  # (T, V)
     allowed = torch.zeros(logits.shape[1], dtype=torch.bool)
     allowed[:151643] = True  # the words
-    ordinary = hub_model.ORDINARY if policy.model.config.model_type == "qwen2_5_vl" else []
+    ordinary = hub_model.MORE[policy.model.config.model_type]
     allowed[policy.tokenizer.convert_tokens_to_ids(["<|im_end|>", *ordinary])] = True
     return logits.masked_fill(~allowed, -torch.inf).log_softmax(-1)[
         torch.arange(len(action)), action
@@ -169,7 +172,8 @@ def test_log_probs_and_gradients_are_those_of_transformers_one_prompt_at_a_time(
         actions.append(said[: 1 + (i % 4 == 0)])
     prompts = policy.encode(states)
     sizes = {tuple(grid) for prompt in prompts for grid in prompt.image_grid_thw.tolist()}
-    assert len(sizes) == 5 and (1, 4, 6) in sizes  # enlarged, shrunk, wide and square
+    enlarged = (1, 4, 4) if policy.model.config.model_type == "qwen3_vl" else (1, 4, 6)
+    assert len(sizes) == 5 and enlarged in sizes  # and shrunk, wide and square
     batch = pack(prompts, actions)
     weight = torch.randn(batch.action_mask.shape, generator=torch.Generator().manual_seed(0))
     logp = policy(batch)
@@ -189,10 +193,11 @@ def test_log_probs_and_gradients_are_those_of_transformers_one_prompt_at_a_time(
 
 
 def test_the_plan_counts_the_parameters_of_a_hub_directory(directories):
-    config, pixels = plan.described(str(directories["untied"]))
-    policy = Policy.load(directories["untied"])
-    assert plan.sizes(config).total == sum(p.numel() for p in policy.parameters())
-    assert pixels == 12845056
+    for name, least, most in (("untied", 3136, 12845056), ("3", 65536, 16777216)):
+        config, edges = plan.described(str(directories[name]))
+        policy = Policy.load(directories[name])
+        assert plan.sizes(config).total == sum(p.numel() for p in policy.parameters())
+        assert edges == {"shortest_edge": least, "longest_edge": most}
 
 
 # ------------------------------------------------------------------ the programs
@@ -232,7 +237,12 @@ def trained_here(config) -> None:
 
 
 @pytest.mark.parametrize(
-    "name, parallel, task", [("untied", "ddp", "counting"), ("2.5", "fsdp", "transformation")]
+    "name, parallel, task",
+    [
+        ("untied", "ddp", "counting"),
+        ("2.5", "fsdp", "transformation"),
+        ("3", "fsdp", "transformation"),
+    ],
 )
 def test_two_processes_train_it(settings, tmp_path, name, parallel, task):
     config = settings(ekipl.Config, name, tmp_path, parallel=parallel, task=task, eval_every=0)
@@ -252,7 +262,13 @@ engine = pytest.mark.skipif(
 
 @engine
 @pytest.mark.parametrize(
-    "name, task", [("tied", "structure"), ("untied", "counting"), ("2.5", "transformation")]
+    "name, task",
+    [
+        ("tied", "structure"),
+        ("untied", "counting"),
+        ("2.5", "transformation"),
+        ("3", "transformation"),
+    ],
 )
 def test_vllm_samples_what_the_policy_scores(directories, data, tmp_path, name, task):
     """With other pixel limits than preprocessor_config.json has, as every preset of the paper."""

@@ -21,7 +21,7 @@ from data.state import State
 from policy import Policy, pack
 from rollouts import choice
 from sampling import Action, Group
-from training import activations, disk, plan, pretrained
+from training import activations, disk, plan
 from training.checkpointing import restore
 from training.console import UserError
 from training.distributed import World
@@ -30,10 +30,12 @@ CPU = World(0, 1, torch.device("cpu"))
 G, T = 4, 48
 
 
-def of_layers(directory, layers: int, blocks: int) -> Policy:
+def of_layers(directory, layers: int, blocks: int, levels: int = 1) -> Policy:
     config = AutoConfig.from_pretrained(directory)
     config.text_config.num_hidden_layers, config.vision_config.depth = layers, blocks
     config.text_config.layer_types = ["full_attention"] * layers
+    if config.model_type == "qwen3_vl":
+        config.vision_config.deepstack_visual_indexes = list(range(levels))
     implementation = {"": SHARED_PREFIX, "text_config": SHARED_PREFIX, "vision_config": "sdpa"}
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=implementation)
     return Policy(model, random_processor(random_tokenizer())).train()
@@ -111,9 +113,11 @@ def kept(policy: Policy, half: bool) -> tuple[int, plan.MicroBatch]:
     [(False, False), (True, False), (True, True)],
     ids=["float32", "autocast", "bfloat16"],
 )
+@pytest.mark.parametrize("family", ["random_model_dir", "random_qwen3_dir"])
 def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(
-    random_model_dir, half, sharded
+    request, family, half, sharded
 ):
+    random_model_dir = request.getfixturevalue(family)
     dtype = torch.bfloat16 if sharded else torch.float32
     one, batch = kept(of_layers(random_model_dir, 1, 1).to(dtype), half)
     layer, block = (
@@ -125,6 +129,17 @@ def test_what_autograd_keeps_of_a_layer_and_a_block_is_what_the_plan_says(
         layer, rel=0.03
     )  # less the statistics of norms and softmax
     assert activations.kept_by_block(config, batch, half)[0] == pytest.approx(block, rel=0.03)
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "autocast"])
+def test_what_autograd_keeps_of_a_level_of_deepstack_is_what_the_plan_says(random_qwen3_dir, half):
+    found, planned = [], []
+    for levels in (1, 2):
+        policy = of_layers(random_qwen3_dir, 2, 2, levels)
+        size, batch = kept(policy, half)
+        found.append(size)
+        planned.append(activations.kept_by_deepstack(policy.model.config, batch, half))
+    assert planned[1] - planned[0] == pytest.approx(found[1] - found[0], rel=0.03)
 
 
 @pytest.mark.parametrize(
@@ -204,8 +219,8 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
     ekipl.update(
         config, policy, reference, optimizer, groups_of(policy, 8), CPU, 1e-4
     )  # gradients and moments are there
-    model, longest_edge = plan.described(config.start)
-    batch = plan.micro_batch(config, model, longest_edge, 1)
+    model, edges = plan.described(config.start)
+    batch = plan.micro_batch(config, model, edges, 1)
     rows = {
         row.name: row.learning
         for row in plan.memory(
@@ -352,12 +367,22 @@ def test_the_measured_peak_of_a_process_with_its_share_is_near_the_planned_one(
         assert 0.6 * planned < measured < 1.15 * planned  # it varies with who waits for whom
 
 
-def test_the_papers_models_have_as_many_parameters_as_their_checkpoints():
-    for size, parameters in (
-        ("2B", 2_208_985_600),
-        ("7B", 8_291_375_616),
-    ):  # bytes of the files on the hub, in bfloat16, by 2
-        assert plan.sizes(pretrained.published(size)).total == parameters
+@pytest.mark.parametrize(
+    "name, parameters",  # bytes of the files on the hub, in bfloat16, by 2
+    [
+        ("Qwen2-VL-2B", 2_208_985_600),
+        ("Qwen2-VL-7B", 8_291_375_616),
+        ("Qwen3-VL-2B", 2_127_532_032),
+        ("Qwen3-VL-4B", 4_437_815_808),
+        ("Qwen3-VL-8B", 8_767_123_696),
+    ],
+)
+def test_known_models_have_as_many_parameters_as_their_checkpoints(name, parameters):
+    config, edges = plan.described(f"Qwen/{name}-Instruct")
+    assert plan.sizes(config).total == parameters
+    # Tokens of the largest image: a side of 28 or of 32 pixels.
+    side = 28 if name.startswith("Qwen2") else 32
+    assert edges["longest_edge"] == 16384 * side**2 and config.text_config.vocab_size > 151_668
 
 
 @pytest.mark.parametrize(
@@ -376,8 +401,8 @@ def test_it_says_whether_it_fits_and_what_helps(flags, says):
 
 def test_a_frozen_vision_tower_has_neither_gradients_nor_moments_nor_activations():
     config, rows = ekipl.Config(parallel="fsdp"), {}
-    model, longest_edge = plan.described(config.start)
-    batch = plan.micro_batch(config, model, longest_edge, 2)
+    model, edges = plan.described(config.start)
+    batch = plan.micro_batch(config, model, edges, 2)
     policy = Policy.load(config.start)
     policy.freeze_vision()
     learnt = sum(p.numel() for p in policy.parameters() if p.requires_grad)
