@@ -223,7 +223,7 @@ class Run:
 
 
 def load_policy(config, path, world, temperature=1.0, trained=True, resume=None) -> Policy:
-    """The model at `path`, or its local shard, with the adapter of `resume`. UserError if damaged."""
+    """The model at `path`, or a shard of it, with `resume`'s adapter. UserError if damaged."""
     options = dict(config.pixels, gradient_checkpointing=trained and config.gradient_checkpointing)
     options["dtype"] = lora.frozen_dtype(config, world.device)
     try:

@@ -87,8 +87,8 @@ class Settings:
     )
     lora_rank: int = option(
         0,
-        "train an adapter of this rank for the language model (LoRA, by peft), which wants ten times "
-        "the --lr; 0: train the model's own weights",
+        "train an adapter of this rank for the language model (LoRA, by peft), which wants ten "
+        "times the --lr or so; 0: train the model's own weights",
     )
     # the machine
     device: str = option("auto", "where to compute; auto: a GPU if any", ("auto", "cpu", "cuda"))

@@ -1,8 +1,7 @@
-"""--lora-rank: an adapter computes what full weights would, learns by their gradients, and leaves all
-else as it was."""
+"""--lora-rank: an adapter computes what full weights would, learns by their gradients, and leaves
+all else as it was."""
 
 import dataclasses
-import json
 import re
 import shutil
 import sys
@@ -278,7 +277,9 @@ def test_the_default_run_learns(tmp_path):
 def test_the_plan_counts_the_adapter(random_model_dir):
     policy = adapted(random_model_dir)
     config, count = update_config(lora_rank=4), plan.sizes(policy.model.config)
-    assert plan.trained(config, count) == sum(v.numel() for v in lora.adapter(policy.model).values())
+    assert plan.trained(config, count) == sum(
+        v.numel() for v in lora.adapter(policy.model).values()
+    )
     assert plan.sizes(pretrained.published("2B")).adapter == 28 * (
         2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960)
     )
@@ -293,8 +294,10 @@ def test_in_bfloat16_autograd_keeps_of_a_layer_what_the_plan_says(random_model_d
 
     one, batch = size(1)
     planned = [
-        activations.activations(of_layers(random_model_dir, n, 1).model.config, batch, True, True,
-                                False, True, 4)[0] for n in (1, 2)
+        activations.activations(
+            of_layers(random_model_dir, n, 1).model.config, batch, True, True, False, True, 4
+        )[0]
+        for n in (1, 2)
     ]
     print(f"a layer: planned {planned[1] - planned[0]}, measured {size(2)[0] - one}")
     assert 0.85 * (planned[1] - planned[0]) < size(2)[0] - one < 1.02 * (planned[1] - planned[0])
@@ -322,7 +325,9 @@ def test_the_measured_peak_of_an_update_is_the_planned_one_or_little_less(checkp
 
 
 README = (Path(plan.__file__).parent / "README.md").read_text()
-ROWS = re.findall(r"^\| (\d+) GB \| (2B|7B) \| (?:`(.*?)`|all weights) \| ([\d.]+) \|$", README, re.M)
+ROWS = re.findall(
+    r"^\| (\d+) GB \| (2B|7B) \| (?:`(.*?)`|all weights) \| ([\d.]+) \|$", README, re.M
+)
 
 
 @pytest.mark.parametrize("gigabytes, size, flags, left", ROWS)
@@ -332,8 +337,9 @@ def test_the_table_of_gpus_says_what_the_plan_says(gigabytes, size, flags, left)
 
 
 def test_the_table_of_gpus_is_whole_and_what_it_leaves_out_does_not_fit():
-    named = {(gigabytes, size) for gigabytes, size, *_ in ROWS}
-    assert named == {(g, s) for g in ("16", "24", "48", "80") for s in ("2B", "7B")} - {("16", "7B")}
+    named = [(size, int(gigabytes)) for gigabytes, size, *_ in ROWS]
+    of_2b, of_7b = ([g for size, g in named if size == each] for each in ("2B", "7B"))
+    assert of_2b == [16, 24, 48, 80] and of_7b == [24, 48, 80]
     smallest = "--lora-rank 1 --rollout transformers --batch-size 1 --micro-batch 1 --plan 16"
     said = ekipl.run(f"--preset counting-7b {smallest}".split())
     assert "does not fit" in said and "it fits with" not in said
@@ -355,7 +361,10 @@ def test_without_lora_peft_is_not_imported(tmp_path, monkeypatch):
     "arguments, says",
     [
         (["--lora-rank", "-1"], "--lora-rank must be 0 or above, not -1"),
-        (["--lora-rank", "4"], f"--lora-rank needs peft, which is not installed: pip install {PEFT}"),
+        (
+            ["--lora-rank", "4"],
+            f"--lora-rank needs peft, which is not installed: pip install {PEFT}",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(tmp_path, monkeypatch, program, arguments, says):
@@ -392,5 +401,3 @@ def test_a_run_goes_on_with_its_own_adapter_only(finished, tmp_path):
 def test_peft_is_pinned_in_one_version():
     for file in ("requirements.txt", "README.md", ".ci/run"):
         assert PEFT in (ROOT / file).read_text(), file
-    stored = json.loads((ROOT / "blocks" / "tiny" / "config.json").read_text())
-    assert "peft" not in stored
