@@ -3,11 +3,9 @@
     W' = W + (ALPHA / R) B A        A: (R, in), random; B: (out, R), 0 at the start
 
 Every linear layer of the language model has one, attention and MLP alike (Schulman et al. 2025,
-"LoRA Without Regret"). All else is frozen: vision tower, embeddings, norms, LM head. On a GPU what
-is frozen is held in bfloat16, the dtype of the computation and of the published weights; A and B
-are float32. The reference of the KL term is the same model with the adapter off.
-
-peft makes the layers and is imported here alone. A checkpoint holds the adapter in peft's format.
+"LoRA Without Regret"). All else is frozen, and on a GPU held in bfloat16, the dtype of the
+computation and of the published weights; A and B are float32. peft makes the layers, and is
+imported here alone. A checkpoint holds the adapter in peft's format.
 """
 
 from __future__ import annotations
@@ -22,8 +20,7 @@ from safetensors.torch import load_file, save_file
 from training.console import UserError
 from training.distributed import full
 
-# The same for every rank, so that the best learning rate hardly depends on R (Hu et al., Section
-# 4.1; Schulman et al.).
+# The same for all R, so that the best learning rate hardly depends on R (Hu et al., Section 4.1).
 ALPHA = 32
 LAYERS = r"model\.language_model\.layers\.\d+\.\w+\.\w+_proj"  # attention's four, the MLP's three
 NAME = "default"  # peft's, of the one adapter
@@ -31,16 +28,14 @@ FILE = Path("adapter") / "adapter_model.safetensors"
 
 
 def frozen_dtype(config, device: torch.device) -> torch.dtype:
-    """What the weights of a run are loaded in. config: training/settings.py."""
+    """What a run's weights are loaded in. config: of training/settings.py."""
     half = config.lora_rank and config.bf16 and device.type == "cuda"
     return torch.bfloat16 if half else torch.float32
 
 
 def add_adapter(model: torch.nn.Module, config, checkpoint: Path | None = None) -> None:
     """Freezes the model and gives its language model an adapter, the one of a checkpoint if any.
-
-    config: training/settings.py. UserError if the checkpoint's does not fit. Before `World.place`.
-    """
+    Before `World.place`. UserError if the checkpoint's is damaged or does not fit."""
     import peft  # seconds
 
     how = peft.LoraConfig(
@@ -72,7 +67,7 @@ def adapter(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
 
 
 def without_adapter(policy):
-    """The policy that training started from, to be called as the policy is, without gradients."""
+    """The reference: the model of the start, called as the policy is, under torch.no_grad()."""
     layers = adapted(policy.model).values()
 
     def reference(batch) -> torch.Tensor:  # (B, G, T)
@@ -91,8 +86,8 @@ def without_adapter(policy):
 def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """Each weight of a model without adapter that computes the same, by its name there.
 
-    Tied weights once. A weight without adapter is the model's own, sharded if it is; W' is whole,
-    in the dtype of W. With FSDP every process has to take part.
+    Tied weights once. W' is whole, in the dtype of W; other weights are the model's own, sharded if
+    they are. With FSDP every process has to take part.
     """
     layers = adapted(model)
     for name, parameter in model.named_parameters():
@@ -104,9 +99,6 @@ def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             value = (full(value) + layer.scaling[NAME] * (B @ A)).to(value.dtype)  # (out, in)
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), value
-
-
-# ----------------------------------------------------------------------------------- checkpoints
 
 
 def stored_name(name: str) -> str:
