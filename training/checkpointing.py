@@ -58,8 +58,7 @@ def save_checkpoint(
     trainer["threads"] = torch.get_num_threads()
     with writing(path):
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        if weights:
+        if weights is not None:
             policy.save(aside, weights)
         if adapter:
             lora.save_adapter(aside, policy.model, adapter)
