@@ -139,6 +139,30 @@ def test_gradient_checkpointing_does_not_change_the_gradient_though_inputs_are_f
         torch.testing.assert_close(found[1][name], gradient, atol=1e-5, rtol=1e-4)
 
 
+def test_on_a_gpu_what_is_frozen_is_bfloat16_and_no_more_than_that_is_rounded(monkeypatch):
+    """By autocast on a CPU."""
+    config = ekipl.Config(lora_rank=4)
+    assert lora.frozen_dtype(config, torch.device("cuda")) == torch.bfloat16
+    for other in (dict(bf16=False), dict(lora_rank=0)):
+        changed = dataclasses.replace(config, **other)
+        assert lora.frozen_dtype(changed, torch.device("cuda")) == torch.float32
+    exact = ekipl.load_policy(config, config.start, CPU)
+    monkeypatch.setattr(lora, "frozen_dtype", lambda *_: torch.bfloat16)
+    policy, batch = ekipl.load_policy(config, config.start, CPU), batch_of(exact)
+    for (name, value), own in zip(policy.model.named_parameters(), exact.model.parameters()):
+        assert value.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
+        assert ".lora_A." in name or torch.equal(value, own.to(value.dtype)), name
+    floating = [buffer for buffer in policy.model.buffers() if buffer.is_floating_point()]
+    assert floating and all(buffer.dtype == torch.float32 for buffer in floating)
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = policy(batch)
+    logp.sum().backward()
+    gap = (logp - exact(batch)).abs()[batch.action_mask]
+    assert 0 < gap.mean() < 0.1
+    assert all(value.grad.dtype == torch.float32 for value in lora.adapter(policy.model).values())
+    assert all(value.dtype == torch.bfloat16 for _, value in lora.merged(policy.model))
+
+
 # --------------------------------------------------------------------------------- what is learnt
 
 
