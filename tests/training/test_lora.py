@@ -283,6 +283,17 @@ def test_a_run_in_shards_resumes_to_the_bit_and_leaves_a_whole_merged_model(tmp_
         assert torch.equal(left[name], value) != name.endswith("_proj.weight"), name
 
 
+def test_the_default_run_learns(tmp_path):
+    """A fifth of it: the adapter alone takes the policy from its own short answers to thoughts."""
+    config = ekipl.Config(states=10 * 64, eval_every=0, lora_rank=16, lr=2e-3, runs=str(tmp_path))
+    config.rollout = "transformers"
+    records = storage.read(ekipl.train(config, None, CPU) / "metrics.jsonl")
+    reward, share, tokens = ([r[k] for r in records] for k in ("reward", "expert_share", "tokens"))
+    print([round(value, 2) for value in reward])
+    assert sum(reward[-3:]) > sum(reward[:3]) + 0.2 and sum(share[-3:]) < sum(share[:3]) - 0.2
+    assert tokens[0] < 10 and max(tokens) > 15
+
+
 def test_fine_tuning_learns(tmp_path):
     """The default run's questions, a few of them: the adapter alone takes the policy from its own
     short answers to true thoughts."""
