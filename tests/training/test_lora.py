@@ -33,6 +33,7 @@ from training import activations, console, lora, plan, pretrained, storage
 from training.checkpointing import last_checkpoint
 from training.console import UserError
 from training.distributed import World, clear_gradients, full
+from training.metrics import mean
 from training.settings import PEFT
 
 peft = pytest.importorskip("peft", reason="peft is installed for --lora-rank alone")
@@ -288,10 +289,14 @@ def test_the_default_run_learns(tmp_path):
     config = ekipl.Config(states=10 * 64, eval_every=0, lora_rank=16, lr=2e-3, runs=str(tmp_path))
     config.rollout = "transformers"
     records = storage.read(ekipl.train(config, None, CPU) / "metrics.jsonl")
-    reward, share, tokens = ([r[k] for r in records] for k in ("reward", "expert_share", "tokens"))
-    print([round(value, 2) for value in reward])
-    assert sum(reward[-3:]) > sum(reward[:3]) + 0.2 and sum(share[-3:]) < sum(share[:3]) - 0.2
-    assert tokens[0] < 10 and max(tokens) > 15
+    early, late = records[:5], records[5:]
+
+    def rise(key: str) -> float:
+        return mean(record[key] for record in late) - mean(record[key] for record in early)
+
+    print({key: round(rise(key), 2) for key in ("reward", "expert_share", "tokens")})
+    assert records[0]["tokens"] < 10 and rise("tokens") > 4
+    assert rise("reward") > 0.02 and rise("expert_share") < -0.04
 
 
 def test_fine_tuning_learns(tmp_path):
