@@ -35,8 +35,8 @@ from experts.settings import MixtureSettings
 from policy import PackedBatch, Policy, pack
 from rollouts import choice
 from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
-from training import console, distributed, method, plan, settings
-from training.checkpointing import last_checkpoint, restore, save
+from training import console, distributed, lora, method, plan, settings
+from training.checkpointing import last_checkpoint, model_of, restore, save
 from training.console import UserError
 from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
@@ -57,8 +57,7 @@ class Config(Settings, MixtureSettings, MethodSettings):
     """All settings of a run; training/method.py has those of the method itself."""
 
     parity_every: int = option(
-        20,
-        "compare vLLM's log-probs with the policy's at the start and every so many steps; 0: never",
+        20, "compare vLLM's log-probs with the policy's at first and every so many steps; 0: never"
     )
     log_groups: int = option(2, "whole groups per step written to samples.jsonl")
 
@@ -219,13 +218,16 @@ class Run:
     start: int  # steps done by the run that is resumed
 
 
-def load_policy(config, path, world: World, temperature=1.0, trained=True) -> Policy:
-    """The model at `path` on this device, or the local shard. UserError if it cannot be loaded."""
+def load_policy(config, path, world, temperature=1.0, trained=True, resume=None) -> Policy:
+    """The model at `path`, or a shard of it, with `resume`'s adapter. UserError if damaged."""
     options = dict(config.pixels, gradient_checkpointing=trained and config.gradient_checkpointing)
+    options["dtype"] = lora.frozen_dtype(config, world.device)
     try:
         policy = Policy.load(path, temperature=temperature, **options)
         if not trained:
             policy.requires_grad_(False)
+        elif config.lora_rank:
+            lora.add_adapter(policy.model, config, last_checkpoint(resume) if resume else None)
         elif config.freeze_vision:
             policy.freeze_vision()
         return world.place(policy, config.parallel, config.bf16)
@@ -237,7 +239,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     """Loads all that a run needs and makes its directory, or takes up that of `resume`."""
     distributed.deterministic(world)
     take(resume, world)
-    model = last_checkpoint(resume) if resume else config.start
+    model = model_of(config, resume)
     room = room_of(config, model)
     questions, order = training_states(config, room=room)
     tests = test_sets(config, room=room) if config.eval_every else {}
@@ -247,15 +249,17 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         return [questions[i] for i in world.shard(batch)]
 
     experts = Experts(config, config.corrected, states_of, config.expert_steps)
-    policy, reference = load_policy(config, model, world, config.temperature), None
-    if config.beta:
+    policy, reference = load_policy(config, model, world, config.temperature, resume=resume), None
+    if config.beta and config.lora_rank:
+        reference = lora.without_adapter(policy)
+    elif config.beta:
         reference = load_policy(config, config.start, world, config.temperature, trained=False)
     real = replace(config, states=len(questions))
     check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
     tests = {name: list(test) for name, test in tests.items()}
     optimizer = torch.optim.AdamW(policy.parameters(), config.lr, weight_decay=config.weight_decay)
-    # Before moments and gradients exist: vLLM takes what training will leave, and counts them.
+    # Before moments and gradients exist, which vLLM leaves room for.
     sampler = choice.sampler_of(config, policy, config.start, room.longest)
     learner = world.data_parallel(policy)
     start = restore(optimizer, resume, world) if resume else 0
@@ -317,7 +321,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
         log.write(record, groups[: config.log_groups])
         if config.saves_after(done):
             sampler.sleep()  # full tensors need the memory that gathered copies may hold
-            save(run.path, done, run.policy, run.optimizer, world)
+            save(run.path, done, run.policy, run.optimizer, world, last=done == config.steps)
             if done < config.steps:
                 sampler.sync_weights()
         watch.lap("logging")
@@ -335,10 +339,7 @@ def run(argv: list[str]) -> str:
     world = World.join(config.device)
     path = train(config, resume, world)
     world.leave()
-    return (
-        f"done: {path}/curves.png shows the run, {path}/time.png its time, "
-        f"{path}/samples.jsonl its groups, {path}/model is the model"
-    )
+    return f"done: {path} has curves.png, time.png, samples.jsonl (groups) and model, the policy"
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from policy import Policy, pack
 from rollouts import choice
 from sampling import Action, Group, Sampler
 from training import console, distributed, plan, settings
-from training.checkpointing import last_checkpoint, restore, save
+from training.checkpointing import model_of, restore, save
 from training.console import UserError
 from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
@@ -228,7 +228,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
     distributed.deterministic(world)
     take(resume, world)
     mode = METHODS.get(config.method, "reason")
-    model = str(last_checkpoint(resume)) if resume else config.start
+    model = model_of(config, resume)
     room = room_of(config, model)
     questions, order = training_states(config, mode, config.method == "cot", room)
     tests = test_sets(config, mode, room) if config.eval_every else {}
@@ -238,7 +238,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         return [questions[i] for i in world.shard(batch)]
 
     experts = Experts(config, False, states_of) if config.imitates else None
-    policy = load_policy(config, model, world)
+    policy = load_policy(config, model, world, resume=resume)
     real = replace(config, states=len(questions))
     check_disk(real, policy, resume)
     path = open_run(config, resume, world, *reports([questions, *tests.values()]))
@@ -291,7 +291,7 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
             watch.lap("evaluation")
         log.write(record | watch.read())
         if config.saves_after(done):
-            save(run.path, done, run.policy, run.optimizer, world)
+            save(run.path, done, run.policy, run.optimizer, world, last=done == config.steps)
     sampler.close()
     log.close()
     return run.path

@@ -28,6 +28,7 @@ from rollouts.vllm_engine import derived_max_model_len, first_line, start_engine
 from sampling import Action, Group, Sampler
 from training.console import UserError
 from training.distributed import full
+from training.lora import merged
 from training.metrics import POLICY
 
 
@@ -180,13 +181,12 @@ class VLLMSampler(Sampler):
         self._drop_caches()
 
     def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each parameter once, tied ones too, by their names in the checkpoint.
+        """Each parameter once, tied ones too, by their names in the checkpoint, adapters merged.
 
         By reference, so that there is no second copy of the model. A sharded one is gathered as it
         is handed over, in the engine's dtype, so that no process holds more than one of them.
         """
-        for name, parameter in self.policy.model.named_parameters():
-            value = parameter.detach()
+        for name, value in merged(self.policy.model):
             yield name, full(value.to(self.dtype)) if isinstance(value, DTensor) else value
 
     def _recording(self, weights) -> set[str]:

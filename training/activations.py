@@ -83,7 +83,13 @@ def kept_by_deepstack(config, batch: MicroBatch, half: bool) -> float:
 
 
 def activations(
-    config, batch: MicroBatch, half: bool, sharded: bool, checkpointing: bool, frozen: bool = False
+    config,
+    batch: MicroBatch,
+    half: bool,
+    sharded: bool,
+    checkpointing: bool,
+    frozen: bool = False,
+    rank: int = 0,
 ) -> tuple[float, float]:
     """Bytes kept of a whole forward pass, and the most that comes and goes in the backward pass.
 
@@ -91,17 +97,19 @@ def activations(
     chunk's is added to it; the gradients of a layer's MLP, with checkpointing together with the
     layer computed again; the gradient of the embeddings, when what was kept is gone. The gradient
     of a tied vocabulary waits from the head until there. frozen: nothing of the vision tower is
-    kept.
+    kept. rank: of an adapter (LoRA), beside which nothing has a gradient; 0: there is none.
     """
     text = config.text_config
     layers, blocks = text.num_hidden_layers, config.vision_config.depth
     layer, layer_input = kept_by_layer(config, batch, half, sharded)
+    layer += (2 if half else 4) * 7 * rank * batch.N  # between A and B of seven linear layers
     block, block_input = (0, 0) if frozen else kept_by_block(config, batch, half)
     deepstack = 0 if frozen else kept_by_deepstack(config, batch, half)
     c = 2 if half else 4
     mask = c * batch.B * batch.G * batch.T * (batch.P + batch.T)  # the same in all layers
     predicted = batch.B * batch.G * batch.T
-    table = text.vocab_size * text.hidden_size  # entries of the embeddings, and of the head
+    # Entries of the embeddings, and of the head, as far as they have a gradient.
+    table = 0 if rank else text.vocab_size * text.hidden_size
     chunks = 2 if predicted > LOGIT_CHUNK else 1  # or more
     logits = BYTES_OF_A_LOGIT * min(LOGIT_CHUNK, predicted) * text.vocab_size
     logits += c * table * (chunks - 1)

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import torch
 
-from training import console, curves, storage
+from training import console, curves, lora, storage
 from training.console import UserError
 from training.distributed import (
     World,
+    full,
     full_state,
-    full_weights,
     local,
+    must_be_sharded,
     parameters_of,
     sharded_state,
 )
@@ -38,12 +39,18 @@ UNREADABLE = (  # what torch.load and load_state_dict raise on a damaged file
 
 
 def save_checkpoint(
-    path: Path, step: int, policy, weights: dict, optimizer: dict, processes: int = 1
+    path: Path,
+    step: int,
+    policy,
+    weights: dict | None,
+    optimizer: dict,
+    processes: int = 1,
+    adapter: dict | None = None,
 ) -> None:
     """Writes checkpoint-STEP, makes it `model`, and removes the older ones. UserError if it cannot.
 
-    weights, optimizer: full tensors, by name and as a state dict, so that any number of processes
-    can read them.
+    weights, optimizer, adapter: full tensors, by name and as a state dict, so that any number of
+    processes can read them. weights: None for an adapter alone.
     """
     final = path / f"checkpoint-{step:06d}"
     aside = path / f"{final.name}.tmp"
@@ -51,9 +58,12 @@ def save_checkpoint(
     trainer["threads"] = torch.get_num_threads()
     with writing(path):
         shutil.rmtree(aside, ignore_errors=True)
-        policy.save(aside, weights)
+        if weights is not None:
+            policy.save(aside, weights)
+        if adapter:
+            lora.save_adapter(aside, policy.model, adapter)
         torch.save(trainer, aside / "trainer.pt")
-        for file in [*path.glob("*.jsonl"), *aside.iterdir(), aside]:
+        for file in [*path.glob("*.jsonl"), *aside.rglob("*"), aside]:
             sync(file)  # before the name says that it is complete
         os.rename(aside, final)
         publish(path)
@@ -75,7 +85,7 @@ def publish(path: Path) -> None:
         new.symlink_to(newest.name)
     except (OSError, NotImplementedError):
         shutil.copytree(newest, new, ignore=shutil.ignore_patterns("trainer.pt"))
-        for file in [*new.iterdir(), new]:
+        for file in [*new.rglob("*"), new]:
             sync(file)
     model = path / "model"
     if os.path.lexists(model) and (is_directory(new) or is_directory(model)):
@@ -117,6 +127,12 @@ def last_checkpoint(path: Path) -> Path:
             f"{path} was stopped before its first checkpoint: start again with another --name"
         )
     return found[-1]
+
+
+def model_of(config, resume: Path | None) -> str | Path:
+    """Where a run's model is: what it starts from, or its last checkpoint; with LoRA, which leaves
+    all but the adapter as it was, always the first. UserError if there is no checkpoint."""
+    return last_checkpoint(resume) if resume and not config.lora_rank else config.start
 
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
@@ -177,13 +193,35 @@ def unsound(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
+def full_weights(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """`full_state` of the model's weights by name, tied ones once; an adapter is merged."""
+    if not lora.adapted(policy.model):
+        return full_state(dict(lora.merged(policy.model)), rank)
+    weights = {}
+    for name, value in lora.merged(policy.model):
+        value = full(value)
+        weights[name] = value.cpu() if rank == 0 else None  # on a GPU it would be a second model
+    return weights
+
+
 def save(
-    path: Path, step: int, policy: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World
+    path: Path,
+    step: int,
+    policy: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    last: bool = True,
 ) -> None:
-    """A checkpoint and the pictures so far, by the first process; the others wait for it."""
-    weights = full_weights(policy, world.rank)
+    """A checkpoint and the pictures so far, by the first process; the others wait for it.
+
+    last: whether a run with LoRA, whose checkpoints are adapters, writes the merged model too.
+    """
+    must_be_sharded(policy)
+    adapter = {name: value.detach() for name, value in lora.adapter(policy.model).items()}
+    weights = full_weights(policy, world.rank) if last or not adapter else None
+    adapter = full_state(adapter, world.rank)
     state = full_state(optimizer.state_dict(), world.rank)
     if world.rank == 0:
-        save_checkpoint(path, step, policy, weights, state, world.size)
+        save_checkpoint(path, step, policy, weights, state, world.size, adapter)
         curves.draw_run(path / "metrics.jsonl", path.name)
     world.broadcast(None)

@@ -9,7 +9,7 @@ from training.console import UserError
 from training.settings import Settings
 
 GB = 10**9
-WEIGHTS, MOMENTS = 4, 8  # bytes of a parameter in a checkpoint; moments of what is trained only
+MOMENTS = 8  # bytes of a trained parameter in a checkpoint, beside the parameter's own
 
 
 def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -> None:
@@ -20,8 +20,9 @@ def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -
     """
     needed = 0
     for parameter in policy.parameters():
-        needed += parameter.numel() * (WEIGHTS + MOMENTS * parameter.requires_grad)
-    if not resume and 0 < config.save_every < config.steps:
+        needed += parameter.numel() * (parameter.itemsize + MOMENTS * parameter.requires_grad)
+    # With LoRA all but the last checkpoint hold an adapter alone.
+    if not resume and 0 < config.save_every < config.steps and not config.lora_rank:
         needed *= 2
     place = resume or Path(config.runs)
     while not place.exists():

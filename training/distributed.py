@@ -208,16 +208,11 @@ def reshard(policy: torch.nn.Module) -> None:
             module.reshard()
 
 
-def full_weights(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
-    """`full_state` of the model's parameters by name, tied ones once.
-
-    RuntimeError while they are gathered: those are copies, on a GPU rounded ones.
-    """
-    parameters = {name: parameter.detach() for name, parameter in policy.model.named_parameters()}
-    sharded = all(isinstance(parameter, DTensor) for parameter in parameters.values())
+def must_be_sharded(policy: torch.nn.Module) -> None:
+    """RuntimeError while parameters are gathered: those are copies, on a GPU rounded ones."""
+    sharded = all(isinstance(parameter, DTensor) for parameter in policy.parameters())
     if isinstance(policy, FSDPModule) and not sharded:
         raise RuntimeError("the policy is gathered for rollouts: reshard it first")
-    return full_state(parameters, rank)
 
 
 def full_state(state, rank: int):

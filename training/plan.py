@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from training import pretrained
 from training.activations import MicroBatch, activations
 from training.console import UserError
-from training.disk import GB, MOMENTS, WEIGHTS
+from training.disk import GB, MOMENTS
 from training.families import head_size
 from training.settings import Settings
 
@@ -35,12 +35,14 @@ PHASES = {"generating": "generating", "learning": "learning", "step": "AdamW's s
 @dataclass
 class Sizes:
     """Parameters of a model: all, of a layer of the language model, of the vision tower with its
-    projector, and the rest outside of layers and blocks (embeddings, LM head, ...)."""
+    projector, the rest outside of layers and blocks (embeddings, LM head, ...), and those of an
+    adapter of rank 1."""
 
     total: int
     layer: int
     vision: int
     rest: int
+    adapter: int
 
 
 @dataclass
@@ -70,13 +72,15 @@ def sizes(config: PreTrainedConfig) -> Sizes:
     """Counts the parameters, tied ones once."""
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
-    layers = parameters(model.model.language_model.layers)
+    layers = model.model.language_model.layers
     blocks, total = parameters(model.model.visual.blocks), parameters(model)
+    linear = [part for part in layers[0].modules() if isinstance(part, torch.nn.Linear)]
     return Sizes(
         total=total,
-        layer=layers // config.text_config.num_hidden_layers,
+        layer=parameters(layers) // len(layers),
         vision=parameters(model.model.visual),
-        rest=total - layers - blocks,
+        rest=total - parameters(layers) - blocks,
+        adapter=len(layers) * sum(part.in_features + part.out_features for part in linear),
     )
 
 
@@ -104,6 +108,8 @@ def micro_batch(config: Settings, model, edges: dict[str, int], processes: int) 
 
 def trained(config: Settings, count: Sizes) -> int:
     """Parameters with a gradient and moments."""
+    if config.lora_rank:
+        return config.lora_rank * count.adapter
     return count.total - count.vision * config.freeze_vision
 
 
@@ -114,12 +120,18 @@ def memory(config: Settings, model, batch: MicroBatch, processes: int, half: boo
     mine, learnt = count.total / shards, trained(config, count) / shards  # parameters of this GPU
     # Between updates DDP keeps gradients in its buckets, and nobody else does.
     kept = 0 if sharded or processes == 1 else 4 * learnt
-    rows = [
-        Row("policy, float32", 4 * mine, 4 * mine, 4 * mine),
+    rows = [Row("policy, float32", 4 * mine, 4 * mine, 4 * mine)]
+    if config.lora_rank:
+        frozen, name = (2 * mine, "bfloat16") if half else (4 * mine, "float32")
+        rows = [
+            Row(f"policy, frozen, {name}", frozen, frozen, frozen),
+            Row("adapter, float32", 4 * learnt, 4 * learnt, 4 * learnt),
+        ]
+    rows += [
         Row("gradients, float32", kept, 4 * learnt, 4 * learnt),
         Row("AdamW, two moments, float32", 8 * learnt, 8 * learnt, 8 * learnt),
     ]
-    if getattr(config, "beta", 0):
+    if getattr(config, "beta", 0) and not config.lora_rank:  # else the same, without the adapter
         rows += [Row("reference, float32", 4 * mine, 4 * mine, 4 * mine)]
     rows += learning(config, model, batch, count, sharded, half)
     rows += [Row("roots of the second moments", step=4 * learnt)]
@@ -130,21 +142,25 @@ def learning(
     config: Settings, model, batch: MicroBatch, count: Sizes, sharded: bool, half: bool
 ) -> list[Row]:
     """What comes and goes in forward and backward passes."""
-    c, rows = 2 if half else 4, []
+    c, rank, rows = 2 if half else 4, config.lora_rank, []
     layer = (3 * c + 4) * count.layer  # a layer and the next, a gradient and its float32 buffer
+    rest, copied = 2 * c * count.rest, count.total  # embeddings and head, their gradient
+    if rank:
+        adapter = rank * count.adapter / model.text_config.num_hidden_layers
+        layer, rest = 2 * c * count.layer + (c + 4) * adapter, c * count.rest
+        copied = trained(config, count)
     if sharded:  # embeddings and head are gathered, with a gradient until the end
-        rows += [
-            Row("gathered parameters and their gradients", learning=2 * c * count.rest + layer)
-        ]
+        rows += [Row("gathered parameters and their gradients", learning=rest + layer)]
     elif half:
-        rows += [Row("weights as autocast copies them, bfloat16", learning=2 * count.total)]
-    checkpointing, frozen = config.gradient_checkpointing, config.freeze_vision
-    kept, passing = activations(model, batch, half, sharded, checkpointing, frozen)
+        rows += [Row("weights as autocast copies them, bfloat16", learning=2 * copied)]
+    checkpointing, frozen = config.gradient_checkpointing, config.freeze_vision or rank > 0
+    in_half = sharded or rank > 0
+    kept, passing = activations(model, batch, half, in_half, checkpointing, frozen, rank)
     rows += [
         Row("activations", learning=kept),
         Row("logits, or a layer in its backward pass", learning=passing),
     ]
-    if sharded:  # last of all, when a layer's buffers and all that was kept are gone
+    if sharded and not rank:  # last of all, when a layer's buffers and all that was kept are gone
         more = max(0, 4 * count.rest - (kept + passing + layer))
         rows += [Row("more for the float32 sum of embeddings and head", learning=more)]
     return rows
@@ -164,7 +180,7 @@ def generating(
             Row("vLLM: keys and values, at least", generating=token * length),
         ]
     rows = []
-    if half or (config.parallel == "fsdp" and processes > 1):
+    if (half and not config.lora_rank) or (config.parallel == "fsdp" and processes > 1):
         rows += [Row(f"all parameters, {name}", generating=c * count.total)]
     actions = -(-config.batch_size // processes) * getattr(config, "num_samples", 1)
     cache = token * min(ROWS, actions) * (batch.P + batch.T)
@@ -203,14 +219,16 @@ def short_of(config: Settings, gigabytes: float, processes: int) -> float:
 
 
 def remedy(config: Settings, gigabytes: float, processes: int) -> str:
-    """Flags with which it fits: the first of these that are enough together; "" if none are."""
+    """Flags with which it fits: the first of these that are enough together, if need be with LoRA;
+    "" if none are."""
     changes = {
         "--micro-batch 1": dict(micro_batch=1),
         "--gradient-checkpointing": dict(gradient_checkpointing=True),
     }
+    tried = config
     if processes > 1 and config.batch_size % processes == 0:
         changes["--parallel fsdp"] = dict(parallel="fsdp")
-    if getattr(config, "beta", 0):
+    if getattr(config, "beta", 0) and not config.lora_rank:
         changes["--beta 0 (no KL term)"] = dict(beta=0.0)
     flags = []
     for flag, change in changes.items():
@@ -220,7 +238,13 @@ def remedy(config: Settings, gigabytes: float, processes: int) -> str:
             flags.append(flag)
             if short_of(config, gigabytes, processes) <= 0:
                 return " ".join(flags)
-    return ""
+    if config.lora_rank:
+        return ""
+    with_lora = dataclasses.replace(tried, lora_rank=16)
+    if short_of(with_lora, gigabytes, processes) <= 0:
+        return "--lora-rank 16"
+    flags = remedy(with_lora, gigabytes, processes)
+    return flags and f"--lora-rank 16 {flags}"
 
 
 def parse(text: str) -> tuple[float, int]:
@@ -280,7 +304,7 @@ def verdict(config: Settings, gigabytes: float, processes: int) -> str:
 
 def other_memory(config: Settings, count: Sizes, processes: int) -> list[str]:
     """What the machine and its disk have to hold."""
-    weights = WEIGHTS * count.total / GB
+    weights = (2 if config.lora_rank and config.bf16 else 4) * count.total / GB
     checkpoint = weights + MOMENTS * trained(config, count) / GB
     saving = weights
     if config.parallel == "fsdp" and processes > 1:
@@ -297,8 +321,8 @@ def other_memory(config: Settings, count: Sizes, processes: int) -> list[str]:
             "each GPU, as their blocks fall"
         )
     share = " (12 bytes a parameter)" if not config.freeze_vision else ""
-    lines.append(
-        f"on the disk: {checkpoint:.1f} GB a checkpoint{share}, twice that while the next one is "
-        "saved"
-    )
+    room = f"a checkpoint{share}, twice that while the next one is saved"
+    if config.lora_rank:
+        checkpoint, room = weights, "for the merged model at the end; checkpoints are adapters"
+    lines.append(f"on the disk: {checkpoint:.1f} GB {room}")
     return lines

@@ -129,6 +129,8 @@ def read_config(directory: Path) -> PreTrainedConfig:
     if not (directory / "config.json").exists():
         if (directory / "adapter_config.json").exists():
             raise ValueError("it holds an adapter (LoRA): merge it into its model first")
+        if (directory / "adapter").exists():
+            raise ValueError("its run with --lora-rank has not ended: the end merges the adapter")
         raise ValueError("it has no config.json")
     stored = {
         name: json_object(directory / name) for name in OBJECTS if (directory / name).exists()

@@ -7,7 +7,8 @@ runs/NAME/config.json          every setting of the run
           left_out.jsonl       records of Reason-RFT-CoT that cannot be used, and why
           curves.png, time.png drawn from metrics.jsonl (curves.py)
           checkpoint-000060/   the model in Hugging Face layout and trainer.pt: the optimizer's
-                               state, the step, the number of processes and of threads
+                               state, the step, the number of processes and of threads; with LoRA
+                               adapter/, and the merged model only in the last one
           model                a link to the newest complete checkpoint, or a copy of its model
                                if the file system has no links
           lock                 held by the process that writes here

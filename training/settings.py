@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from training import rundir
@@ -17,6 +18,7 @@ CACHE = "~/.cache/vision-ekipl"  # of what is downloaded and of what was checked
 TASKS = ("counting", "structure", "transformation")
 ROLLOUTS = ("auto", "vllm", "transformers")
 TRACKERS = ("none", "tensorboard", "wandb")
+PEFT = "peft==0.21.2"  # what --lora-rank needs
 MOST = 10**8  # of any count: the order of more states than that does not fit into memory
 
 
@@ -83,6 +85,11 @@ class Settings:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm")
     freeze_vision: bool = option(
         False, "train the language model only, not the vision tower and its projector"
+    )
+    lora_rank: int = option(
+        0,
+        "train an adapter of this rank for the language model (LoRA, by peft), which wants ten "
+        "times the --lr or so; 0: train the model's own weights",
     )
     # the machine
     device: str = option("auto", "where to compute; auto: a GPU if any", ("auto", "cpu", "cuda"))
@@ -252,7 +259,7 @@ def check(config: Settings, world: int, resuming: bool) -> None:
     """
     must(config, 1, "states", "epochs", "batch_size", "micro_batch", "max_new_tokens")
     must(config, 0, "skip", "limit", "min_pixels", "max_pixels", "warmup", "warmup_steps")
-    must(config, 0, "weight_decay", "gpu_memory_utilization", "max_model_len")
+    must(config, 0, "lora_rank", "weight_decay", "gpu_memory_utilization", "max_model_len")
     must(config, 0, "eval_every", "eval_states", "save_every")
     above_zero(config, "lr", "max_grad_norm")
     for wrong, message in contradictions(config, world):
@@ -274,6 +281,10 @@ def contradictions(config: Settings, world: int) -> list[tuple[bool, str]]:
         (
             config.gpu_memory_utilization >= 1,
             "--gpu-memory-utilization is a share of the GPU, below 1",
+        ),
+        (
+            config.lora_rank > 0 and find_spec("peft") is None,
+            f"--lora-rank needs peft, which is not installed: pip install {PEFT}",
         ),
         (config.warmup > 1, "--warmup is a share of the steps, at most 1"),
         (

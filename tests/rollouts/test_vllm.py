@@ -18,6 +18,7 @@ from test_sampling import STATES, allowed_tokens, picture
 from transformers import Qwen2VLForConditionalGeneration
 
 from data.state import State
+from ekipl import Config
 from policy import Policy, pack
 from rollouts.choice import why_no_engine
 from rollouts.transformers_sampler import TransformersSampler
@@ -31,7 +32,7 @@ if reason := why_no_engine(DEVICE):
 from rollouts import parity as parity_check
 from rollouts import vllm_engine
 from rollouts.vllm_sampler import VLLMSampler
-from training import storage
+from training import lora, storage
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -122,6 +123,26 @@ def test_log_probabilities_are_the_policys_before_and_after_an_update(sampler, t
     )  # the update is no small one: without a sync it shows
     sampler.sync_weights()
     assert gap(sampler, sampled(sampler, STATES)) < 1e-4
+
+
+def test_the_engine_gets_the_merged_weights_of_a_policy_with_an_adapter(sampler, random_model_dir):
+    pytest.importorskip("peft", reason="peft is installed for --lora-rank alone")
+    own, policy = sampler.policy, Policy.load(random_model_dir)
+    policy.model.load_state_dict(own.model.state_dict())
+    lora.add_adapter(policy.to(DEVICE).model, Config(lora_rank=4))
+    try:
+        sampler.policy = policy
+        sampler.sync_weights()
+        assert gap(sampler, sampled(sampler, STATES)) < 1e-4
+        for seed, value in enumerate(lora.adapter(policy.model).values()):
+            torch.manual_seed(seed)
+            torch.nn.init.normal_(value, std=0.05)
+        assert gap(sampler, sampled(sampler, STATES)) > 0.1
+        sampler.sync_weights()
+        assert gap(sampler, sampled(sampler, STATES)) < 1e-4
+    finally:
+        sampler.policy = own
+        sampler.sync_weights()
 
 
 def test_it_samples_a_ddp_wrapped_policy_without_a_copy_of_it(sampler):
@@ -544,10 +565,15 @@ def run(tmp_path, *command: str) -> subprocess.CompletedProcess:
 TWO = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ekipl.py"]
 
 
-@pytest.mark.parametrize(
-    "command", [["ekipl.py"], TWO, [*TWO, "--parallel", "fsdp"]], ids=["one", "two", "shards"]
-)
+SHARDS = [*TWO, "--parallel", "fsdp"]
+ADAPTER = [*SHARDS, "--lora-rank", "4"]
+WAYS = [["ekipl.py"], TWO, SHARDS, ADAPTER]
+
+
+@pytest.mark.parametrize("command", WAYS, ids=["one", "two", "shards", "shards of an adapter"])
 def test_a_run_trains_with_vllm_in_one_process_and_in_two(tmp_path, command):
+    if "--lora-rank" in command:
+        pytest.importorskip("peft", reason="peft is installed for --lora-rank alone")
     records = run(tmp_path, *command)
     assert [record["step"] for record in records] == [0, 1, 2]
     assert all(0 <= record["parity"] < 1e-5 for record in records[1:])
