@@ -41,7 +41,7 @@ from training.console import UserError
 from training.disk import check_disk
 from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
 from training.method import MethodSettings
-from training.metrics import POLICY, step_metrics
+from training.metrics import step_metrics
 from training.neighbours import EXPERT_TERMS, action_length
 from training.presets import PRESETS
 from training.rundir import open_run, take
@@ -118,10 +118,10 @@ def micro_batches(config, reference, groups: list[Group], device, watch) -> list
         with torch.no_grad(), autocast(device, config.bf16):
             ref_logp = None if reference is None else reference(packed)  # (B, G, T)
         watch.lap("reference")
-        advantages = [torch.tensor(group.advantages) for group in chosen]
-        advantages = pad_sequence(advantages, batch_first=True).to(device)  # (B, G)
-        expert = [torch.tensor([a.source != POLICY for a in g.kept_actions]) for g in chosen]
-        expert = pad_sequence(expert, batch_first=True).to(device)  # (B, G)
+        rows = [torch.tensor(group.advantages) for group in chosen]
+        advantages = pad_sequence(rows, batch_first=True).to(device)  # (B, G)
+        rows = [torch.tensor(group.kept_of_experts) for group in chosen]
+        expert = pad_sequence(rows, batch_first=True).to(device)  # (B, G)
         batches.append(MicroBatch(chosen, packed, advantages, expert, ref_logp))
     return batches
 

@@ -93,6 +93,10 @@ class Group:
         return [self.actions[i] for i in self.kept]
 
     @property
+    def kept_of_experts(self) -> list[bool]:
+        return [action.source != POLICY for action in self.kept_actions]
+
+    @property
     def kept_tokens(self) -> list[list[int]]:
         return [action.tokens for action in self.kept_actions]
 

@@ -114,6 +114,10 @@ def save_adapter(directory: Path, model: torch.nn.Module, values: dict[str, torc
     save_file(stored, directory / FILE, {"format": "pt"})
 
 
+def shapes(values: dict[str, torch.Tensor]) -> dict[str, torch.Size]:
+    return {name: value.shape for name, value in values.items()}
+
+
 def read_adapter(model: torch.nn.Module, directory: Path) -> None:
     """Sets the adapter to a checkpoint's. UserError if that is not there, damaged or another's."""
     own = {stored_name(name): value for name, value in adapter(model).items()}
@@ -121,8 +125,7 @@ def read_adapter(model: torch.nn.Module, directory: Path) -> None:
         stored = load_file(directory / FILE)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{directory / FILE} cannot be read: {error}") from None
-    shapes = [{name: value.shape for name, value in values.items()} for values in (own, stored)]
-    if shapes[0] != shapes[1]:
+    if shapes(own) != shapes(stored):
         raise UserError(f"{directory / FILE} is an adapter of another rank or of another model")
     if not all(value.isfinite().all() for value in stored.values()):
         raise UserError(f"{directory / FILE} holds what is no finite number (NaN or infinity)")
