@@ -17,7 +17,6 @@ from functools import cache
 from pathlib import Path
 
 from blocks.dataset import BlocksSet
-from evaluate import pass_at_k
 from experiments import figures, paired
 from training import console, curves, storage
 from training.console import Parser, UserError
@@ -116,17 +115,6 @@ def reached(method: str, other: str, test: str, directory: str = "counting") -> 
         mean_of[name] = figures.mean_curve(found)
     share = figures.share_to_reach(mean_of[method], mean_of[other][-1][1])
     return "never" if share is None else f"{100 * share:.0f}"
-
-
-@figure
-def pass_at(k: str, method: str, test: str, directory: str = "counting") -> str:
-    """Pass@k in %, mean over questions and seeds."""
-    found = json.loads((RESULTS / directory / "samples.json").read_text())[test]
-    means = []
-    for run, (n, right) in found.items():
-        if curves.method_of(run) == method:
-            means.append(statistics.fmean(pass_at_k(n, c, int(k)) for c in right))
-    return f"{100 * statistics.fmean(means):.1f}"
 
 
 @figure
