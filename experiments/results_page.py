@@ -11,6 +11,7 @@ this makes, and page.md free of numbers with decimals outside of such places.
 import json
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -127,16 +128,38 @@ def used(name: str, method: str, directory: str = "counting") -> str:
 
 @figure
 def commonest(cell: str, size: str = "2000") -> str:
-    """The share in % of the commonest answer of a cell, what guessing gives."""
+    """The share in % of the commonest answer of a cell."""
     name, _, part = CELLS.get(cell, cell).partition("/")
-    found = [answer for its, answer in answers(name, int(size)) if its == part or not part]
+    found = [answer for its, _, answer in asked(name, int(size)) if its == part or not part]
     return f"{100 * max(map(found.count, set(found))) / len(found):.1f}"
 
 
+@figure
+def guess(cell: str, size: str = "2000") -> str:
+    """What guessing from the question alone gets in a cell, in %: the commonest answer to its form
+    among the training questions.
+    """
+    name, _, part = CELLS.get(cell, cell).partition("/")
+    by_form: dict[tuple, list[str]] = {}
+    for _, question, answer in asked(f"{name.partition('-')[0]}-train", 3200):
+        by_form.setdefault(form(question), []).append(answer)
+    best = {key: Counter(found).most_common(1)[0][0] for key, found in by_form.items()}
+    right = []
+    for its, question, answer in asked(name, int(size)):
+        if its == part:
+            right.append(best.get(form(question)) == answer)
+    return f"{100 * statistics.fmean(right):.1f}"
+
+
+def form(question: str) -> tuple[str, ...]:
+    """Of a counting question: whether objects are removed, and its numbers."""
+    return tuple(re.findall(r"remove|times \d|add \d", question))
+
+
 @cache
-def answers(name: str, size: int) -> list[tuple[str, str]]:
-    """(part, answer) of each question."""
-    return [(state.part, state.answer) for state in BlocksSet(name, size)]
+def asked(name: str, size: int) -> list[tuple[str, str, str]]:
+    """(part, question, answer) of each question of a set."""
+    return [(state.part, state.question, state.answer) for state in BlocksSet(name, size)]
 
 
 @figure

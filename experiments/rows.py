@@ -65,8 +65,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
     schedules of the learning rate, and the first stage's model as the reference of the KL term.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
-    dropped. "3-epochs": three passes over the questions, in RFT over the same samples. See
-    `neighbour_rows` for other papers'.
+dropped. "3-epochs": three passes over the same samples. "2-updates", "4-updates": so many steps
+    of AdamW on each batch. Other papers' are in `neighbour_rows`.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
@@ -95,6 +95,7 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     rows += [
         Row("GRPO", "ekipl.py", alone),
         Row("GRPO-best", "ekipl.py", (*alone, *candidates), rate="GRPO"),
+        Row("GRPO-2-updates", "ekipl.py", (*alone, "--updates-per-batch", "2"), rate="GRPO"),
         Row("Stage-1", "sft.py", first, listed=False, rate="CoT-SFT"),
         Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
         Row("RFT-first", "sft.py", half, listed=False, rate="RFT"),
@@ -116,7 +117,8 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
         Row(f"{name}-any-early", "ekipl.py", (*any_expert, *leaving), rate=f"{name}-early"),
         Row(f"{name}-reversed", "ekipl.py", backwards, rate=name),
         Row(f"{name}-all", "ekipl.py", everything, rate=name),
-        Row(f"{name}-3-epochs", "ekipl.py", ("--epochs", "3"), rate=name),
+        Row(f"{name}-2-updates", "ekipl.py", ("--updates-per-batch", "2"), rate=name),
+        Row(f"{name}-4-updates", "ekipl.py", ("--updates-per-batch", "4"), rate=name),
         Row(f"{name}-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
     ]
 
@@ -220,7 +222,6 @@ def ablation(config: ekipl.Config, stage1: int) -> list[Row]:
         "N-16": ("--num-samples", "16"),
         "beta-0": ("--beta", "0"),
         "beta-0.04": ("--beta", "0.04"),  # the paper's
-        "two-updates": ("--updates-per-batch", "2"),
     }
     for expert in experts:
         changes[f"expert-{short(expert)}"] = ("--experts", expert)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from experiments import figures, paired, results_page, rows, summary
@@ -19,18 +20,21 @@ TASKS = [path.parent.name for path in sorted(RESULTS.glob("*/scores.json"))]
 CELLS = list(results_page.CELLS)
 UNTRAINED = ("careful", "quick", "base", "base-check")
 SHOWN = {  # rows of the README at the root
-    "the commonest answer": None,
+    "a guess from the question alone": None,
     "base, RL's prompt": "base",
     'base, "check ."': "base-check",
     "CoT-SFT, on true thoughts": "CoT-SFT",
     "RFT on both experts": "RFT",
+    "RFT on both, three passes": "RFT-3-epochs",
     "RFT on `careful`": "RFT-careful",
     "GRPO": "GRPO",
     "SFT-then-GRPO": "SFT-then-GRPO",
-    "RFT-then-GRPO": "RFT-then-GRPO",
     "**Vision-EKIPL**": "Vision-EKIPL",
+    "Vision-EKIPL, four updates a batch": "Vision-EKIPL-4-updates",
     "Vision-EKIPL, `--expert-steps 30`": "Vision-EKIPL-early",
 }
+
+TIMES = {"-3-epochs": 3, "-all": 3, "-2-updates": 2, "-4-updates": 4}  # 8 actions a question
 
 
 def test_every_cell_has_a_thousand_questions_and_every_method_three_seeds():
@@ -49,7 +53,7 @@ def test_the_table_of_the_first_page_is_made_of_the_scores():
     assert [name for name, *_ in found] == list(SHOWN)
     for name, *values in found:
         method = SHOWN[name]
-        made = results_page.mean if method else lambda _, cell: results_page.commonest(cell)
+        made = results_page.mean if method else lambda _, cell: results_page.guess(cell)
         assert values == [made(method, cell) for cell in CELLS], name
 
 
@@ -67,6 +71,33 @@ def test_no_number_of_the_page_is_typed_by_hand():
         .replace("1.3 M", "")
     )
     assert re.findall(r"\d+\.\d+", text) == []
+
+
+def test_places_are_means_and_differences_in_their_order(monkeypatch):
+    right = {"A": np.array([[1.0, 1, 0, 1]]), "B": np.array([[0.0, 1, 0, 0]])}
+    monkeypatch.setattr(results_page, "scores", lambda _: {"counting-id/one-step": right})
+    assert results_page.render("{{mean A id1}} {{mean B id1}}").endswith("75.0 25.0")
+    assert "+50.0 ±" in results_page.render("{{difference A B id1}}")
+    assert "-50.0 ±" in results_page.render("{{difference B A id1}}")
+
+
+def test_a_guess_is_the_commonest_training_answer_to_the_form_of_a_question(monkeypatch):
+    plus, times = "count every cube . add 2 .", "remove every cube . times 2 . add 2 ."
+    left = "remove every cube . how many are left ? add 2 ."
+    sets = {
+        "counting-train": [("", plus, "5"), ("", plus, "5"), ("", plus, "6"), ("", times, "8")]
+        + [("", left, "1")] * 3,
+        "counting-id": [
+            ("one-step", "count every red cone . add 2 .", "5"),  # other words, the same form
+            ("one-step", "count every cube . add 3 .", "5"),  # a form never seen
+            ("two-step", times, "8"),
+            ("two-step", times, "5"),
+            ("two-step", times, "8"),
+            ("two-step", times, "8"),
+        ],
+    }
+    monkeypatch.setattr(results_page, "asked", lambda name, size: sets[name])
+    assert results_page.render("{{guess id1}} {{guess id2}}").endswith("50.0 75.0")
 
 
 @pytest.mark.parametrize("place", [
@@ -95,8 +126,8 @@ def test_methods_have_used_what_is_said_of_them():
     assert set(used) == trained
     for run, budget in used.items():
         assert budget["states"] == 3200, run
-        if "epochs" not in run and "-all" not in run:
-            assert budget["trained"] <= 8 * 3200
+        times = max([n for name, n in TIMES.items() if name in run], default=1)
+        assert budget["trained"] <= times * 8 * 3200, run
         history = storage.read(COUNTING / f"{run}.jsonl")
         assert all("loss" in record for record in history[1:])
 
@@ -121,9 +152,11 @@ def test_figure_3_says_what_the_metrics_say(tmp_path):
     assert (COUNTING / "figure3.txt").read_text() == said + "\n"
 
 
-def test_diagnostics_are_means_of_the_metrics():
-    runs = [file for file in sorted(COUNTING.glob("*-seed*.jsonl"))]
-    histories = {file.stem: curves.metrics(file) for file in runs}
+@pytest.mark.parametrize("task", [path.parent.name for path in RESULTS.glob("*/diagnostics.md")])
+def test_diagnostics_are_means_of_the_metrics(task):
+    histories = {}
+    for file in sorted((RESULTS / task).glob("*-seed*.jsonl")):
+        histories[file.stem] = curves.metrics(file)
     made = summary.diagnostics(histories).splitlines()
-    for line in (COUNTING / "diagnostics.md").read_text().splitlines():
+    for line in (RESULTS / task / "diagnostics.md").read_text().splitlines():
         assert line in made

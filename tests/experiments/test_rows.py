@@ -55,6 +55,8 @@ def test_each_row_does_what_its_name_says():
     assert parsed["Vision-EKIPL-reversed"].experts == "quick,careful"
     assert parsed["Vision-EKIPL-any"].tie_rule == "any_expert"
     assert parsed["Vision-EKIPL-all"].group_size == 24  # of 24 candidates
+    for name in ("GRPO-2-updates", "Vision-EKIPL-2-updates", "Vision-EKIPL-4-updates"):
+        assert parsed[name].updates_per_batch == int(name[-9]), name
     assert (made["base"].request, made["base-check"].request) == ("", "check .")
 
 

@@ -188,7 +188,7 @@ def test_a_student_fills_a_blank(tmp_path):
     assert f"lessons.check clipped_objective --out '{tmp_path}/my own'" in made.stdout
     told = tell("check", "clipped_objective", *out)
     assert (told.returncode, told.stderr) == (1, "")
-    assert "E   NotImplementedError" in told.stdout and f"{copy}:" in told.stdout
+    assert "E   NotImplementedError" in told.stdout and f"{shown(copy)}:" in told.stdout
     assert told.stdout.endswith("python -m lessons.blank --hint clipped_objective\n")
     written = """\
     ratio, advantage = _real(ratio), _real(advantage)
@@ -200,6 +200,11 @@ def test_a_student_fills_a_blank(tmp_path):
     told = tell("check", "clipped_objective", *out)
     assert told.returncode == 0, told.stdout
     assert "passes its 24 tests" in told.stdout and "--wrong clipped_objective" in told.stdout
+
+
+def shown(path: Path) -> str:
+    """What pytest shows of a path wherever the repository lies: it may be told from there."""
+    return "/".join(path.parts[-2:])
 
 
 def forked(log: Path, *arguments) -> int:
@@ -228,7 +233,7 @@ def test_a_module_that_conftest_imports_is_the_students_too(tmp_path):
     blank.run(["pack", "--out", str(tmp_path)])
     assert forked(tmp_path / "log", "pack", "--out", tmp_path) == 1
     said = (tmp_path / "log").read_text()
-    assert re.search(rf"{tmp_path}/policy.py:\d+: in pack\n", said), said
+    assert re.search(rf"{shown(tmp_path)}/policy.py:\d+: in pack\n", said), said
     (tmp_path / "policy.py").write_text(EXERCISES["pack"].solution)
     assert forked(tmp_path / "log", "pack", "--out", tmp_path) == 0
 
