@@ -65,7 +65,7 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
     schedules of the learning rate, and the first stage's model as the reference of the KL term.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
-dropped. "3-epochs": three passes over the same samples. "2-updates", "4-updates": so many steps
+    dropped. "3-epochs": three passes over the same samples. "2-updates", "4-updates": so many steps
     of AdamW on each batch. Other papers' are in `neighbour_rows`.
     """
     if config.data != "blocks" or config.experts == "none":
