@@ -20,34 +20,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from torch.nn.utils.rnn import pad_sequence
-from transformers.utils import logging as transformers_logging
-
-import grpo
-from data.lengths import room_of
-from data.sets import reports, test_sets, training_states
-from data.state import State
-from evaluate import greedy_accuracy
-from experts import roster
-from experts.roster import Experts
 from experts.settings import MixtureSettings
-from policy import PackedBatch, Policy, pack
-from rollouts import choice
-from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
-from training import console, distributed, lora, method, plan, settings
-from training.checkpointing import last_checkpoint, model_of, restore, save
+from training import console, method, settings
 from training.console import UserError
-from training.disk import check_disk
-from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
 from training.method import MethodSettings
-from training.metrics import step_metrics
-from training.neighbours import EXPERT_TERMS, action_length
 from training.presets import PRESETS
-from training.rundir import open_run, take
 from training.settings import Settings, learning_rate, option
-from training.steplog import StepLog
-from training.stopwatch import Stopwatch
 
 # --------------------------------------------------------------------------------------- settings
 
@@ -65,6 +43,32 @@ class Config(Settings, MixtureSettings, MethodSettings):
 def parse(argv: list[str]) -> tuple[Config, Path | None]:
     """The settings that the command line asks for, and the run to resume if there is one."""
     return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
+
+
+if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
+    console.early("ekipl.py", parse)
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+import grpo
+from data.lengths import room_of
+from data.sets import reports, test_sets, training_states
+from data.state import State
+from evaluate import greedy_accuracy
+from experts import roster
+from policy import PackedBatch, Policy, pack
+from rollouts import choice
+from sampling import Group, add_expert_logps, give_rewards, group_log_weights, select, total_groups
+from training import distributed, lora, plan
+from training.checkpointing import last_checkpoint, model_of, restore, save
+from training.disk import check_disk
+from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
+from training.metrics import step_metrics
+from training.neighbours import EXPERT_TERMS, action_length
+from training.rundir import open_run, take
+from training.steplog import StepLog
+from training.stopwatch import Stopwatch
 
 
 def check(config: Config, world: int, resuming: bool) -> None:
@@ -127,19 +131,13 @@ def micro_batches(config, reference, groups: list[Group], device, watch) -> list
 
 
 def update(
-    config: Config,
-    policy,
-    reference: Policy | None,
-    optimizer,
-    groups: list[Group],
-    world: World,
-    lr: float,
-    watch: Stopwatch | None = None,
+    config: Config, policy, reference, optimizer, groups, world: World, lr: float, watch=None
 ) -> dict[str, float]:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: as World.data_parallel returns it. Returns the loss (of these groups, over the global
-    number) and the gradient's norm before clipping, means over updates. Sets groups' `measured`.
+    policy: as World.data_parallel returns it. reference: a Policy, or None. Returns the loss (of
+    these groups, over the global number) and the gradient's norm before clipping, means over
+    updates. Sets groups' `measured`.
     """
     device, watch = world.device, watch or Stopwatch(world.device)
     batches = micro_batches(config, reference, groups, device, watch)
@@ -209,7 +207,7 @@ class Run:
     path: Path
     states_of: Callable[[int], list[State]]  # this process's states of a step
     tests: dict[str, list[State]]
-    experts: Experts
+    experts: roster.Experts
     policy: Policy
     reference: Policy | None
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
@@ -248,7 +246,7 @@ def prepare(config: Config, resume: Path | None, world: World) -> Run:
         batch = order[step * config.batch_size : (step + 1) * config.batch_size]
         return [questions[i] for i in world.shard(batch)]
 
-    experts = Experts(config, config.corrected, states_of, config.expert_steps)
+    experts = roster.Experts(config, config.corrected, states_of, config.expert_steps)
     policy, reference = load_policy(config, model, world, config.temperature, resume=resume), None
     if config.beta and config.lora_rank:
         reference = lora.without_adapter(policy)
@@ -331,7 +329,6 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
 
 def run(argv: list[str]) -> str:
-    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config)

@@ -27,10 +27,52 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
-from transformers.utils import logging as transformers_logging
+from data.legacy import MATH_VERIFY, need_math_verify
+from rollouts import asking
+from training import console
+from training.console import Parser, UserError
+
+LEGACY = f"score as Reason-RFT's code does; needs {MATH_VERIFY}"
+
+
+def parse(argv: list[str]) -> Namespace:
+    """The flags as they stand, of an evaluation or, with a `directory`, of `score`."""
+    if argv[:1] == ["score"]:
+        parser = Parser(prog="evaluate.py score", description="Scores saved predictions again.")
+        text = "predictions, such as runs/NAME/predictions"
+        parser.add_argument("directory", type=Path, help=text)
+        parser.add_argument("--legacy", action="store_true", help=LEGACY)
+        return parser.parse_args(argv[1:])
+    parser = Parser(
+        prog="evaluate.py",
+        description="Answers test sets with a model or an expert, saves the responses, "
+        "and scores them.",
+    )
+    add = parser.add_argument
+    add("model", help="a directory in Hugging Face layout, a hub id, or an expert's name")
+    asking.add_flags(parser)
+    add("--legacy", action="store_true", help=LEGACY)
+    add("--cache", default="experts.sqlite", help="answers of APIs (default experts.sqlite)")
+    add("--offline", action="store_true", help="answers of APIs come from the cache alone")
+    add(
+        "--expert-tokens",
+        type=int,
+        default=512,
+        help="length limit of an API's answer, in its own tokens, thoughts included (default 512)",
+    )
+    add(
+        "--out",
+        help="directory of the predictions (default: predictions beside a run's model, "
+        "else predictions/NAME)",
+    )
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
+    console.early("evaluate.py", parse)
+
 
 from blocks.scripted import is_scripted
-from data.legacy import MATH_VERIFY, need_math_verify
 from data.lengths import Room
 from data.predictions import Prediction, claim, predict, read_predictions, with_parts
 from data.sets import WORLDS, Part, load_set, reports
@@ -39,17 +81,13 @@ from experts.answering import ExpertAnswers, is_expert
 from experts.settings import ExpertSettings
 from policy import Policy
 from rewards import accuracy_score, format_reward, wholly_right
-from rollouts import asking
 from rollouts.answering import ModelAnswers, answer_greedily
 from rollouts.choice import make_sampler
 from sampling import Action, Sampler
-from training import console, storage
-from training.console import Parser, UserError
+from training import storage
 from training.distributed import World
 from training.metrics import mean
 from training.settings import place_of
-
-LEGACY = f"score as Reason-RFT's code does; needs {MATH_VERIFY}"
 
 
 def score_predictions(
@@ -156,31 +194,9 @@ def print_scores(predictions: dict[str, list[Prediction]], legacy: bool) -> None
         print(f"{name:24s}     0  no answers")
 
 
-def arguments(argv: list[str]) -> tuple[Namespace, list[str]]:
-    """The flags with their values, and lines that say which of them a run or a protocol gave."""
-    parser = Parser(
-        prog="evaluate.py",
-        description="Answers test sets with a model or an expert, saves the responses, "
-        "and scores them.",
-    )
-    add = parser.add_argument
-    add("model", help="a directory in Hugging Face layout, a hub id, or an expert's name")
-    asking.add_flags(parser)
-    add("--legacy", action="store_true", help=LEGACY)
-    add("--cache", default="experts.sqlite", help="answers of APIs (default experts.sqlite)")
-    add("--offline", action="store_true", help="answers of APIs come from the cache alone")
-    add(
-        "--expert-tokens",
-        type=int,
-        default=512,
-        help="length limit of an API's answer, in its own tokens, thoughts included (default 512)",
-    )
-    add(
-        "--out",
-        help="directory of the predictions (default: predictions beside a run's model, "
-        "else predictions/NAME)",
-    )
-    args = parser.parse_args(argv)
+def settle(args) -> list[str]:
+    """Sets what was not given. Returns lines that say which a run or a protocol gave. UserError for
+    what cannot be asked."""
     args.place = place_of(args.model)  # where its files are
     notes = asking.settle(args)
     if not 1 <= args.expert_tokens <= 10**6:
@@ -192,7 +208,7 @@ def arguments(argv: list[str]) -> tuple[Namespace, list[str]]:
         raise UserError(f"{knows}, not --data {args.data}")
     if args.request and is_scripted(args.model):
         raise UserError(f"the scripted expert '{args.model}' reads no prompt: leave --request out")
-    return args, notes
+    return notes
 
 
 def directory_for(args) -> Path:
@@ -253,9 +269,9 @@ def open_answers(args, world: World, out: Path) -> tuple[dict, ModelAnswers | Ex
     return sets, ModelAnswers(sampler, args.temperature, args.samples, args.top_p, args.top_k)
 
 
-def answer_command(argv: list[str]) -> None:
+def answer_command(args: Namespace) -> None:
     """Answers test sets, saves the predictions and prints their scores."""
-    args, notes = arguments(argv)
+    notes = settle(args)
     world, out = World.join("auto"), directory_for(args)
     sets, answers = open_answers(args, world, out)
     if world.rank == 0:
@@ -279,22 +295,15 @@ def answer_command(argv: list[str]) -> None:
     world.leave()
 
 
-def score_command(argv: list[str]) -> None:
-    parser = Parser(prog="evaluate.py score", description="Scores saved predictions again.")
-    parser.add_argument("directory", type=Path, help="predictions, such as runs/NAME/predictions")
-    parser.add_argument("--legacy", action="store_true", help=LEGACY)
-    args = parser.parse_args(argv)
+def score_command(args: Namespace) -> None:
     if args.legacy:
         need_math_verify()
     print_scores(read_predictions(args.directory), args.legacy)
 
 
 def run(argv: list[str]) -> None:
-    transformers_logging.disable_progress_bar()  # of loading: one bar is enough
-    if argv[:1] == ["score"]:
-        score_command(argv[1:])
-    else:
-        answer_command(argv)
+    args = parse(argv)
+    score_command(args) if "directory" in args else answer_command(args)
 
 
 def main() -> None:

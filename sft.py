@@ -32,29 +32,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from transformers.utils import logging as transformers_logging
-
-from data.lengths import room_of
-from data.sets import reports, test_sets, training_states
-from data.state import State
-from ekipl import load_policy
-from evaluate import greedy_accuracy
-from experts import imitation
-from experts.roster import Experts
 from experts.settings import ExpertSettings
-from policy import Policy, pack
-from rollouts import choice
-from sampling import Action, Group, Sampler
-from training import console, distributed, plan, settings
-from training.checkpointing import model_of, restore, save
+from training import console, settings
 from training.console import UserError
-from training.disk import check_disk
-from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
-from training.rundir import open_run, take
 from training.settings import Settings, learning_rate, option
-from training.steplog import StepLog
-from training.stopwatch import Stopwatch
 
 METHODS = {  # that learn from the records, and the mode of the prompt
     "cot": "reason",
@@ -73,7 +54,7 @@ class Config(Settings, ExpertSettings):
         "tags; bare, the answer as the whole response to the bare question (Reason-RFT's "
         "ANS-SFT; evaluate.py --mode bare); rft, the experts' right samples; distil, all of them "
         "(the other methods ignore --experts, --group-size and all that is about experts)",
-        (*METHODS, *imitation.METHODS),
+        (*METHODS, "rft", "distil"),
     )
     # In the blocks world SFT is best at four times RL's rate (experiments/results).
     lr: float = option(2e-3, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
@@ -84,7 +65,7 @@ class Config(Settings, ExpertSettings):
     @property
     def imitates(self) -> bool:
         """Whether it is experts that are learnt from, not the records."""
-        return self.method in imitation.METHODS
+        return self.method not in METHODS
 
     @property
     def planned(self) -> "Config":
@@ -127,6 +108,29 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
     """The settings that the command line asks for, and the run to resume if there is one."""
     return settings.parse(Config, PRESETS, __doc__.split("\n\n")[0], argv)
 
+
+if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
+    console.early("sft.py", parse)
+
+import torch
+
+from data.lengths import room_of
+from data.sets import reports, test_sets, training_states
+from data.state import State
+from ekipl import load_policy
+from evaluate import greedy_accuracy
+from experts import imitation
+from experts.roster import Experts
+from policy import Policy, pack
+from rollouts import choice
+from sampling import Action, Group, Sampler
+from training import distributed, plan
+from training.checkpointing import model_of, restore, save
+from training.disk import check_disk
+from training.distributed import World, accumulating, autocast, clear_gradients, clip_gradients
+from training.rundir import open_run, take
+from training.steplog import StepLog
+from training.stopwatch import Stopwatch
 
 # --------------------------------------------------------------------------------------- the loss
 
@@ -298,7 +302,6 @@ def train(config: Config, resume: Path | None, world: World) -> Path:
 
 
 def run(argv: list[str]) -> str:
-    transformers_logging.disable_progress_bar()  # of loading and saving: one bar is enough
     config, resume = parse(argv)
     if config.plan:
         return plan.report(config.planned)

@@ -15,5 +15,3 @@ here are models behind APIs. In the order to read:
     imitation.py                             SFT on their samples, all or the right ones
     answering.py                             an expert's predictions in an evaluation
 """
-
-from experts.roster import make_experts, try_out  # noqa: F401

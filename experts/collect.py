@@ -19,16 +19,6 @@ import signal
 from collections import Counter
 from contextlib import closing
 
-from tqdm import tqdm
-
-from data.lengths import room_of
-from data.sets import training_states
-from experts import apis, estimate
-from experts.api_expert import VENDORS
-from experts.cache import Cache
-from experts.collection import buy
-from experts.purse import Purse
-from experts.roster import check
 from experts.settings import CollectSettings
 from training import console, settings
 from training.console import Parser, UserError
@@ -39,6 +29,55 @@ LOOKS = {
     "export": "every answer as a line of JSON",
     "verify": "is the file whole?",
 }
+
+# ------------------------------------------------------------------ the command line
+
+
+def parser() -> Parser:
+    lines = argparse.RawDescriptionHelpFormatter
+    program = Parser(
+        prog="python -m experts.collect",
+        description=__doc__,
+        formatter_class=lines,
+        allow_abbrev=False,
+    )
+    commands = program.add_subparsers(dest="command", required=True)
+    for name, text in LOOKS.items():
+        commands.add_parser(name, help=text).add_argument("cache", metavar="CACHE")
+    text = "buy answers ahead of training; the default command, with the flags of ekipl.py"
+    buying = commands.add_parser("collect", help=text, allow_abbrev=False)
+    buying.add_argument("--budget", type=float, metavar="USD", help="spend no more in this call")
+    buying.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
+    return program
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, CollectSettings | None]:
+    """The command with its flags, and what to buy if it is "collect", the default."""
+    if argv and argv[0] not in (*LOOKS, "collect", "-h", "--help"):
+        argv = ["collect", *argv]
+    args, rest = parser().parse_known_args(argv)
+    if args.command == "collect":
+        if args.budget is not None and not args.budget > 0:
+            raise UserError("--budget must be above 0")
+        return args, settings.parse(CollectSettings, PRESETS, __doc__.split("\n\n")[0], rest)[0]
+    if rest:
+        raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
+    return args, None
+
+
+if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
+    console.early("experts.collect", parse)
+
+from tqdm import tqdm
+
+from data.lengths import room_of
+from data.sets import training_states
+from experts import apis, estimate
+from experts.api_expert import VENDORS
+from experts.cache import Cache
+from experts.collection import buy
+from experts.purse import Purse
+from experts.roster import check
 
 # ------------------------------------------------------------------ buying
 
@@ -112,50 +151,24 @@ def look(command: str, cache: Cache) -> None:
         print(f"{cache.path}: {len(cache.entries())} answers, no fault{older if unsigned else ''}")
 
 
-# ------------------------------------------------------------------ the command line
-
-
-def parser() -> Parser:
-    lines = argparse.RawDescriptionHelpFormatter
-    program = Parser(
-        prog="python -m experts.collect",
-        description=__doc__,
-        formatter_class=lines,
-        allow_abbrev=False,
-    )
-    commands = program.add_subparsers(dest="command", required=True)
-    for name, text in LOOKS.items():
-        commands.add_parser(name, help=text).add_argument("cache", metavar="CACHE")
-    text = "buy answers ahead of training; the default command, with the flags of ekipl.py"
-    buying = commands.add_parser("collect", help=text, allow_abbrev=False)
-    buying.add_argument("--budget", type=float, metavar="USD", help="spend no more in this call")
-    buying.add_argument("--dry-run", action="store_true", help="count and estimate, ask nothing")
-    return program
+# ------------------------------------------------------------------ what to do
 
 
 def run(argv: list[str]) -> None:
-    if argv and argv[0] not in (*LOOKS, "collect", "-h", "--help"):
-        argv = ["collect", *argv]
-    args, rest = parser().parse_known_args(argv)
-    if args.command == "collect":
-        if args.budget is not None and not args.budget > 0:
-            raise UserError("--budget must be above 0")
-        config, _ = settings.parse(CollectSettings, PRESETS, __doc__.split("\n\n")[0], rest)
-        if config.offline and not args.dry_run:
-            raise UserError("--offline asks no API, so it buys nothing: leave it out")
-        config.offline = args.dry_run  # which needs no key
-        settings.check(config, 1, resuming=True)
-        settings.must(config, 0, "expert_steps")
-        specs = [spec for spec in check(config) if spec.partition(":")[0] in VENDORS]
-        if not specs:
-            named = f"--experts {config.experts}"
-            raise UserError(f"{named} asks no API: name one, such as openai:gpt-4o")
-        dry_run(specs, config) if args.dry_run else collect(specs, config, args.budget)
-    elif rest:
-        raise UserError(f"{args.command} takes a cache and nothing more, not {rest[0]}")
-    else:
+    args, config = parse(argv)
+    if config is None:
         with closing(Cache(args.cache, read_only=True)) as cache:
             look(args.command, cache)
+        return
+    if config.offline and not args.dry_run:
+        raise UserError("--offline asks no API, so it buys nothing: leave it out")
+    config.offline = args.dry_run  # which needs no key
+    settings.check(config, 1, resuming=True)
+    settings.must(config, 0, "expert_steps")
+    specs = [spec for spec in check(config) if spec.partition(":")[0] in VENDORS]
+    if not specs:
+        raise UserError(f"--experts {config.experts} asks no API: name one, such as openai:gpt-4o")
+    dry_run(specs, config) if args.dry_run else collect(specs, config, args.budget)
 
 
 def main() -> None:

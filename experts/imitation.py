@@ -20,7 +20,6 @@ from training import settings
 from training.console import UserError
 from training.metrics import mean
 
-METHODS = ("rft", "distil")
 FULL = 2.0  # the reward of a right sample: format and accuracy
 
 

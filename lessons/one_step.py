@@ -13,7 +13,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-from transformers.utils import logging
 
 sys.path.insert(  # the repository, from where a script or a notebook starts
     0, next((str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "ekipl.py").exists()), ".")
@@ -36,7 +35,6 @@ from training.distributed import World, clear_gradients, clip_gradients, determi
 #
 # - The scene has three objects, one of them a large sphere, so the answer is 1.
 # %%
-logging.disable_progress_bar()
 config = Config(num_samples=4, group_size=4)
 deterministic(World(0, 1, torch.device("cpu")))
 state = BlocksSet("counting-train", 143)[142]

@@ -27,7 +27,6 @@ from tokenizers import AddedToken
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.utils import logging as transformers_logging
 
 from attention import SharedPrefix, attend
 from data.state import State
@@ -786,7 +785,6 @@ def test_what_cannot_be_loaded_is_refused_in_one_line(
     change(path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asks"))
-    transformers_logging.disable_progress_bar()  # as every program does
     with pytest.raises(ValueError, match=says) as caught:
         Policy.load(path)
     message = str(caught.value)

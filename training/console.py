@@ -58,6 +58,18 @@ def command(program: str, run: Callable, stopped: str = "the same command goes o
         sys.exit(130)
 
 
+def early(program: str, parse: Callable) -> None:
+    """Reads the command line before a program's slow imports: --help and mistakes answer at once.
+
+    parse(argv): may raise UserError. The program parses it again when it runs.
+    """
+
+    def read(argv):
+        parse(argv)
+
+    command(program, read)
+
+
 def fail(program: str, message: str, rank: int) -> None:
     """Ends the process with exit code 2 and one line, whatever the message holds."""
     if rank > 0:

@@ -1,11 +1,12 @@
-"""Settings of the method: the total group, the selection and the objective."""
+"""Settings of the method: the total group, the selection and the objective.
+
+Imports no torch, so that a command line is read at once (`console.early`).
+"""
 
 from dataclasses import dataclass
 
-import grpo
 from training import settings
 from training.console import UserError
-from training.neighbours import EXPERT_TERMS, LOSS_MEANS
 from training.settings import option
 
 
@@ -43,19 +44,19 @@ class MethodSettings:
         "A.7: uncorrected (A) is the paper's; is (B) weights each action by pi_old/q, which takes "
         "away most of what experts teach; snis (C) normalises the weights, with a bias where few "
         "kept actions are the policy's",
-        grpo.ESTIMATORS,
+        ("uncorrected", "is", "snis"),
     )
     expert_loss: str = option(
         "ekipl",
         "what an expert's token gives: ekipl, clip and KL as any other (Eq 3); or without both "
         "luffy, A p / (p + 0.1); rl-plus, A (1 - p)^0.5 2 p / (p_old + (p_old + 1) / 2)",
-        tuple(EXPERT_TERMS),
+        ("ekipl", "luffy", "rl-plus"),
     )
     loss_mean: str = option(
         "action",
         "what tokens are averaged over: their action, then actions (the paper's); all tokens of "
         "the batch (DAPO); or their sum over --max-new-tokens, then actions (Dr. GRPO)",
-        LOSS_MEANS,
+        ("action", "token", "constant"),
     )
     clip_eps: float = option(0.2, "epsilon of Eq 3: how far the ratio may move")
     beta: float = option(0.01, "weight of the KL term of Eq 3 (paper: 0.04); 0 loads no reference")

@@ -42,7 +42,6 @@ def rl_plus_term(logp: Tensor, old_logp: Tensor, advantage: Tensor) -> Tensor:
 
 
 EXPERT_TERMS = {"ekipl": None, "luffy": luffy_term, "rl-plus": rl_plus_term}  # None: as Eq 3
-LOSS_MEANS = ("action", "token", "constant")
 
 
 def action_length(loss_mean: str, mask: Tensor, tokens: float, limit: int) -> Tensor | float | None:

@@ -36,6 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from training.families import FAMILIES, known, why_not_packed
 
+transformers_logging.disable_progress_bar()  # of loading and saving: programs show their own
 LOG = logging.getLogger("pretrained")
 
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")

@@ -418,7 +418,7 @@ def test_no_more_requests_at_a_time_than_allowed(serve, ask):
 def test_a_process_ends_although_the_server_never_answers(serve, tmp_path):
     server = serve("hang")
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); from experts import make_experts\n"
+        "import sys; sys.path.insert(0, sys.argv[1]); from experts.roster import make_experts\n"
         "from types import SimpleNamespace; from blocks import BlocksSet\n"
         "s = SimpleNamespace(cache=sys.argv[2], offline=False, expert_tokens=9, "
         "expert_requests=2, expert_deadline=600, expert_failures=5, price='')\n"
@@ -495,7 +495,7 @@ def test_google_api_key_does_as_well_and_ones_own_server_needs_none(monkeypatch)
 
 
 def test_an_sdk_is_imported_for_its_own_experts_only(tmp_path):
-    code = "import sys, ekipl; from experts import make_experts\n"
+    code = "import sys, ekipl; from experts.roster import make_experts\n"
     code += f"settings = ekipl.Config(cache={str(tmp_path / 'c.sqlite')!r})\n"
     code += "openai, gemini = 'openai:m@http://127.0.0.1:9/v1', 'gemini:m@http://127.0.0.1:9'\n"
     code += "packages = ('openai', 'google.generativeai', 'vllm')\n"

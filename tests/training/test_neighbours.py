@@ -3,6 +3,7 @@ differences; each mean over tokens against its definition."""
 
 import itertools
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -10,14 +11,10 @@ from test_grpo import BETA, EPS, gradient, random_batch
 
 import grpo
 from training.method import MethodSettings
-from training.neighbours import (
-    EXPERT_TERMS,
-    LOSS_MEANS,
-    action_length,
-    luffy_term,
-    rl_plus_term,
-)
+from training.neighbours import EXPERT_TERMS, action_length, luffy_term, rl_plus_term
 
+CHOICES = {setting.name: setting.metadata["choices"] for setting in fields(MethodSettings)}
+LOSS_MEANS = CHOICES["loss_mean"]
 LIMIT = 7
 OTHERS = ["luffy", "rl-plus"]
 
@@ -226,6 +223,11 @@ def test_micro_batches_sum_to_the_full_batch(loss_mean):
             length = action_length(loss_mean, part["mask"], tokens, LIMIT)
             parts.append(gradient(with_term(part, luffy_term), length=length))
         torch.testing.assert_close(torch.cat(parts), whole)
+
+
+def test_the_command_line_offers_every_term_and_estimator():
+    assert CHOICES["expert_loss"] == tuple(EXPERT_TERMS)
+    assert CHOICES["estimator"] == grpo.ESTIMATORS
 
 
 def test_the_settings_default_to_the_paper():
