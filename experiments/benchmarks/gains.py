@@ -48,7 +48,7 @@ class NeverEarly(StoppingCriteria):
 
 def repeated_keys(module, query, key, value, attention_mask, **kwargs):
     """attention.attend without its second case: each query head gets a copy of its keys."""
-    if isinstance(attention_mask, attention.SharedPrefix):
+    if kwargs.get("shared_prefix") is not None:
         return attention.attend(module, query, key, value, attention_mask, **kwargs)
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 

@@ -29,7 +29,7 @@ import ekipl
 import sft
 from policy import Policy, pack
 from rollouts.transformers_sampler import TransformersSampler
-from training import activations, console, lora, plan, pretrained, storage
+from training import activations, console, lora, plan, storage
 from training.checkpointing import last_checkpoint
 from training.console import UserError
 from training.distributed import World, clear_gradients, full
@@ -318,7 +318,8 @@ def test_the_plan_counts_the_adapter(random_model_dir):
     assert plan.trained(config, count) == sum(
         v.numel() for v in lora.adapter(policy.model).values()
     )
-    assert plan.sizes(pretrained.published("2B")).adapter == 28 * (
+    known, _ = plan.described("Qwen/Qwen2-VL-2B-Instruct")
+    assert plan.sizes(known).adapter == 28 * (
         2 * (1536 + 1536) + 2 * (1536 + 256) + 3 * (1536 + 8960)
     )
 
