@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -189,7 +190,9 @@ def resume_part(work: Workload, path: Path, folder: Path) -> dict:
     flags |= {"parity-every": 1, "name": "run", "runs": folder}
     with open(folder / "log.txt", "w") as log:
         command = [*ekipl_py, *flags_of(work, path), *words(flags)]
-        first = subprocess.Popen(command, stdout=log, stderr=log)
+        # Behind `&` a shell lets its commands ignore Ctrl-C, and this one would hand that on.
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        first = subprocess.Popen(command, stdout=log, stderr=log, preexec_fn=heard)
         while first.poll() is None and not (folder / "run" / "model").exists():
             time.sleep(0.02)
         first.send_signal(signal.SIGINT)  # does nothing to one that has ended

@@ -329,16 +329,21 @@ def test_the_tolerance_of_bfloat16_leaves_healthy_engines_alone():
     assert parity_check.PARITY_TOLERANCE == {torch.float32: 1e-4, torch.bfloat16: 0.1}
 
 
-def gaps_of_a_sync(path: Path) -> list[float]:
+def gaps_of_a_sync(path: Path, rank: int) -> list[float]:
     """Of the model of a directory, in an engine of its own: the largest difference before an
-    update, after it, and after the sync."""
+    update, after it, and after the sync. rank: of an adapter, which is then all that changes."""
     policy = Policy.load(path).to(DEVICE)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(0.5)
+    if rank:
+        lora.add_adapter(policy.model, Config(lora_rank=rank))
     sampler = VLLMSampler(policy, str(path), 12)
     found = [gap(sampler, sampled(sampler, STATES))]
-    train_a_step(policy)
+    if not rank:
+        train_a_step(policy)
+    for value in lora.adapter(policy.model).values():
+        torch.nn.init.normal_(value, std=0.2)
     found.append(gap(sampler, sampled(sampler, STATES)))
     sampler.sync_weights()
     found.append(gap(sampler, sampled(sampler, STATES)))
@@ -346,9 +351,9 @@ def gaps_of_a_sync(path: Path) -> list[float]:
     return found
 
 
-def gaps_elsewhere(path: Path) -> list[float]:
+def gaps_elsewhere(path: Path, rank: int = 0) -> list[float]:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:  # one engine a process
-        return pool.submit(gaps_of_a_sync, path).result(timeout=300)
+        return pool.submit(gaps_of_a_sync, path, rank).result(timeout=300)
 
 
 def test_head_and_embedding_of_an_untied_model_arrive_each_for_itself(tmp_path):
@@ -364,8 +369,11 @@ def test_head_and_embedding_of_an_untied_model_arrive_each_for_itself(tmp_path):
     assert before < 1e-4 and without > 0.1 and after < 1e-4
 
 
-def test_every_weight_of_qwen3_vl_arrives(random_qwen3_dir):
-    before, without, after = gaps_elsewhere(random_qwen3_dir)
+@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapter"])
+def test_every_weight_of_qwen3_vl_arrives(random_qwen3_dir, rank):
+    if rank:
+        pytest.importorskip("peft", reason="peft is installed for --lora-rank alone")
+    before, without, after = gaps_elsewhere(random_qwen3_dir, rank)
     assert before < 1e-4 and without > 0.1 and after < 1e-4
 
 
