@@ -46,7 +46,7 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 
 
 if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
-    console.early("ekipl.py", parse)
+    console.early("ekipl.py", settings.glance(parse))
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -135,14 +135,16 @@ def update(
 ) -> dict[str, float]:
     """Eq 2 and 3 on the kept actions of this process's groups; `updates_per_batch` steps of AdamW.
 
-    policy: as World.data_parallel returns it. reference: a Policy, or None. Returns the loss (of
+    policy: as World.data_parallel returns it. reference: as Run has it. Returns the loss (of
     these groups, over the global number) and the gradient's norm before clipping, means over
     updates. Sets groups' `measured`.
     """
     device, watch = world.device, watch or Stopwatch(world.device)
     batches = micro_batches(config, reference, groups, device, watch)
-    tokens = [sum(map(len, group.kept_tokens)) for group in groups]
-    tokens = sum(world.gather([sum(tokens)])) / config.batch_size  # of a group in the global batch
+    tokens = 0.0  # of a group, mean over the global batch
+    if config.loss_mean == "token":
+        own = sum(len(action) for group in groups for action in group.kept_tokens)
+        tokens = sum(world.gather([own])) / config.batch_size
     for parameters in optimizer.param_groups:
         parameters["lr"] = lr
     loss_sum, norms = 0.0, []
@@ -209,7 +211,7 @@ class Run:
     tests: dict[str, list[State]]
     experts: roster.Experts
     policy: Policy
-    reference: Policy | None
+    reference: Callable[[PackedBatch], torch.Tensor] | None  # (B, G, T), no gradient
     learner: torch.nn.Module  # the policy, in DDP's wrapper if there is one
     optimizer: torch.optim.Optimizer
     sampler: choice.Sampler

@@ -303,7 +303,10 @@ def score_command(args: Namespace) -> None:
 
 def run(argv: list[str]) -> None:
     args = parse(argv)
-    score_command(args) if "directory" in args else answer_command(args)
+    if "directory" in args:
+        score_command(args)
+    else:
+        answer_command(args)
 
 
 def main() -> None:

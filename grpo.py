@@ -78,8 +78,7 @@ def group_advantages(rewards, baseline_rewards=None, eps: float = 1e-4, scale=Tr
     mean = wide.mean(-1, keepdim=True)  # (..., 1)
     n = max(wide.shape[-1] - 1, 1)  # Bessel
     std = ((wide - mean).square().sum(-1, keepdim=True) / n).sqrt()  # (..., 1)
-    advantages = (rewards - mean) / (std + eps)  # (..., G)  # Eq 1
-    advantages = advantages if scale else rewards - mean
+    advantages = (rewards - mean) / (std + eps if scale else 1.0)  # (..., G)  # Eq 1
     # Compare rewards, not the std with 0: rounding the mean of equal rewards is magnified by eps.
     equal = (baseline == baseline[..., :1]).all(-1, keepdim=True)  # (..., 1)
     return advantages.masked_fill(equal, 0.0).to(rewards.dtype)
@@ -288,7 +287,7 @@ def ekipl_loss(
     Returns (loss, stats). The loss is minus the SUM of the B groups' objectives: divide it by the
     number of groups in the global batch. With one update per batch rho = 1, and the loss is close
     to 0 while its gradient is not. stats, detached, (B, G), 0 for absent actions: "objective" f_i,
-    "kl" in nats per token, "clip_fraction", of its tokens whose gradient the clip stops.
+    "kl" in nats per token, "clip_fraction", the share of its tokens whose gradient the clip stops.
     ValueError on an unknown estimator, a missing or misshapen input, and a non-finite value.
     """
     _check_inputs(estimator, log_weights, ref_logp, beta)

@@ -167,7 +167,7 @@ class Policy(nn.Module):
     ) -> Policy:
         """Loads a directory in Hugging Face layout, or a model of the hub, in train mode.
 
-        Weights are float32: a learning rate of 1e-6 is lost in bfloat16 weights. The caller
+        Trained weights are float32: a learning rate of 1e-6 is lost in bfloat16. The caller
         computes in bfloat16 by autocast. Images are resized to between min_pixels and max_pixels
         (None: as the checkpoint says). Around `model.generate` switch to eval mode: with
         checkpointing, train mode drops its KV cache and it writes wrong tokens. ValueError, in one

@@ -110,7 +110,7 @@ def parse(argv: list[str]) -> tuple[Config, Path | None]:
 
 
 if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
-    console.early("sft.py", parse)
+    console.early("sft.py", settings.glance(parse))
 
 import torch
 

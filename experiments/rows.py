@@ -137,7 +137,7 @@ def neighbour_rows() -> list[Row]:
         Row("RL-PLUS", "ekipl.py", ("--expert-loss", "rl-plus", *theirs)),
         Row(f"{name}-unsolved", "ekipl.py", ("--experts-when", "unsolved"), rate=name),
         Row(f"{name}-token", "ekipl.py", ("--loss-mean", "token"), rate=name),
-        Row(f"{name}-constant", "ekipl.py", constant, rate=name),
+        Row(f"{name}-constant", "ekipl.py", theirs, rate=name),
     ]
 
 

@@ -130,8 +130,8 @@ def derived_gpu_memory_utilization(policy: Policy) -> float:
     if share < 0.05:
         raise UserError(
             f"the GPU has {free / GIB:.0f} GiB free and training needs {to_come / GIB:.0f}: "
-            "nothing is left for vLLM. Use --beta 0 (no reference), a smaller model, or "
-            "--rollout transformers"
+            "nothing is left for vLLM. Use --lora-rank 16, --beta 0 (no reference; with "
+            "--lora-rank there is none), a smaller model, or --rollout transformers"
         )
     return round(min(share, 0.9), 3)
 

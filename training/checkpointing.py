@@ -132,7 +132,8 @@ def last_checkpoint(path: Path) -> Path:
 def model_of(config, resume: Path | None) -> str | Path:
     """Where a run's model is: what it starts from, or its last checkpoint; with LoRA, which leaves
     all but the adapter as it was, always the first. UserError if there is no checkpoint."""
-    return last_checkpoint(resume) if resume and not config.lora_rank else config.start
+    newest = last_checkpoint(resume) if resume else None
+    return config.start if newest is None or config.lora_rank else newest
 
 
 def restore(optimizer: torch.optim.Optimizer, resume: Path, world: World) -> int:
@@ -200,7 +201,10 @@ def full_weights(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
     weights = {}
     for name, value in lora.merged(policy.model):
         value = full(value)
-        weights[name] = value.cpu() if rank == 0 else None  # on a GPU it would be a second model
+        if rank == 0:  # on a GPU it would be a second model
+            value = value.cpu()
+            value = value.to(torch.promote_types(value.dtype, torch.float32))
+        weights[name] = value if rank == 0 else None
     return weights
 
 

@@ -64,7 +64,7 @@ def early(program: str, parse: Callable) -> None:
     parse(argv): may raise UserError. The program parses it again when it runs.
     """
 
-    def read(argv):
+    def read(argv):  # prints nothing
         parse(argv)
 
     command(program, read)

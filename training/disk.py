@@ -9,7 +9,8 @@ from training.console import UserError
 from training.settings import Settings
 
 GB = 10**9
-MOMENTS = 8  # bytes of a trained parameter in a checkpoint, beside the parameter's own
+WEIGHT = 4  # bytes of a parameter in a checkpoint: float32, whatever it is on a GPU
+MOMENTS = 8  # bytes of a trained parameter there, beside its own
 
 
 def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -> None:
@@ -20,7 +21,7 @@ def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -
     """
     needed = 0
     for parameter in policy.parameters():
-        needed += parameter.numel() * (parameter.itemsize + MOMENTS * parameter.requires_grad)
+        needed += parameter.numel() * (WEIGHT + MOMENTS * parameter.requires_grad)
     # With LoRA all but the last checkpoint hold an adapter alone.
     if not resume and 0 < config.save_every < config.steps and not config.lora_rank:
         needed *= 2
@@ -31,6 +32,6 @@ def check_disk(config: Settings, policy: torch.nn.Module, resume: Path | None) -
     if free < needed:
         raise UserError(
             f"the disk of {place} has {free / GB:.1f} GB free, and checkpoints take "
-            f"{needed / GB:.1f} (12 bytes a parameter, twice while one is saved): make room, or "
-            "choose another --runs"
+            f"{needed / GB:.1f} ({WEIGHT} bytes a parameter, {WEIGHT + MOMENTS} if it is trained; "
+            "without --lora-rank twice while one is saved): make room, or choose another --runs"
         )

@@ -5,7 +5,8 @@
 Every linear layer of the language model has one, attention and MLP alike (Schulman et al. 2025,
 "LoRA Without Regret"). All else is frozen, and on a GPU held in bfloat16, the dtype of the
 computation and of the published weights; A and B are float32. peft makes the layers, and is
-imported here alone. A checkpoint holds the adapter in peft's format.
+imported here alone. A checkpoint holds the adapter in peft's format, the last one the merged model
+as well, in float32.
 """
 
 from __future__ import annotations
@@ -84,10 +85,11 @@ def without_adapter(policy):
 
 
 def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Each weight of a model without adapter that computes the same, by its name there.
+    """Each weight of a model without adapter that stands for this one, by its name there.
 
-    Tied weights once. W' is whole, in the dtype of W; other weights are the model's own, sharded if
-    they are. With FSDP every process has to take part.
+    Tied weights once. W' is whole, and float32 at least: bfloat16, which vLLM computes with, loses
+    a correction of less than half a unit in the last place of W. Other weights are the model's own,
+    sharded if they are. With FSDP every process has to take part.
     """
     layers = adapted(model)
     for name, parameter in model.named_parameters():
@@ -96,7 +98,7 @@ def merged(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         if place and kind == "weight":
             layer = layers[place]
             A, B = (full(part[NAME].weight.detach()) for part in (layer.lora_A, layer.lora_B))
-            value = (full(value) + layer.scaling[NAME] * (B @ A)).to(value.dtype)  # (out, in)
+            value = full(value) + layer.scaling[NAME] * (B @ A)  # (out, in)
         if ".lora_" not in name:
             yield name.replace(".base_layer.", "."), value
 

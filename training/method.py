@@ -86,8 +86,9 @@ def check(config, experts: int) -> None:
             f"--group-size {config.group_size} is more than the {candidates} candidates of a state "
             f"(--num-samples {config.num_samples} x {experts + 1} sources)"
         )
-    if config.expert_loss != "ekipl" and not experts:
-        raise UserError(f"--expert-loss {config.expert_loss} is of experts' tokens: name --experts")
+    for name, usual in dict(expert_loss="ekipl", experts_when="always").items():
+        if not experts and (value := getattr(config, name)) != usual:
+            raise UserError(f"{settings.flag(name)} {value} is about experts: name --experts")
     for name, usual in dict(expert_loss="ekipl", loss_mean="action", experts_when="always").items():
         if config.corrected and (value := getattr(config, name)) != usual:
             raise UserError(

@@ -7,6 +7,8 @@ default and help of a field are those of its flag, so --help, config.json and th
 import argparse
 import dataclasses
 import math
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -110,7 +112,9 @@ class Settings:
     max_model_len: int = option(
         0, "vLLM's limit for prompt and response, in tokens; 0: what the longest question needs"
     )
-    bf16: bool = option(True, "on a GPU, compute in bfloat16 (autocast; weights stay float32)")
+    bf16: bool = option(
+        True, "on a GPU, compute in bfloat16 (autocast; trained weights stay float32)"
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations in the backward pass: less memory, more time"
     )
@@ -208,7 +212,24 @@ def parse(
     preset = given.get("preset", kind.preset)
     names = {setting.name for setting in dataclasses.fields(kind)}  # a program may know fewer
     chosen = {name: value for name, value in presets[preset].items() if name in names}
-    return kind(**{**chosen, **given, "preset": preset}), None
+    config = kind(**{**chosen, **given, "preset": preset})
+    if (place := Path(config.model)).is_symlink():  # a run's `model` moves on with its checkpoints
+        config.model = str(place.parent / place.readlink())
+    return config, None
+
+
+def glance(parse: Callable) -> Callable:
+    """What `console.early` reads a command line with: flags and the values that make no sense.
+
+    parse: as the programs have it.
+    """
+
+    def look(argv: list[str]) -> None:
+        config, resume = parse(argv)
+        if not config.plan:
+            check(config, int(os.environ.get("WORLD_SIZE", 1)), resume is not None)
+
+    return look
 
 
 def stored_settings(kind: type[Settings], run: Path) -> Settings:
@@ -285,6 +306,10 @@ def contradictions(config: Settings, world: int) -> list[tuple[bool, str]]:
         (
             config.lora_rank > 0 and find_spec("peft") is None,
             f"--lora-rank needs peft, which is not installed: pip install {PEFT}",
+        ),
+        (
+            config.tracker != "none" and find_spec(config.tracker) is None,
+            f"--tracker {config.tracker} is not installed: pip install {config.tracker}",
         ),
         (config.warmup > 1, "--warmup is a share of the steps, at most 1"),
         (

@@ -1,10 +1,14 @@
 """The records of a run's steps: metrics.jsonl, samples.jsonl, the progress bar, a tracker."""
 
+import shutil
+from functools import partial
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 from training import curves, storage
+from training.console import UserError
 from training.distributed import World
 from training.trackers import Tracker
 
@@ -17,6 +21,13 @@ SHOWN = {  # figures in the bar
 }
 
 
+def pictures_of(groups: list) -> list[Image.Image]:
+    pictures = []
+    for group in groups:
+        pictures += group.state.images
+    return pictures
+
+
 class StepLog:
     """Writes a run's records, in the first process. done: steps of earlier processes.
 
@@ -26,7 +37,8 @@ class StepLog:
     def __init__(self, config, path: Path, done: int, world: World):
         self.path, self.first, self.steps = path, world.rank == 0, config.steps
         self.complete = done == config.steps
-        self.tracker = Tracker(config, path, done) if self.first else None
+        self.tracker = None
+        world.first(lambda: self.start_tracker(config, done))
         self.bar = tqdm(
             total=config.steps,
             initial=done,
@@ -34,6 +46,15 @@ class StepLog:
             disable=not self.first,
             dynamic_ncols=True,
         )
+
+    def start_tracker(self, config, done: int) -> None:
+        try:
+            self.tracker = Tracker(config, self.path, done)
+        except UserError:
+            if done == 0:  # else the run's name would be taken, by a run that cannot be resumed
+                storage.let_go(self.path)
+                shutil.rmtree(self.path)
+            raise
 
     def write(self, record: dict, groups: list = ()) -> None:
         """One step's record, and the groups (sampling.Group) that are kept for people to read."""
@@ -48,9 +69,7 @@ class StepLog:
             accuracy = [f"{key[5:]} {100 * value:.1f}" for key, value in tested.items()]
             self.bar.write(f"step {record['step']}: greedy accuracy {'  '.join(accuracy)}")
         shown = groups if tested or record["step"] == self.steps else ()
-        pictures = []
-        for group in shown:
-            pictures += group.state.images
+        pictures = partial(pictures_of, shown)
         self.tracker.write(record, transcripts if shown else [], pictures)
         if "reward" in record:
             figures = {name: f"{record[key]:.2f}" for name, key in SHOWN.items()}

@@ -3,8 +3,9 @@
     pip install tensorboard    # --tracker tensorboard; tensorboard --logdir runs
     pip install wandb          # --tracker wandb; WANDB_MODE=offline needs no account
 
-Every number of a step's record goes there; with an evaluation, and after the last step, the groups
-of that step as a table, with the pictures of their questions; at the end the run's own pictures.
+Every number of a step's record goes there; with an evaluation, and after the last step, those
+groups of that step that samples.jsonl has, as a table, with the pictures of their questions; at the
+end the run's own pictures. W&B shows the steps that a resumed run makes again twice.
 Neither package is imported unless it is asked for. A tracker that fails after the start is left
 out: metrics.jsonl has everything, and a run of days does not end with somebody's server.
 """
@@ -12,6 +13,7 @@ out: metrics.jsonl has everything, and a run of days does not end with somebody'
 import dataclasses
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from training.console import UserError
 
 COLUMNS = ("question", "answer", "source", "text", "reward", "kept", "advantage")
 LARGEST = 512  # pixels of a picture's longer side
+FINISH = 60.0  # seconds that the end of a run waits for wandb's server
 
 
 def rows_of(groups: list[dict]) -> list[list]:
@@ -67,7 +70,8 @@ class Wandb:
     def __init__(self, path: Path, settings: dict, done: int):
         import wandb
 
-        self.wandb, file = wandb, path / "wandb-id"  # another run of this name is another run
+        self.wandb = wandb
+        file = path / "wandb-id"  # another run of this name is another run
         if not file.exists():
             file.write_text(secrets.token_hex(4))
         self.run = wandb.init(
@@ -77,19 +81,21 @@ class Wandb:
             resume="allow",
             dir=str(path),
             config=settings,
-            settings=wandb.Settings(console="off", silent=True),
+            settings=wandb.Settings(console="off", silent=True, finish_timeout=FINISH),
         )
+        # Its own counter takes no step twice, which a resumed run makes again.
+        self.run.define_metric("*", step_metric="step")
 
     def figures(self, figures: dict[str, float], step: int) -> None:
-        self.run.log(figures, step=step)
+        self.run.log(figures | {"step": step})
 
     def groups(self, groups: list[dict], pictures: list[Image.Image], step: int) -> None:
         table = self.wandb.Table(columns=list(COLUMNS), data=rows_of(groups))
         images = [self.wandb.Image(picture) for picture in pictures]
-        self.run.log({"groups": table, "questions": images}, step=step)
+        self.run.log({"groups": table, "questions": images, "step": step})
 
     def picture(self, name: str, picture: Image.Image, step: int) -> None:
-        self.run.log({name: self.wandb.Image(picture)}, step=step)
+        self.run.log({name: self.wandb.Image(picture), "step": step})
 
     def close(self) -> None:
         self.run.finish()
@@ -114,28 +120,33 @@ class Tracker:
         except Exception as error:  # of many kinds: its server, its key, its files
             raise UserError(f"--tracker {self.kind} does not start: {error}") from None
 
-    def write(self, record: dict, groups: list[dict], pictures: list[Image.Image]) -> None:
-        """A step's record, its groups, and a picture of each question in it."""
+    def write(self, record: dict, groups: list[dict], pictures: Callable) -> None:
+        """A step's record, its groups, and pictures(), those of their questions."""
         self.step = record["step"]
         figures = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-        self._tell("figures", figures, self.step)
+        self._try(lambda: self.target.figures(figures, self.step))
         if groups:
-            self._tell("groups", groups, [small(picture) for picture in pictures], self.step)
+            self._try(lambda: self.target.groups(groups, list(map(small, pictures())), self.step))
 
     def close(self) -> None:
-        for name in ("curves.png", "time.png"):
-            if self.target and (self.path / name).exists():
-                picture = Image.open(self.path / name).convert("RGB")
-                self._tell("picture", name.removesuffix(".png"), picture, self.step)
-        self._tell("close")
+        for file in (self.path / "curves.png", self.path / "time.png"):
+            if file.exists():
+                self._try(lambda: self.target.picture(file.stem, image_of(file), self.step))
+        self._try(lambda: self.target.close())
 
-    def _tell(self, what: str, *arguments) -> None:
+    def _try(self, tell: Callable) -> None:
+        if self.target is None:
+            return
         try:
-            if self.target:
-                getattr(self.target, what)(*arguments)
+            tell()
         except Exception as error:
             console.say(f"the run goes on without --tracker {self.kind}: {error}")
             self.target = None
+
+
+def image_of(file: Path) -> Image.Image:
+    with Image.open(file) as picture:
+        return picture.convert("RGB")
 
 
 def small(picture: Image.Image) -> Image.Image:

@@ -46,6 +46,16 @@ def test_a_wrong_flag_imports_nothing_slow(program, flags):
     assert ": error: " in result.stderr and "--help" in result.stderr
 
 
+@pytest.mark.parametrize("program", ["ekipl.py", "sft.py"])
+@pytest.mark.parametrize(
+    "flags", [["--batch-size", "0"], ["--lora-rank", "-1"], ["--fraction", "2"]], ids=str
+)
+def test_a_value_that_makes_no_sense_imports_nothing_slow(program, flags):
+    result = run(program, *flags)
+    assert result.returncode == 2 and result.stdout.splitlines() == ["slow:"]
+    assert result.stderr.count("\n") == 1 and flags[0] in result.stderr
+
+
 def test_wrong_flags_of_evaluates_other_command_too():
     result = run("evaluate.py", "score")
     assert result.returncode == 2 and result.stdout.splitlines() == ["slow:"]

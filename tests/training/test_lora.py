@@ -30,7 +30,7 @@ import sft
 from policy import Policy, pack
 from rollouts.transformers_sampler import TransformersSampler
 from training import activations, console, lora, plan, storage
-from training.checkpointing import last_checkpoint
+from training.checkpointing import full_weights, last_checkpoint, model_of
 from training.console import UserError
 from training.distributed import World, clear_gradients, full
 from training.metrics import mean
@@ -161,7 +161,26 @@ def test_on_a_gpu_what_is_frozen_is_bfloat16_and_no_more_than_that_is_rounded(mo
     gap = (logp - exact(batch)).abs()[batch.action_mask]
     assert 0 < gap.mean() < 0.1
     assert all(value.grad.dtype == torch.float32 for value in lora.adapter(policy.model).values())
-    assert all(value.dtype == torch.bfloat16 for _, value in lora.merged(policy.model))
+
+
+def test_what_bfloat16_cannot_hold_of_the_adapter_is_in_the_merged_weights(random_model_dir):
+    policy = adapted(random_model_dir, torch.bfloat16)
+    for name, value in lora.adapter(policy.model).items():
+        if ".lora_B." in name:
+            value.data.mul_(1e-3)  # as after few steps: most of it is less than W's last place
+    layers, unchanged = lora.adapted(policy.model), []
+    for name, value in lora.merged(policy.model):
+        layer = layers.get(name.removesuffix(".weight"))
+        if layer is None or name.endswith("bias"):
+            continue
+        A, B = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        W = layer.base_layer.weight.float()
+        assert value.dtype == torch.float32 and not torch.equal(value, W)
+        torch.testing.assert_close(value - W, 32 / 4 * B @ A, atol=1e-7, rtol=1e-2)
+        unchanged.append((value.bfloat16() == W.bfloat16()).float().mean().item())
+    assert mean(unchanged) > 0.3
+    saved = full_weights(policy, rank=0)
+    assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
 # --------------------------------------------------------------------------------- what is learnt
@@ -411,6 +430,11 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, program, arguments, says):
     with pytest.raises(UserError) as error:
         program.run([*arguments, "--runs", str(tmp_path)])
     assert str(error.value) == says
+
+
+def test_a_run_without_a_checkpoint_cannot_go_on(tmp_path):
+    with pytest.raises(UserError, match="before its first checkpoint"):
+        model_of(config_of(tmp_path), tmp_path)
 
 
 def test_a_run_goes_on_with_its_own_adapter_only(finished, tmp_path):

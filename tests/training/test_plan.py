@@ -521,6 +521,21 @@ def test_a_disk_without_room_for_checkpoints_is_told_before_anything_is_made(
     program.run(["--resume", str(tmp_path / "runs" / "run")])
 
 
+def test_an_adapter_needs_room_for_its_moments_and_one_model_in_float32(monkeypatch, tmp_path):
+    frozen, trained = torch.zeros(1000, dtype=torch.bfloat16), torch.zeros(10, requires_grad=True)
+    policy = torch.nn.ParameterList([torch.nn.Parameter(frozen, requires_grad=False), trained])
+    config = ekipl.Config(lora_rank=4, save_every=1, runs=str(tmp_path / "runs"))
+    usage = shutil.disk_usage(tmp_path)
+    for free, fits in ((4 * 1000 + 12 * 10, True), (4 * 1000 + 12 * 10 - 1, False)):
+        now = usage._replace(free=free)
+        monkeypatch.setattr(disk.shutil, "disk_usage", lambda place, now=now: now)
+        if fits:
+            disk.check_disk(config, policy, None)
+        else:
+            with pytest.raises(UserError, match="make room"):
+                disk.check_disk(config, policy, None)
+
+
 def test_a_run_whose_trainer_pt_was_dropped_says_so(tmp_path):
     flags = "--states 4 --batch-size 4 --eval-every 0 --max-new-tokens 4 --rollout transformers"
     ekipl.run([*flags.split(), "--runs", str(tmp_path), "--name", "run"])

@@ -12,6 +12,8 @@ import torch
 from conftest import ROOT, held_elsewhere
 from PIL import Image
 
+import ekipl
+import sft
 from training import checkpointing, console, curves, rundir, stopwatch, storage
 from training.console import UserError
 
@@ -742,3 +744,14 @@ def test_a_user_without_name_and_home_gets_a_place_for_caches(tmp_path, monkeypa
     )
     console.find_home()
     assert Path("~").expanduser() == home
+
+
+@pytest.mark.parametrize("program", [ekipl, sft])
+def test_a_run_that_starts_from_anothers_newest_checkpoint_keeps_to_it(program, tmp_path):
+    """`model` moves on while that run does; the KL term's reference must not, when this resumes."""
+    (tmp_path / "checkpoint-000025").mkdir()
+    (tmp_path / "model").symlink_to("checkpoint-000025")
+    config, _ = program.parse(["--model", str(tmp_path / "model")])
+    assert config.model == str(tmp_path / "checkpoint-000025")
+    for name in ("tiny", str(tmp_path / "checkpoint-000025"), "Qwen/Qwen2-VL-2B-Instruct"):
+        assert program.parse(["--model", name])[0].model == name

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -102,15 +103,16 @@ def test_wandb_gets_them_too_and_goes_on_as_the_same_run(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     ids = []
-    for done in (0, 2):
+    for done in (0, 1):  # killed after two steps, of which the second is made again
         log = log_of("wandb", tmp_path / "run", done)
         log.write(RECORD | {"step": done + 1}, [FakeGroup()])
-        log.write({"step": done + 2, "loss": 0.5})  # a step is kept back until the next one
+        log.write({"step": done + 2, "loss": 0.5})
         run = log.tracker.target.run
         ids.append(run.id)
         assert run.project == "vision-ekipl" and run.name == "run"
         assert run.config["group_size"] == 8
-        assert run.summary["loss"] == 0.25 and run.summary["kl"] == 1.5
+        assert run.summary["loss"] == 0.5 and run.summary["kl"] == 1.5
+        assert run.summary["step"] == done + 2
         assert run.summary["groups"]["ncols"] == len(COLUMNS)
         log.close()
     assert ids[0] == ids[1] and wandb.run is None
@@ -138,10 +140,45 @@ def test_a_package_that_is_missing_is_one_line(kind, module, tmp_path, monkeypat
         Tracker(config(kind), tmp_path, 0)
 
 
-def test_a_tracker_that_cannot_start_is_one_line(tmp_path):
-    (tmp_path / "tensorboard").write_text("in the way")
+@pytest.mark.parametrize("done", [0, 3])
+def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_new_run(tmp_path, done):
+    path = tmp_path / "run"
+    path.mkdir()
+    (path / "tensorboard").write_text("in the way")
     with pytest.raises(UserError, match="^--tracker tensorboard does not start: "):
-        Tracker(config("tensorboard"), tmp_path, 0)
+        log_of("tensorboard", path, done)
+    assert path.exists() == (done > 0)  # an earlier run's steps are not lost
+
+
+def test_other_processes_have_no_tracker(tmp_path, monkeypatch):
+    monkeypatch.setattr(World, "broadcast", lambda self, value: (None, None))
+    (tmp_path / "run").mkdir()
+    log = StepLog(config("tensorboard"), tmp_path / "run", 0, World(1, 2, torch.device("cpu")))
+    log.write(RECORD, [FakeGroup()])
+    assert log.tracker is None and not list((tmp_path / "run").iterdir())
+
+
+def test_pictures_are_opened_for_a_tracker_alone_and_a_broken_one_ends_no_run(tmp_path, capsys):
+    class Broken(FakeGroup):
+        @property
+        def state(self):
+            raise OSError("truncated picture")
+
+        @state.setter
+        def state(self, value):
+            pass
+
+    log, told = log_of("none", tmp_path / "run"), []
+    log.write(RECORD, [Broken()])
+    assert capsys.readouterr().err.count("truncated picture") == 0
+    log.tracker.target = SimpleNamespace(
+        figures=lambda figures, step: told.append(step),
+        groups=lambda *_: told.append("groups"),
+        close=lambda: None,
+    )
+    log.write(RECORD | {"step": 6}, [Broken()])
+    log.close()
+    assert told == [6] and capsys.readouterr().err.count("truncated picture") == 1
 
 
 def test_without_a_tracker_neither_package_is_imported_and_with_one_a_run_reports(tmp_path):
