@@ -16,7 +16,10 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
+
 from blocks.dataset import BlocksSet
+from evaluate import pass_at_k
 from experiments import figures, paired
 from training import console, curves, storage
 from training.console import Parser, UserError
@@ -115,6 +118,29 @@ def reached(method: str, other: str, test: str, directory: str = "counting") -> 
         mean_of[name] = figures.mean_curve(found)
     share = figures.share_to_reach(mean_of[method], mean_of[other][-1][1])
     return "never" if share is None else f"{100 * share:.0f}"
+
+
+@cache
+def chances(k: int, test: str, directory: str) -> dict[str, np.ndarray]:
+    """Pass@k of each question by method, (seeds, questions), from samples.json."""
+    samples = json.loads((RESULTS / directory / "samples.json").read_text())[test]
+    found: dict[str, list] = {}
+    for run, (n, right) in samples.items():
+        found.setdefault(curves.method_of(run), []).append([pass_at_k(n, c, k) for c in right])
+    return {method: np.array(seeds) for method, seeds in found.items()}
+
+
+@figure
+def pass_at(k: str, method: str, test: str, directory: str = "counting") -> str:
+    """Pass@k in %."""
+    return f"{100 * chances(int(k), test, directory)[method].mean():.1f}"
+
+
+@figure
+def pass_difference(k: str, method: str, other: str, test: str, directory: str = "counting") -> str:
+    """Of two methods' Pass@k on the same questions, in points, with half its 95 % interval."""
+    found = chances(int(k), test, directory)
+    return paired.told(*paired.interval(found[method], found[other]), "+")
 
 
 @figure

@@ -100,6 +100,32 @@ def test_a_guess_is_the_commonest_training_answer_to_the_form_of_a_question(monk
     assert results_page.render("{{guess id1}} {{guess id2}}").endswith("50.0 75.0")
 
 
+def test_pass_places_are_chances_of_k_samples_and_their_difference(monkeypatch, tmp_path):
+    samples = {"counting-id": {"A-seed0": [4, [4, 2]], "A-seed1": [4, [4, 0]], "B": [4, [1, 0]]}}
+    (tmp_path / "counting").mkdir()
+    (tmp_path / "counting" / "samples.json").write_text(json.dumps(samples))
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    results_page.chances.cache_clear()
+    try:
+        # Of the question with two right ones of four, two samples miss both in one case of six.
+        made = results_page.render("{{pass_at 2 A counting-id}} {{pass_at 2 B counting-id}}")
+        assert made.endswith(f"{100 * (1 + 5 / 6 + 1 + 0) / 4:.1f} 25.0")
+        assert "+45.8 ±" in results_page.render("{{pass_difference 2 A B counting-id}}")
+        assert "-45.8 ±" in results_page.render("{{pass_difference 2 B A counting-id}}")
+    finally:
+        results_page.chances.cache_clear()
+
+
+def test_figure_5_is_made_of_the_samples(tmp_path):
+    samples = json.loads((COUNTING / "samples.json").read_text())
+    for runs in samples.values():
+        for n, right in runs.values():
+            assert n == 64 and len(right) == 200
+    figures.pass_at(samples, tmp_path / "figure5.png")
+    made = (tmp_path / "figure5.csv").read_text()
+    assert (COUNTING / "figure5.csv").read_text() == made
+
+
 @pytest.mark.parametrize("place", [
     "{{mean RFT nowhere}}", "{{mean Nobody id1}}", "{{avg}}", "{{mean RFT}}",
     "{{include nothing.md}}", "{{rate X}}",
