@@ -143,7 +143,7 @@ def update(
     batches = micro_batches(config, reference, groups, device, watch)
     tokens = 0.0  # of a group, mean over the global batch
     if config.loss_mean == "token":
-        own = sum(len(action) for group in groups for action in group.kept_tokens)
+        own = sum(sum(map(len, group.kept_tokens)) for group in groups)
         tokens = sum(world.gather([own])) / config.batch_size
     for parameters in optimizer.param_groups:
         parameters["lr"] = lr
