@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, PreTrainedConfig
 from training import pretrained
 from training.activations import MicroBatch, activations
 from training.console import UserError
-from training.disk import GB, MOMENTS
+from training.disk import GB, MOMENTS, WEIGHT
 from training.families import head_size
 from training.settings import Settings
 
@@ -304,13 +304,13 @@ def verdict(config: Settings, gigabytes: float, processes: int) -> str:
 
 def other_memory(config: Settings, count: Sizes, processes: int) -> list[str]:
     """What the machine and its disk have to hold."""
-    weights = (2 if config.lora_rank and config.bf16 else 4) * count.total / GB
-    checkpoint = weights + MOMENTS * trained(config, count) / GB
-    saving = weights
+    loaded = (2 if config.lora_rank and config.bf16 else 4) * count.total / GB
+    saving = WEIGHT * count.total / GB
+    checkpoint = saving + MOMENTS * trained(config, count) / GB
     if config.parallel == "fsdp" and processes > 1:
         saving += checkpoint
     lines = [
-        f"in the memory of the machine: {weights:.0f} GB for each GPU while weights are loaded; "
+        f"in the memory of the machine: {loaded:.0f} GB for each GPU while weights are loaded; "
         f"{saving:.0f} in the first while it saves"
     ]
     if config.rollout != "transformers":
@@ -323,6 +323,7 @@ def other_memory(config: Settings, count: Sizes, processes: int) -> list[str]:
     share = " (12 bytes a parameter)" if not config.freeze_vision else ""
     room = f"a checkpoint{share}, twice that while the next one is saved"
     if config.lora_rank:
-        checkpoint, room = weights, "for the merged model at the end; checkpoints are adapters"
+        checkpoint += WEIGHT * trained(config, count) / GB  # merged or not, it is there as well
+        room = "for adapter and merged model at the end; other checkpoints are adapters"
     lines.append(f"on the disk: {checkpoint:.1f} GB {room}")
     return lines

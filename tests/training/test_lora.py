@@ -268,6 +268,19 @@ def test_a_run_leaves_a_merged_model_and_its_adapter_in_pefts_format(finished):
         torch.testing.assert_close(value, own[name], atol=1e-6, rtol=1e-5)
 
 
+def test_the_last_checkpoint_takes_what_plan_and_disk_check_say(finished):
+    program, path = finished
+    config = config_of(path.parent, program)
+    model = Policy.load(config.start).model
+    count = plan.sizes(model.config)
+    planned = 4 * count.total + 12 * plan.trained(config, count)
+    files = [*(path / "model").rglob("*.safetensors"), path / "model" / "trainer.pt"]
+    assert len(files) == 3
+    assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.05)
+    (line,) = plan.other_memory(config, count, 1)[-1:]
+    assert line.startswith(f"on the disk: {planned / 1e9:.1f} GB")
+
+
 def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path):
     program, whole = finished
     with stopped_in_the_step_after(2):
