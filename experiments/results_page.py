@@ -153,6 +153,15 @@ def used(name: str, method: str, directory: str = "counting") -> str:
 
 
 @figure
+def hours() -> str:
+    """Of one thread, in all training runs of this folder, without start and evaluations."""
+    seconds = 0.0
+    for file in RESULTS.glob("*/budgets.json"):
+        seconds += sum(budget["seconds"] for budget in json.loads(file.read_text()).values())
+    return f"{seconds / 3600:.1f}"
+
+
+@figure
 def commonest(cell: str, size: str = "2000") -> str:
     """The share in % of the commonest answer of a cell."""
     name, _, part = CELLS.get(cell, cell).partition("/")

@@ -116,6 +116,15 @@ def test_pass_places_are_chances_of_k_samples_and_their_difference(monkeypatch, 
         results_page.chances.cache_clear()
 
 
+def test_hours_are_those_of_every_run(monkeypatch, tmp_path):
+    for name, seconds in (("a", [3600, 1800]), ("b", [5400])):
+        (tmp_path / name).mkdir()
+        used = {str(i): {"seconds": value} for i, value in enumerate(seconds)}
+        (tmp_path / name / "budgets.json").write_text(json.dumps(used))
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    assert results_page.render("{{hours}}").endswith("\n3.0")
+
+
 def test_figure_5_is_made_of_the_samples(tmp_path):
     samples = json.loads((COUNTING / "samples.json").read_text())
     for runs in samples.values():
