@@ -71,7 +71,6 @@ def parse(argv: list[str]) -> Namespace:
 if __name__ == "__main__":  # --help and mistakes do not wait for torch, whose import takes seconds
     console.early("evaluate.py", parse)
 
-
 from blocks.scripted import is_scripted
 from data.lengths import Room
 from data.predictions import Prediction, claim, predict, read_predictions, with_parts

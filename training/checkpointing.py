@@ -200,11 +200,9 @@ def full_weights(policy: torch.nn.Module, rank: int) -> dict[str, torch.Tensor]:
         return full_state(dict(lora.merged(policy.model)), rank)
     weights = {}
     for name, value in lora.merged(policy.model):
-        value = full(value)
-        if rank == 0:  # on a GPU it would be a second model
-            value = value.cpu()
-            value = value.to(torch.promote_types(value.dtype, torch.float32))
-        weights[name] = value if rank == 0 else None
+        value, dtype = full(value), torch.promote_types(value.dtype, torch.float32)
+        # To the CPU: on a GPU it would be a second model.
+        weights[name] = value.to("cpu", dtype) if rank == 0 else None
     return weights
 
 

@@ -323,7 +323,7 @@ def other_memory(config: Settings, count: Sizes, processes: int) -> list[str]:
     share = " (12 bytes a parameter)" if not config.freeze_vision else ""
     room = f"a checkpoint{share}, twice that while the next one is saved"
     if config.lora_rank:
-        checkpoint += WEIGHT * trained(config, count) / GB  # merged or not, it is there as well
+        checkpoint += WEIGHT * trained(config, count) / GB  # the adapter, beside the model
         room = "for adapter and merged model at the end; other checkpoints are adapters"
     lines.append(f"on the disk: {checkpoint:.1f} GB {room}")
     return lines

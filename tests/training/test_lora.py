@@ -277,8 +277,14 @@ def test_the_last_checkpoint_takes_what_plan_and_disk_check_say(finished):
     files = [*(path / "model").rglob("*.safetensors"), path / "model" / "trainer.pt"]
     assert len(files) == 3
     assert sum(file.stat().st_size for file in files) == pytest.approx(planned, rel=0.05)
-    (line,) = plan.other_memory(config, count, 1)[-1:]
-    assert line.startswith(f"on the disk: {planned / 1e9:.1f} GB")
+
+
+def test_the_plan_tells_the_disk_of_a_2b_model_with_its_adapter():
+    config = update_config(lora_rank=16)
+    count = plan.sizes(plan.described("Qwen/Qwen2-VL-2B-Instruct")[0])
+    wanted = 4 * count.total + 12 * plan.trained(config, count)  # 8.8 GB, and 0.2 of the adapter's
+    line = plan.other_memory(config, count, 1)[-1]
+    assert line.startswith(f"on the disk: {wanted / 1e9:.1f} GB")
 
 
 def test_a_resumed_run_equals_one_never_stopped_to_the_bit(finished, tmp_path):

@@ -140,6 +140,14 @@ def test_a_package_that_is_missing_is_one_line(kind, module, tmp_path, monkeypat
         Tracker(config(kind), tmp_path, 0)
 
 
+@pytest.mark.parametrize("kind", ["tensorboard", "wandb"])
+def test_a_package_that_is_missing_is_told_before_anything_is_loaded(kind, monkeypatch):
+    ekipl.check(config(kind), 1, resuming=False)
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(UserError, match=f"^--tracker {kind} is not installed: pip install {kind}$"):
+        ekipl.check(config(kind), 1, resuming=False)
+
+
 @pytest.mark.parametrize("done", [0, 3])
 def test_a_tracker_that_cannot_start_is_one_line_and_leaves_no_new_run(tmp_path, done):
     path = tmp_path / "run"
@@ -170,7 +178,8 @@ def test_pictures_are_opened_for_a_tracker_alone_and_a_broken_one_ends_no_run(tm
 
     log, told = log_of("none", tmp_path / "run"), []
     log.write(RECORD, [Broken()])
-    assert capsys.readouterr().err.count("truncated picture") == 0
+    told_so = capsys.readouterr().err
+    assert "truncated picture" not in told_so and "goes on without" not in told_so
     log.tracker.target = SimpleNamespace(
         figures=lambda figures, step: told.append(step),
         groups=lambda *_: told.append("groups"),
