@@ -109,8 +109,8 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
     """Vision-EKIPL and what may be changed in it without other data."""
     any_expert, backwards = ("--ties", "any_expert"), ("--experts", ",".join(experts[::-1]))
     leaving, everything = ("--expert-steps", early), ("--group-size", candidates)
-    name = "Vision-EKIPL"
-    return [
+    name, several = "Vision-EKIPL", ("--updates-per-batch", "4")
+    rows = [
         Row(name, "ekipl.py"),
         Row(f"{name}-early", "ekipl.py", leaving),
         Row(f"{name}-any", "ekipl.py", any_expert, rate=name),
@@ -118,9 +118,13 @@ def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> 
         Row(f"{name}-reversed", "ekipl.py", backwards, rate=name),
         Row(f"{name}-all", "ekipl.py", everything, rate=name),
         Row(f"{name}-2-updates", "ekipl.py", ("--updates-per-batch", "2"), rate=name),
-        Row(f"{name}-4-updates", "ekipl.py", ("--updates-per-batch", "4"), rate=name),
+        Row(f"{name}-4-updates", "ekipl.py", several, rate=name),
         Row(f"{name}-after-SFT", "ekipl.py", ("--skip", stage1), after="Stage-1"),
     ]
+    for expert in experts:
+        alone = (*several, "--experts", expert)
+        rows.append(Row(f"{name}-{short(expert)}-4-updates", "ekipl.py", alone, rate=name))
+    return rows
 
 
 def neighbour_rows() -> list[Row]:
