@@ -96,9 +96,9 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("GRPO", "ekipl.py", alone),
         Row("GRPO-best", "ekipl.py", (*alone, *candidates), rate="GRPO"),
         Row("GRPO-2-updates", "ekipl.py", (*alone, "--updates-per-batch", "2"), rate="GRPO"),
-        Row("Stage-1", "sft.py", first, listed=False, rate="CoT-SFT"),
+        Row("Stage-1", "sft.py", first, rate="CoT-SFT"),
         Row("SFT-then-GRPO", "ekipl.py", (*alone, "--skip", str(stage1)), after="Stage-1"),
-        Row("RFT-first", "sft.py", half, listed=False, rate="RFT"),
+        Row("RFT-first", "sft.py", half, rate="RFT"),
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
     ]
     rows += ekipl_rows(experts, str(early), str(stage1), candidates[1])
@@ -149,11 +149,15 @@ RATES = ("0.00025", "0.0005", "0.001", "0.002", "0.004")
 
 
 def rates(config: ekipl.Config, stage1: int) -> list[Row]:
-    """Every method that has a learning rate of its own, with five of them: NAME-lrRATE."""
-    rows = []
-    for row in methods(config, stage1):
-        if not row.listed:
-            rows.append(row)
+    """Every method that has a learning rate of its own, with five of them: NAME-lrRATE.
+
+    First stages are trained for those that start from them, and are in no table.
+    """
+    rows, made = [], methods(config, stage1)
+    first = {row.after for row in made}
+    for row in made:
+        if row.name in first:
+            rows.append(replace(row, listed=False))
         elif row.program and not row.rate:
             for rate in RATES:
                 flags = (*row.flags, "--lr", rate)
