@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import rewards
 from experiments import figures, paired, results_page, rows, summary
 from training import curves, storage
 from training.console import UserError
@@ -100,6 +101,18 @@ def test_a_guess_is_the_commonest_training_answer_to_the_form_of_a_question(monk
     assert results_page.render("{{guess id1}} {{guess id2}}").endswith("50.0 75.0")
 
 
+def test_one_answer_to_all_is_chosen_on_training_questions_and_has_partial_credit(monkeypatch):
+    red, blue = "change_color(0, red)", "change_color(0, blue)"
+    sets = {
+        "transformation-train": [("", "", red), ("", "", red), ("", "", blue)],
+        "transformation-id": [("", "", blue), ("", "", f"{red} change_size(1, large)")],
+    }
+    monkeypatch.setattr(results_page, "asked", lambda name, size: sets[name])
+    made = float(results_page.render("{{constant transformation-id}}").split("\n")[1])
+    half = rewards.judge_answer(red, f"{red} change_size(1, large)", "function")
+    assert 0 < half < 1 and made == pytest.approx(100 * half / 2, abs=0.05)
+
+
 def test_pass_places_are_chances_of_k_samples_and_their_difference(monkeypatch, tmp_path):
     samples = {"counting-id": {"A-seed0": [4, [4, 2]], "A-seed1": [4, [4, 0]], "B": [4, [1, 0]]}}
     (tmp_path / "counting").mkdir()
@@ -122,7 +135,7 @@ def test_hours_are_those_of_every_run(monkeypatch, tmp_path):
         used = {str(i): {"seconds": value} for i, value in enumerate(seconds)}
         (tmp_path / name / "budgets.json").write_text(json.dumps(used))
     monkeypatch.setattr(results_page, "RESULTS", tmp_path)
-    assert results_page.render("{{hours}}").endswith("\n3.0")
+    assert results_page.render("{{hours}} {{hours a}}").endswith("\n3.0 1.5")
 
 
 def test_figure_5_is_made_of_the_samples(tmp_path):
