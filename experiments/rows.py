@@ -131,17 +131,20 @@ def neighbour_rows() -> list[Row]:
     """The methods next door (training/README.md), with the groups of GRPO or Vision-EKIPL.
 
     LUFFY and RL-PLUS have, as their authors' scripts, no KL, no std and Dr. GRPO's constant; so
-    "constant" tells what their losses change. "unsolved" is when ReLIFT imitates, "token" DAPO's.
+    "constant" tells what their losses change. "unsolved" is when ReLIFT imitates, "token" DAPO's:
+    with "any", does the order of the experts matter there too?
     """
     constant, name = ("--loss-mean", "constant", "--no-advantage-std"), "Vision-EKIPL"
+    token = ("--loss-mean", "token")
     theirs = (*constant, "--beta", "0")
     return [
         Row("Dr-GRPO", "ekipl.py", ("--experts", "none", *constant), rate="GRPO"),
         Row("LUFFY", "ekipl.py", ("--expert-loss", "luffy", *theirs)),
         Row("RL-PLUS", "ekipl.py", ("--expert-loss", "rl-plus", *theirs)),
         Row(f"{name}-unsolved", "ekipl.py", ("--experts-when", "unsolved"), rate=name),
-        Row(f"{name}-token", "ekipl.py", ("--loss-mean", "token"), rate=name),
-        Row(f"{name}-constant", "ekipl.py", theirs, rate=name),
+        Row(f"{name}-token", "ekipl.py", token, rate=name),
+        Row(f"{name}-any-token", "ekipl.py", (*token, "--ties", "any_expert"), rate=name),
+        Row(f"{name}-constant", "ekipl.py", theirs),
     ]
 
 
