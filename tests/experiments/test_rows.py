@@ -71,7 +71,7 @@ def test_the_methods_next_door_change_what_their_papers_change():
         "RL-PLUS": dict(constant, expert_loss="rl-plus", beta=0.0),
         "Vision-EKIPL-unsolved": dict(experts_when="unsolved"),
         "Vision-EKIPL-token": dict(loss_mean="token"),
-        "Vision-EKIPL-any-token": dict(loss_mean="token", tie_rule="any_expert"),
+        "Vision-EKIPL-any-token": dict(loss_mean="token", ties="any_expert"),
         "Vision-EKIPL-constant": dict(constant, beta=0.0),
     }
     for name, changed in changes.items():
