@@ -195,7 +195,8 @@ def constant(cell: str, size: str = "500") -> str:
     trained = [answer for _, _, answer in asked(f"{cell.partition('-')[0]}-train", 300)]
 
     def credit(given: str, answers: list[str]) -> float:
-        return statistics.fmean(rewards.judge_answer(given, a, "function") for a in answers)
+        text = f"<answer> {given} </answer>"
+        return statistics.fmean(rewards.function_score(text, answer) for answer in answers)
 
     best = max(trained[:200], key=lambda given: credit(given, trained))
     return f"{100 * credit(best, [answer for _, _, answer in asked(cell, int(size))]):.1f}"

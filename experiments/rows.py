@@ -135,15 +135,15 @@ def neighbour_rows() -> list[Row]:
     with "any", does the order of the experts matter there too?
     """
     constant, name = ("--loss-mean", "constant", "--no-advantage-std"), "Vision-EKIPL"
-    token = ("--loss-mean", "token")
+    token, any_expert = ("--loss-mean", "token"), ("--ties", "any_expert")
     theirs = (*constant, "--beta", "0")
     return [
         Row("Dr-GRPO", "ekipl.py", ("--experts", "none", *constant), rate="GRPO"),
         Row("LUFFY", "ekipl.py", ("--expert-loss", "luffy", *theirs)),
         Row("RL-PLUS", "ekipl.py", ("--expert-loss", "rl-plus", *theirs)),
         Row(f"{name}-unsolved", "ekipl.py", ("--experts-when", "unsolved"), rate=name),
-        Row(f"{name}-token", "ekipl.py", token, rate=name),
-        Row(f"{name}-any-token", "ekipl.py", (*token, "--ties", "any_expert"), rate=name),
+        Row(f"{name}-token", "ekipl.py", token),
+        Row(f"{name}-any-token", "ekipl.py", (*token, *any_expert), rate=f"{name}-token"),
         Row(f"{name}-constant", "ekipl.py", theirs),
     ]
 

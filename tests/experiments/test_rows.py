@@ -79,8 +79,8 @@ def test_the_methods_next_door_change_what_their_papers_change():
         assert parsed == dataclasses.replace(config(), **changed), name
         ekipl.check(parsed, 1, False)
     own = {name for name in changes if not made[name].rate}
-    # Each at its best, LUFFY and RL-PLUS differ from "constant" in the experts' loss alone.
-    assert own == {"LUFFY", "RL-PLUS", "Vision-EKIPL-constant"}
+    # Each at its best: LUFFY and RL-PLUS differ from "constant" in the experts' loss alone.
+    assert own == {"LUFFY", "RL-PLUS", "Vision-EKIPL-constant", "Vision-EKIPL-token"}
 
 
 @pytest.mark.parametrize("flags, says", [
