@@ -188,18 +188,24 @@ def guess(cell: str, size: str = "2000") -> str:
 
 
 @figure
-def constant(cell: str, size: str = "500") -> str:
-    """Partial credit in % of one answer to every question: that of the first 200 training answers
-    which has most on the first 300 training questions (transformation).
-    """
-    trained = [answer for _, _, answer in asked(f"{cell.partition('-')[0]}-train", 300)]
+def one_answer(cell: str, size: str = "500") -> str:
+    """Partial credit in % of `best_answer` to every question of a cell."""
+    given = best_answer(f"{cell.partition('-')[0]}-train")
+    answers = [answer for _, _, answer in asked(cell, int(size))]
+    return f"{100 * credit(given, answers):.1f}"
 
-    def credit(given: str, answers: list[str]) -> float:
-        text = f"<answer> {given} </answer>"
-        return statistics.fmean(rewards.function_score(text, answer) for answer in answers)
 
-    best = max(trained[:200], key=lambda given: credit(given, trained))
-    return f"{100 * credit(best, [answer for _, _, answer in asked(cell, int(size))]):.1f}"
+@cache
+def best_answer(name: str) -> str:
+    """Of the first 200 answers of a set, the one with most partial credit on its first 300."""
+    answers = [answer for _, _, answer in asked(name, 300)]
+    return max(answers[:200], key=lambda given: credit(given, answers))
+
+
+def credit(given: str, answers: list[str]) -> float:
+    """Mean partial credit of giving one answer where these are true."""
+    text = f"<answer> {given} </answer>"
+    return statistics.fmean(rewards.function_score(text, answer) for answer in answers)
 
 
 def form(question: str) -> tuple[str, ...]:

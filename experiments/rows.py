@@ -63,10 +63,10 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     sampling fine-tuning: SFT on experts' right samples. Vision-EKIPL, RFT and distillation ask each
     expert for N actions a question; RFT-EXPERT one expert alone; "early" and RFT-then-GRPO ask in
     the first 60 % of the steps; -after-SFT after stage 1. The rows of two stages have two
-    schedules of the learning rate, and the first stage's model as the reference of the KL term.
+    schedules of the learning rate, and the first one's model, itself a row, as the KL's reference.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
     dropped. "3-epochs": three passes over the same samples. "2-updates", "4-updates": so many steps
-    of AdamW on each batch. Other papers' are in `neighbour_rows`.
+    of AdamW on each batch; EXPERT-4-updates with one expert. Other papers' are in `neighbour_rows`.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")

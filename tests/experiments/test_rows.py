@@ -59,6 +59,9 @@ def test_each_row_does_what_its_name_says():
     assert parsed["Vision-EKIPL-all"].group_size == 24  # of 24 candidates
     for name in ("GRPO-2-updates", "Vision-EKIPL-2-updates", "Vision-EKIPL-4-updates"):
         assert parsed[name].updates_per_batch == int(name[-9]), name
+    for expert in ("careful", "quick"):
+        alone = parsed[f"Vision-EKIPL-{expert}-4-updates"]
+        assert (alone.experts, alone.updates_per_batch) == (expert, 4)
     assert (made["base"].request, made["base-check"].request) == ("", "check .")
 
 
