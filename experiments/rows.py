@@ -11,6 +11,9 @@ from experts.roster import expert_specs
 from training.console import UserError
 
 
+ANY_EXPERT = ("--ties", "any_expert")
+
+
 @dataclass
 class Row:
     """A row of a table: its name, and what trains it.
@@ -66,7 +69,8 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     schedules of the learning rate, and the first one's model, itself a row, as the KL's reference.
     "any", "reversed": does the order in which the experts are named matter? "all": nothing is
     dropped. "3-epochs": three passes over the same samples. "2-updates", "4-updates": so many steps
-    of AdamW on each batch; EXPERT-4-updates with one expert. Other papers' are in `neighbour_rows`.
+    of AdamW on each batch; EXPERT-4-updates with one expert. Other papers' losses and gates are in
+    `neighbour_rows`, other means over tokens in `token_rows`.
     """
     if config.data != "blocks" or config.experts == "none":
         raise UserError("the list of methods is for the blocks world, and needs --experts")
@@ -102,19 +106,19 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
         Row("RFT-then-GRPO", "ekipl.py", (*alone, "--skip", taught), after="RFT-first"),
     ]
     rows += ekipl_rows(experts, str(early), str(stage1), candidates[1])
-    return rows + neighbour_rows()
+    return rows + neighbour_rows() + token_rows(experts, str(stage1))
 
 
 def ekipl_rows(experts: list[str], early: str, stage1: str, candidates: str) -> list[Row]:
     """Vision-EKIPL and what may be changed in it without other data."""
-    any_expert, backwards = ("--ties", "any_expert"), ("--experts", ",".join(experts[::-1]))
+    backwards = ("--experts", ",".join(experts[::-1]))
     leaving, everything = ("--expert-steps", early), ("--group-size", candidates)
     name, several = "Vision-EKIPL", ("--updates-per-batch", "4")
     rows = [
         Row(name, "ekipl.py"),
         Row(f"{name}-early", "ekipl.py", leaving),
-        Row(f"{name}-any", "ekipl.py", any_expert, rate=name),
-        Row(f"{name}-any-early", "ekipl.py", (*any_expert, *leaving), rate=f"{name}-early"),
+        Row(f"{name}-any", "ekipl.py", ANY_EXPERT, rate=name),
+        Row(f"{name}-any-early", "ekipl.py", (*ANY_EXPERT, *leaving), rate=f"{name}-early"),
         Row(f"{name}-reversed", "ekipl.py", backwards, rate=name),
         Row(f"{name}-all", "ekipl.py", everything, rate=name),
         Row(f"{name}-2-updates", "ekipl.py", ("--updates-per-batch", "2"), rate=name),
@@ -131,20 +135,35 @@ def neighbour_rows() -> list[Row]:
     """The methods next door (training/README.md), with the groups of GRPO or Vision-EKIPL.
 
     LUFFY and RL-PLUS have, as their authors' scripts, no KL, no std and Dr. GRPO's constant; so
-    "constant" tells what their losses change. "unsolved" is when ReLIFT imitates, "token" DAPO's:
-    with "any", does the order of the experts matter there too?
+    "constant" tells what their losses change. "unsolved" is when ReLIFT imitates.
     """
     constant, name = ("--loss-mean", "constant", "--no-advantage-std"), "Vision-EKIPL"
-    token, any_expert = ("--loss-mean", "token"), ("--ties", "any_expert")
     theirs = (*constant, "--beta", "0")
     return [
         Row("Dr-GRPO", "ekipl.py", ("--experts", "none", *constant), rate="GRPO"),
         Row("LUFFY", "ekipl.py", ("--expert-loss", "luffy", *theirs)),
         Row("RL-PLUS", "ekipl.py", ("--expert-loss", "rl-plus", *theirs)),
         Row(f"{name}-unsolved", "ekipl.py", ("--experts-when", "unsolved"), rate=name),
-        Row(f"{name}-token", "ekipl.py", token),
-        Row(f"{name}-any-token", "ekipl.py", (*token, *any_expert), rate=f"{name}-token"),
         Row(f"{name}-constant", "ekipl.py", theirs),
+    ]
+
+
+def token_rows(experts: list[str], stage1: str) -> list[Row]:
+    """DAPO's mean over all tokens of the batch, as SFT has it, with Vision-EKIPL and with RL alone.
+
+    "any" and "reversed": does the order of the experts matter there too?
+    """
+    token, name = ("--loss-mean", "token"), "Vision-EKIPL-token"
+    alone = ("--experts", "none", *token)
+    backwards = ("--experts", ",".join(experts[::-1]), *token)
+    several = ("--updates-per-batch", "4", *token)
+    return [
+        Row(name, "ekipl.py", token),
+        Row("Vision-EKIPL-any-token", "ekipl.py", (*token, *ANY_EXPERT), rate=name),
+        Row("Vision-EKIPL-reversed-token", "ekipl.py", backwards, rate=name),
+        Row(f"{name}-4-updates", "ekipl.py", several, rate=name),
+        Row("GRPO-token", "ekipl.py", alone),
+        Row("SFT-then-GRPO-token", "ekipl.py", (*alone, "--skip", stage1), after="Stage-1"),
     ]
 
 

@@ -73,17 +73,38 @@ def test_the_methods_next_door_change_what_their_papers_change():
         "LUFFY": dict(constant, expert_loss="luffy", beta=0.0),
         "RL-PLUS": dict(constant, expert_loss="rl-plus", beta=0.0),
         "Vision-EKIPL-unsolved": dict(experts_when="unsolved"),
-        "Vision-EKIPL-token": dict(loss_mean="token"),
-        "Vision-EKIPL-any-token": dict(loss_mean="token", ties="any_expert"),
         "Vision-EKIPL-constant": dict(constant, beta=0.0),
     }
+    held_to(made, changes)
+    own = {name for name in changes if not made[name].rate}
+    # Each at its best: LUFFY and RL-PLUS differ from "constant" in the experts' loss alone.
+    assert own == {"LUFFY", "RL-PLUS", "Vision-EKIPL-constant"}
+
+
+def test_the_mean_over_all_tokens_is_the_only_change_of_its_rows():
+    made = {row.name: row for row in rows.methods(config(), 1280)}
+    name, token = "Vision-EKIPL-token", dict(loss_mean="token")
+    changes = {
+        name: token,
+        "Vision-EKIPL-any-token": dict(token, ties="any_expert"),
+        "Vision-EKIPL-reversed-token": dict(token, experts="quick,careful"),
+        f"{name}-4-updates": dict(token, updates_per_batch=4),
+        "GRPO-token": dict(token, experts="none"),
+        "SFT-then-GRPO-token": dict(token, experts="none", skip=1280),
+    }
+    held_to(made, changes)
+    assert made["SFT-then-GRPO-token"].after == "Stage-1"
+    rates = {each: made[each].rate for each in changes}
+    own = (name, "GRPO-token", "SFT-then-GRPO-token")
+    assert rates == {each: "" if each in own else name for each in changes}
+
+
+def held_to(made: dict[str, rows.Row], changes: dict[str, dict]) -> None:
+    """The settings of these rows are the default's but for these."""
     for name, changed in changes.items():
         parsed = ekipl.parse(list(made[name].flags))[0]
         assert parsed == dataclasses.replace(config(), **changed), name
         ekipl.check(parsed, 1, False)
-    own = {name for name in changes if not made[name].rate}
-    # Each at its best: LUFFY and RL-PLUS differ from "constant" in the experts' loss alone.
-    assert own == {"LUFFY", "RL-PLUS", "Vision-EKIPL-constant", "Vision-EKIPL-token"}
 
 
 @pytest.mark.parametrize("flags, says", [
