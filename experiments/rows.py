@@ -10,7 +10,6 @@ from blocks.scripted import is_scripted
 from experts.roster import expert_specs
 from training.console import UserError
 
-
 ANY_EXPERT = ("--ties", "any_expert")
 
 
