@@ -18,7 +18,8 @@ The loss is the mean of -log pi_theta over the target tokens of the global batch
 pass that RL uses (policy.py): a micro-batch's sum is divided by the number of target tokens in the
 whole batch over all processes, so micro-batches, accumulation and processes do not change the
 gradient. (A mean of the micro-batches' means would give tokens of short targets more weight;
-published comparisons of RL with SFT have rested on that.)
+published comparisons of RL with SFT have rested on that.) With --loss-mean action, to compare with
+RL's default, it is the mean over targets of the mean over each one's tokens.
 
 rft is rejection-sampling fine-tuning, with experts in the place of the policy that is sampled. A
 state has one target, with rft and distil up to G, which share its prompt in the forward pass. A
@@ -60,6 +61,12 @@ class Config(Settings, ExpertSettings):
     lr: float = option(2e-3, "peak learning rate (AdamW; linear warm-up, then cosine to 0)")
     group_size: int = option(
         8, "G: samples learnt per state at most, as many as RL keeps; any of those there are"
+    )
+    loss_mean: str = option(
+        "token",
+        "what tokens are averaged over: all target tokens of the batch; or their target, then "
+        "targets, as RL's default averages actions",
+        ("token", "action"),
     )
 
     @property
@@ -168,6 +175,9 @@ def update(
     """
     ordered = sorted(batch, key=target_tokens)  # less padding
     total = sum(world.gather([target_tokens(group) for group in batch]))
+    units = total  # what the mean is over: tokens or targets
+    if config.loss_mean == "action":
+        units = sum(world.gather([len(group.kept) for group in batch]))
     if not total:
         return {"loss": 0.0, "target_tokens": 0, "grad_norm": 0.0}
     starts = range(0, len(ordered), config.micro_batch)
@@ -185,7 +195,10 @@ def update(
             counts = torch.tensor([bool(group.kept) for group in part]).to(world.device)  # (B,)
             with autocast(world.device, config.bf16):
                 logp = policy(packed)  # (B, G, T), 0 where there is no token
-            loss = -(logp * counts[:, None, None]).sum() / total
+            logp = logp * counts[:, None, None]
+            if config.loss_mean == "action":
+                logp = logp / packed.action_mask.sum(-1, keepdim=True).clamp(min=1)  # (B, G, 1)
+            loss = -logp.sum() / units
             # DDP and FSDP average over processes; the loss is a sum over tokens.
             (loss * world.size).backward()
         nats += loss.detach()

@@ -148,7 +148,8 @@ def neighbour_rows() -> list[Row]:
 
 
 def token_rows(experts: list[str], stage1: str) -> list[Row]:
-    """DAPO's mean over all tokens of the batch, as SFT has it, with Vision-EKIPL and with RL alone.
+    """DAPO's mean over all tokens of the batch, as SFT has it, with Vision-EKIPL and with RL alone;
+    and RFT with RL's mean within actions.
 
     "any" and "reversed": does the order of the experts matter there too?
     """
@@ -162,6 +163,7 @@ def token_rows(experts: list[str], stage1: str) -> list[Row]:
         Row("Vision-EKIPL-reversed-token", "ekipl.py", backwards, rate=name),
         Row(f"{name}-4-updates", "ekipl.py", several, rate=name),
         Row("GRPO-token", "ekipl.py", alone),
+        Row("RFT-action", "sft.py", ("--method", "rft", "--loss-mean", "action")),
         Row("SFT-then-GRPO-token", "ekipl.py", (*alone, "--skip", stage1), after="Stage-1"),
     ]
 

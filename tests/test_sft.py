@@ -121,7 +121,12 @@ def fixed_examples(policy: Policy, count: int, ragged: bool = False) -> list[Gro
 
 
 def gradient_of(
-    model_dir, world: World, micro_batch: int, count: int, ragged: bool = False
+    model_dir,
+    world: World,
+    micro_batch: int,
+    count: int,
+    ragged: bool = False,
+    loss_mean: str = "token",
 ) -> tuple[dict, dict]:
     """The gradient that one update on this process's share of `fixed_examples` leaves, before any
     clipping, and what it reports."""
@@ -129,7 +134,7 @@ def gradient_of(
     learner = world.data_parallel(policy)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.0)
     told = sft.update(
-        Config(micro_batch=micro_batch, max_grad_norm=1e9),
+        Config(micro_batch=micro_batch, max_grad_norm=1e9, loss_mean=loss_mean),
         learner,
         optimizer,
         world.shard(fixed_examples(policy, count, ragged)),
@@ -140,10 +145,11 @@ def gradient_of(
 
 
 def gradient_here(
-    model_dir, micro_batch: int, count: int, ragged: bool = False
+    model_dir, micro_batch: int, count: int, ragged: bool, loss_mean: str
 ) -> tuple[dict, dict]:
     """In one of two processes; arrays, since tensors would be handed over in shared memory."""
-    gradient, told = gradient_of(model_dir, World.join("cpu"), micro_batch, count, ragged)
+    world = World.join("cpu")
+    gradient, told = gradient_of(model_dir, world, micro_batch, count, ragged, loss_mean)
     return {name: value.numpy() for name, value in gradient.items()}, told
 
 
@@ -159,8 +165,12 @@ def whole_batch(random_model_dir):
     return gradient_of(random_model_dir, CPU, 6, 6)
 
 
-@pytest.mark.parametrize("ragged", [False, True])
-def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_dir, ragged):
+@pytest.mark.parametrize(
+    "ragged, loss_mean", [(False, "token"), (True, "token"), (False, "action"), (True, "action")]
+)
+def test_the_loss_is_the_mean_over_all_target_tokens_or_over_targets(
+    random_model_dir, ragged, loss_mean
+):
     """Against Hugging Face's own forward pass, one sequence at a time."""
     policy = DoublePolicy.load(random_model_dir)
     pairs, nats, tokens = [], [], 0
@@ -182,8 +192,11 @@ def test_the_loss_is_the_mean_over_all_target_tokens_of_the_batch(random_model_d
         nats.append(F.cross_entropy(logits, torch.tensor(target), reduction="sum"))
         tokens += len(target)
     loss = sum(nats) / tokens
+    if loss_mean == "action":
+        of_targets = zip(nats, pairs, strict=True)
+        loss = sum(nat / len(target) for nat, (_, target) in of_targets) / len(pairs)
     loss.backward()
-    gradient, told = gradient_of(random_model_dir, CPU, 4, 6, ragged)
+    gradient, told = gradient_of(random_model_dir, CPU, 4, 6, ragged, loss_mean)
     found = {name: parameter.grad for name, parameter in policy.named_parameters()}
     # Norms are float32 even here: the gradients of targets that share a prompt are rounded as one.
     assert_same_gradient(found, gradient, atol=1e-6 if ragged else 1e-8)
@@ -198,13 +211,14 @@ def test_micro_batches_do_not_change_the_gradient(random_model_dir, whole_batch,
 
 
 @pytest.mark.parametrize(
-    "count, micro_batch, ragged", [(6, 1, False), (5, 2, False), (5, 2, True)]
+    "count, micro_batch, ragged, loss_mean",
+    [(6, 1, False, "token"), (5, 2, False, "token"), (5, 2, True, "token"), (5, 2, True, "action")],
 )  # 5: one process has an example more than the other
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
-    random_model_dir, count, micro_batch, ragged
+    random_model_dir, count, micro_batch, ragged, loss_mean
 ):
-    one, alone = gradient_of(random_model_dir, CPU, count, count, ragged)
-    arguments = (random_model_dir, micro_batch, count, ragged)
+    one, alone = gradient_of(random_model_dir, CPU, count, count, ragged, loss_mean)
+    arguments = (random_model_dir, micro_batch, count, ragged, loss_mean)
     for gradient, told in in_two_processes(gradient_here, *arguments):
         assert_same_gradient(gradient, one)
         assert told == pytest.approx(alone)

@@ -2,12 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import figures, paired, results_page, rows, summary
+import ekipl
+from experiments import figures, paired, results_page, rows, summary, sweep
 from training import curves, storage
 from training.console import UserError
 
@@ -158,6 +160,31 @@ def test_figure_5_is_made_of_the_samples(tmp_path):
 def test_a_place_that_cannot_be_filled_is_told(place):
     with pytest.raises(UserError, match=re.escape(place)):
         results_page.render(place)
+
+
+def test_the_commands_of_the_page_make_every_row_of_its_tables(monkeypatch):
+    monkeypatch.setattr(ekipl, "check", lambda *_, **__: None)  # the bases are not there
+    text = re.sub(
+        r"(?s)for base in 1 7; do(.+?)done", lambda loop: each(loop, "base", "1", "7"), PAGE
+    )
+    text = re.sub(
+        r"(?s)for a in 0.05 0.3; do(.+?)done", lambda loop: each(loop, "a", "0.05", "0.3"), text
+    )
+    made: dict[str, set[str]] = {}
+    for line in re.findall(r"python -m experiments\.sweep ((?:methods|ablation) .+)", text):
+        args, _ = sweep.arguments(shlex.split(line))
+        chosen = rows.chosen(rows.LISTS[args.list](args.config, args.stage1), args.rows)
+        folder = args.out.name if args.out.name != "results" else args.out.parent.name
+        folder = folder.replace("0.05", "5").replace("0.3", "30")
+        made[folder] = {row.name for row in chosen if row.listed}
+    assert sorted(made) == TASKS
+    for task in TASKS:
+        assert made[task] == set(paired.methods_of(results_page.scores(task))), task
+
+
+def each(loop: re.Match, name: str, *values: str) -> str:
+    """What a shell's loop runs."""
+    return "".join(loop[1].replace(f"${name}", value) for value in values)
 
 
 @pytest.mark.parametrize("task", TASKS)
