@@ -78,6 +78,19 @@ class BlocksSet:
         )
 
 
+def kin_of(id: str) -> str:
+    """Equal for questions that are nearly the same (Structure.kin); the id itself where none are.
+
+    id: of a state, of this world or of other data.
+    """
+    name, *numbers = id.rsplit("-", 2)
+    task = TASKS.get(name.partition("-")[0])
+    if name not in SET_NAMES or not hasattr(task, "kin"):
+        return id
+    seed, index = map(int, numbers)
+    return BlocksSet(name, index + 1, seed)[index].problem.kin
+
+
 def in_test(problem: Problem) -> bool:
     """Whether this question about this scene belongs to the test sets, by a hash of both."""
     digest = hashlib.sha256(repr(problem).encode()).digest()

@@ -72,6 +72,12 @@ class Structure:
             return "turned"
         return "larger" if max(self.figure.width, self.figure.height) > LONGEST else ""
 
+    @property
+    def kin(self) -> str:
+        """Equal for questions that differ in the figure's colour, place or mirroring alone."""
+        figure = replace(self.figure, color="", mirrored=False, x=0, y=0)
+        return repr(replace(self, figure=figure))
+
     @classmethod
     def sample(cls, rng: random.Random, split: str) -> Structure:
         """split: also "shown", the parts SHOWN of "ood"."""

@@ -6,6 +6,7 @@
 OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of one where it has
                        parts; scores are those of its questions in a fixed order: "0110..." of
                        right and wrong, or a list where there is partial credit
+    kin.json           {cell: [group of each question]} where some questions are nearly the same
     budgets.json       {run: what it has used}, see budgets.py
     table.md           what each method has used; its mean over questions and seeds, with half the
                        width of its 95 % interval
@@ -14,7 +15,9 @@ OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of
 Runs whose names differ in "-seedN" only are one method. An interval is for other questions and
 other seeds of this kind: the variance of the questions (in a difference of the same ones) and that
 of each method's seeds are added, and Student's t has the degrees of freedom of the sum, which are
-few where the seeds are few. A method with one seed has the questions' part only.
+few where the seeds are few. A method with one seed has the questions' part only. Questions that are
+nearly the same (blocks/dataset.py, `kin_of`) are one group: its deviations are added before they
+are squared.
 """
 
 import json
@@ -24,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student
 
+from blocks.dataset import kin_of
 from data.predictions import Prediction, read_predictions, with_parts
 from experiments import budgets, tables
 from experiments.budgets import Budget
@@ -34,10 +38,14 @@ from training.console import Parser, UserError, say
 from training.curves import method_of
 
 Scores = dict[str, dict[str, np.ndarray]]  # by cell and method: (seeds, questions)
+Kin = dict[str, np.ndarray]  # by cell: (questions,), the group of each; none: all are of their own
 
 
-def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
-    """The scores of each question, as scores.json has them. UserError for different questions."""
+def score_runs(runs: list[Path]) -> tuple[dict[str, dict[str, str | list[float]]], Kin]:
+    """The scores of each question, as scores.json has them, and those that are nearly the same.
+
+    UserError for different questions.
+    """
     found, asked = {}, {}
     for run in runs:
         if not list(directory_of(run).glob("*-*.jsonl")):
@@ -56,7 +64,14 @@ def score_runs(runs: list[Path]) -> dict[str, dict[str, str | list[float]]]:
                 if run.name in found.setdefault(cell, {}):
                     raise UserError(f"two runs have the name {run.name}")
                 found[cell][run.name] = kept
-    return found
+    return found, {cell: groups for cell, ids in asked.items() if (groups := kin(ids)) is not None}
+
+
+def kin(ids: list[str]) -> np.ndarray | None:
+    """The group of each question, from 0; None if each is of its own."""
+    names = [kin_of(id) for id in ids]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return np.array([numbers[name] for name in names]) if len(numbers) < len(ids) else None
 
 
 def cells(name: str, predictions: list[Prediction]) -> dict[str, list[Prediction]]:
@@ -76,13 +91,16 @@ def by_method(scores: dict[str, dict[str, str | list[float]]]) -> Scores:
     return table
 
 
-def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, float]:
+def interval(
+    one: np.ndarray, other: np.ndarray | None = None, groups: np.ndarray | None = None
+) -> tuple[float, float]:
     """The mean of `one` (seeds, questions), less that of `other`; half the width of its 95 %
-    interval.
+    interval. groups: (questions,), of those that are nearly the same; None if none are.
     """
     apart = one.mean(axis=0) - (0.0 if other is None else other.mean(axis=0))  # (questions,)
+    sums = apart - apart.mean() if groups is None else np.bincount(groups, apart - apart.mean())
     # Variances of the mean, and their degrees of freedom.
-    parts = [(apart.var() / len(apart), len(apart) - 1)]
+    parts = [((sums**2).sum() / len(apart) ** 2, len(sums) - 1)]
     for scores in (one, other):
         if scores is not None and len(scores) > 1:
             seeds, means = len(scores), scores.mean(axis=1)  # (seeds,)
@@ -94,26 +112,29 @@ def interval(one: np.ndarray, other: np.ndarray | None = None) -> tuple[float, f
     return value, float(student.ppf(0.975, freedom)) * math.sqrt(variance)
 
 
-def markdown(scores: Scores, used: dict[str, Budget]) -> str:
+def markdown(scores: Scores, used: dict[str, Budget], groups: Kin) -> str:
     """A table of all methods: seeds, what each has used, and scores in percent."""
     rows = [["method", "seeds", *budgets.COLUMNS.values(), *scores]]
     for method, seeds in methods_of(scores).items():
         runs = [budget for run, budget in used.items() if method_of(run) == method]
         row = [method, str(seeds), *budgets.told(runs)]
-        for cell in scores.values():
-            row.append(told(*interval(cell[method]), "") if method in cell else "-")
+        for name, cell in scores.items():
+            there = method in cell
+            row.append(told(*interval(cell[method], None, groups.get(name)), "") if there else "-")
         rows.append(row)
     return tables.markdown(rows)
 
 
-def differences(scores: Scores, of: str) -> str:
+def differences(scores: Scores, of: str, groups: Kin) -> str:
     """A table of all methods less the method `of`, on the same questions, in points."""
     rows = [[f"less {of}", *scores]]
     for method in methods_of(scores):
         row = [method]
-        for cell in scores.values():
-            both = method in cell and of in cell
-            row.append(told(*interval(cell[method], cell[of]), "+") if both else "-")
+        for name, cell in scores.items():
+            if method in cell and of in cell:
+                row.append(told(*interval(cell[method], cell[of], groups.get(name)), "+"))
+            else:
+                row.append("-")
         if method != of:
             rows.append(row)
     return tables.markdown(rows)
@@ -125,6 +146,13 @@ def methods_of(scores: Scores) -> dict[str, int]:
     for cell in scores.values():
         methods |= {method: len(values) for method, values in cell.items()}
     return methods
+
+
+def saved_kin(out: Path) -> Kin:
+    """kin.json of a directory; nothing where there is none."""
+    file = out / "kin.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    return {cell: np.array(numbers) for cell, numbers in found.items()}
 
 
 def told(value: float, half: float, sign: str) -> str:
@@ -142,12 +170,13 @@ def run(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     file, spent = args.out / "scores.json", args.out / "budgets.json"
     if args.runs:
-        found = score_runs(args.runs)
+        found, groups = score_runs(args.runs)
         trained = [run for run in args.runs if (run / "metrics.jsonl").exists()]
         used = {run.name: budgets.budget_of(run) for run in trained}
     elif file.exists():
         found = json.loads(file.read_text())
         used = json.loads(spent.read_text()) if spent.exists() else {}
+        groups = saved_kin(args.out)
     else:
         raise UserError(f"there is no {file}: name the runs to score")
     scores = by_method(found)
@@ -155,11 +184,14 @@ def run(argv: list[str]) -> None:
     args.of = args.of or ("Vision-EKIPL" if "Vision-EKIPL" in methods else next(iter(methods), ""))
     if args.of not in methods:
         raise UserError(f"--of {args.of}: there are {', '.join(methods) or 'no methods'}")
-    table, less = markdown(scores, used), differences(scores, args.of)
+    table, less = markdown(scores, used, groups), differences(scores, args.of, groups)
     with storage.writing(args.out):
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(tables.json_by_set(found))
         spent.write_text(tables.json_of(used) + "\n")
+        if groups:
+            lists = {cell: numbers.tolist() for cell, numbers in groups.items()}
+            (args.out / "kin.json").write_text(tables.json_of(lists) + "\n")
         (args.out / "table.md").write_text(table)
         (args.out / "differences.md").write_text(less)
     print(table)

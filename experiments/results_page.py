@@ -11,7 +11,6 @@ this makes, and page.md free of numbers with decimals outside of such places.
 import json
 import re
 import statistics
-from collections import Counter
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ import rewards
 from blocks.dataset import BlocksSet
 from evaluate import pass_at_k
 from experiments import figures, paired
+from experiments import guess as blind
 from training import console, curves, storage
 from training.console import Parser, UserError
 
@@ -65,14 +65,17 @@ def mean(method: str, cell: str, directory: str = "counting") -> str:
 @figure
 def value(method: str, cell: str, directory: str = "counting") -> str:
     """Accuracy in %, with half its 95 % interval."""
-    return paired.told(*paired.interval(scores(directory)[CELLS.get(cell, cell)][method]), "")
+    cell = CELLS.get(cell, cell)
+    groups = paired.saved_kin(RESULTS / directory).get(cell)
+    return paired.told(*paired.interval(scores(directory)[cell][method], None, groups), "")
 
 
 @figure
 def difference(method: str, other: str, cell: str, directory: str = "counting") -> str:
     """Of two methods on the same questions, in points, with half its 95 % interval."""
-    found = scores(directory)[CELLS.get(cell, cell)]
-    return paired.told(*paired.interval(found[method], found[other]), "+")
+    cell = CELLS.get(cell, cell)
+    found, groups = scores(directory)[cell], paired.saved_kin(RESULTS / directory).get(cell)
+    return paired.told(*paired.interval(found[method], found[other], groups), "+")
 
 
 @figure
@@ -163,60 +166,64 @@ def hours(directory: str = "*") -> str:
 
 
 @figure
-def commonest(cell: str, size: str = "2000") -> str:
-    """The share in % of the commonest answer of a cell."""
-    name, _, part = CELLS.get(cell, cell).partition("/")
-    found = [answer for its, _, answer in asked(name, int(size)) if its == part or not part]
-    return f"{100 * max(map(found.count, set(found))) / len(found):.1f}"
+def guess(cell: str, size: str = "2000") -> str:
+    """What guessing from the question alone gets in a cell, in % (guess.py)."""
+    return f"{100 * statistics.fmean(guessed(CELLS.get(cell, cell), int(size))):.1f}"
 
 
 @figure
-def guess(cell: str, size: str = "2000") -> str:
-    """What guessing from the question alone gets in a cell, in %: the commonest answer to its form
-    among the training questions.
-    """
-    name, _, part = CELLS.get(cell, cell).partition("/")
-    by_form: dict[tuple, list[str]] = {}
-    for _, question, answer in asked(f"{name.partition('-')[0]}-train", 3200):
-        by_form.setdefault(form(question), []).append(answer)
-    best = {key: Counter(found).most_common(1)[0][0] for key, found in by_form.items()}
-    right = []
-    for its, question, answer in asked(name, int(size)):
-        if its == part:
-            right.append(best.get(form(question)) == answer)
-    return f"{100 * statistics.fmean(right):.1f}"
+def beyond(method: str, cell: str, directory: str = "counting") -> str:
+    """Accuracy in % on the questions of a cell where that guess is wrong."""
+    found = scores(directory)[CELLS.get(cell, cell)][method]
+    return f"{100 * found[:, unguessed(CELLS.get(cell, cell))].mean():.1f}"
+
+
+@figure
+def beyond_difference(method: str, other: str, cell: str, directory: str = "counting") -> str:
+    """Of two methods on the same of these questions, in points, with half its 95 % interval."""
+    found, there = scores(directory)[CELLS.get(cell, cell)], unguessed(CELLS.get(cell, cell))
+    return paired.told(*paired.interval(found[method][:, there], found[other][:, there]), "+")
+
+
+@cache
+def guessed(cell: str, size: int) -> np.ndarray:
+    """Whether the guess is right, of each question of a cell in the order of scores.json."""
+    name, _, part = cell.partition("/")
+    task, right = name.partition("-")[0], []
+    for state in sorted(BlocksSet(name, size), key=lambda state: state.id):
+        if state.part == part:
+            right.append(blind.guess(task, state.question) == state.answer)
+    return np.array(right)
+
+
+def unguessed(cell: str, size: int = 2000) -> np.ndarray:
+    return ~guessed(cell, size)
 
 
 @figure
 def one_answer(cell: str, size: str = "500") -> str:
     """Partial credit in % of `best_answer` to every question of a cell."""
     given = best_answer(f"{cell.partition('-')[0]}-train")
-    answers = [answer for _, _, answer in asked(cell, int(size))]
-    return f"{100 * credit(given, answers):.1f}"
+    return f"{100 * credit(given, answers(cell, int(size))):.1f}"
 
 
 @cache
 def best_answer(name: str) -> str:
     """Of the first 200 answers of a set, the one with most partial credit on its first 300."""
-    answers = [answer for _, _, answer in asked(name, 300)]
-    return max(answers[:200], key=lambda given: credit(given, answers))
+    true = answers(name, 300)
+    return max(true[:200], key=lambda given: credit(given, true))
 
 
-def credit(given: str, answers: list[str]) -> float:
+def credit(given: str, true: list[str]) -> float:
     """Mean partial credit of giving one answer where these are true."""
     text = f"<answer> {given} </answer>"
-    return statistics.fmean(rewards.function_score(text, answer) for answer in answers)
-
-
-def form(question: str) -> tuple[str, ...]:
-    """Of a counting question: whether objects are removed, and its numbers."""
-    return tuple(re.findall(r"remove|times \d|add \d", question))
+    return statistics.fmean(rewards.function_score(text, answer) for answer in true)
 
 
 @cache
-def asked(name: str, size: int) -> list[tuple[str, str, str]]:
-    """(part, question, answer) of each question of a set."""
-    return [(state.part, state.question, state.answer) for state in BlocksSet(name, size)]
+def answers(name: str, size: int) -> list[str]:
+    """Of each question of a set."""
+    return [state.answer for state in BlocksSet(name, size)]
 
 
 @figure

@@ -6,6 +6,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -361,6 +362,32 @@ def test_a_picture_from_aside_is_moved_by_two_pixels():
             columns = np.clip(np.arange(64) - aside, 0, 63)
             assert (seen == straight[:, columns]).all()
     assert min(moved.values()) > 5
+
+
+def test_kin_differ_in_colour_place_or_mirroring_alone():
+    problem = states("structure-id", 1)[0].problem
+    figure = problem.figure
+    for same in (dict(color="red"), dict(mirrored=not figure.mirrored), dict(x=0, y=0)):
+        assert replace(problem, figure=replace(figure, **same)).kin == problem.kin
+    for other in (dict(width=figure.width + 1), dict(height=7), dict(turned=True)):
+        assert replace(problem, figure=replace(figure, **other)).kin != problem.kin
+    assert replace(problem, asks="sides").kin != replace(problem, asks="area").kin
+    assert dataset.kin_of("structure-id-0-0") == problem.kin
+    assert dataset.kin_of("counting-id-0-0") == "counting-id-0-0"  # nothing is near another
+    assert dataset.kin_of("super-clevr-17") == "super-clevr-17"  # of other data
+
+
+def test_the_readme_says_how_many_test_questions_have_a_twin_in_training():
+    trained = {state.problem.kin for state in BlocksSet("structure-train", 3200)}
+    twins, asked = Counter(), Counter()
+    for name in ("structure-id", "structure-ood"):
+        for state in BlocksSet(name, 1000):
+            asked[state.part] += 1
+            twins[state.part] += state.problem.kin in trained
+    said = " ".join((ROOT / "blocks" / "README.md").read_text().split())
+    assert f"{twins['']:,} of the first 1,000 questions of structure-id" in said
+    assert f"{twins['aside']} of the {asked['aside']} of `aside`" in said
+    assert sum(twins.values()) == twins[""] + twins["aside"]  # "the other parts have none"
 
 
 def vars_of(state) -> tuple[int, int]:

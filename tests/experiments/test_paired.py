@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from blocks.dataset import BlocksSet
 from data.predictions import Prediction
 from experiments import paired
 from training import storage
@@ -50,6 +51,28 @@ def test_the_interval_holds_the_truth_in_95_of_100_cases(seeds):
         value, half = paired.interval(one, other)
         held += abs(value - 0.05) < half
     assert 0.92 <= held / 300 <= 1.0
+
+
+def test_questions_that_are_nearly_the_same_are_one_question():
+    scores, other = drawn(1, 300, 0.4, 0), drawn(1, 300, 0.5, 1)
+    thrice, groups = np.repeat(scores, 3, axis=1), np.repeat(np.arange(300), 3)
+    assert paired.interval(thrice, None, groups) == pytest.approx(paired.interval(scores))
+    pair = (np.repeat(other, 3, axis=1), groups)
+    assert paired.interval(thrice, *pair) == pytest.approx(paired.interval(scores, other))
+    assert paired.interval(thrice)[1] < paired.interval(thrice, None, groups)[1] / 1.7
+    alone = np.random.default_rng(0).permutation(300)
+    assert paired.interval(scores, None, alone) == pytest.approx(paired.interval(scores))
+
+
+def test_the_kin_of_questions_is_that_of_the_blocks_world():
+    ids = [f"structure-id-0-{i}" for i in range(60)]
+    groups, kin = paired.kin(ids), [BlocksSet("structure-id", 60)[i].problem.kin for i in range(60)]
+    for i in range(60):
+        for j in range(60):
+            assert (groups[i] == groups[j]) == (kin[i] == kin[j])
+    assert 2 < groups.max() < 59
+    assert paired.kin([f"counting-id-0-{i}" for i in range(60)]) is None
+    assert paired.kin(["a record", "another"]) is None
 
 
 def predictions(path, right: dict[str, list[bool]], kind: str = "discrete") -> None:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 import ekipl
-from experiments import figures, paired, results_page, rows, summary, sweep
+from blocks.dataset import BlocksSet
+from experiments import figures, guess, paired, results_page, rows, summary, sweep
+from experts.roster import make_experts
+from rewards import accuracy_score
 from training import curves, storage
 from training.console import UserError
 
@@ -84,32 +87,46 @@ def test_places_are_means_and_differences_in_their_order(monkeypatch):
     assert "-50.0 ±" in results_page.render("{{difference B A id1}}")
 
 
-def test_a_guess_is_the_commonest_training_answer_to_the_form_of_a_question(monkeypatch):
-    plus, times = "count every cube . add 2 .", "remove every cube . times 2 . add 2 ."
-    left = "remove every cube . how many are left ? add 2 ."
-    sets = {
-        "counting-train": [("", plus, "5"), ("", plus, "5"), ("", plus, "6"), ("", times, "8")]
-        + [("", left, "1")] * 3,
-        "counting-id": [
-            ("one-step", "count every red cone . add 2 .", "5"),  # other words, the same form
-            ("one-step", "count every cube . add 3 .", "5"),  # a form never seen
-            ("two-step", times, "8"),
-            ("two-step", times, "5"),
-            ("two-step", times, "8"),
-            ("two-step", times, "8"),
-        ],
-    }
-    monkeypatch.setattr(results_page, "asked", lambda name, size: sets[name])
-    assert results_page.render("{{guess id1}} {{guess id2}}").endswith("50.0 75.0")
+def test_what_is_beyond_the_guess_are_the_questions_where_it_is_wrong(monkeypatch):
+    right = {"A": np.array([[1.0, 1, 0, 1]]), "B": np.array([[1.0, 0, 0, 0]])}
+    monkeypatch.setattr(results_page, "scores", lambda _: {"counting-id/one-step": right})
+    guessed = np.array([True, False, False, True])
+    monkeypatch.setattr(results_page, "guessed", lambda cell, size: guessed)
+    assert results_page.render("{{beyond A id1}} {{beyond B id1}}").endswith("50.0 0.0")
+    assert "+50.0 ±" in results_page.render("{{beyond_difference A B id1}}")
+
+
+@pytest.mark.parametrize("cell", results_page.CELLS.values())
+def test_guesses_are_in_the_order_of_the_scores(cell):
+    """An expert's answer follows from the question, so it can be scored again."""
+    name, _, part = cell.partition("/")
+    (expert,) = make_experts("careful")
+    states = [state for state in BlocksSet(name, 2000) if state.part == part]
+    states = sorted(states, key=lambda state: state.id)[:100]
+    texts = [first.text for (first,) in expert.sample(states, 1, 0)]
+    right = [accuracy_score(t, s.answer, s.kind) for t, s in zip(texts, states, strict=True)]
+    assert right == SCORES[cell]["careful"][0, :100].tolist()
+    guesses = [guess.guess("counting", state.question) == state.answer for state in states]
+    assert results_page.guessed(cell, 2000)[:100].tolist() == guesses
+
+
+def test_questions_that_are_nearly_the_same_are_those_of_the_world():
+    cells: dict[str, list[str]] = {}
+    for name in ("structure-id", "structure-ood"):
+        for state in BlocksSet(name, 1000):
+            cells.setdefault(f"{name}/{state.part}".rstrip("/"), []).append(state.id)
+    found = {cell: paired.kin(sorted(ids)) for cell, ids in cells.items()}
+    made = {cell: groups.tolist() for cell, groups in found.items() if groups is not None}
+    assert json.loads((RESULTS / "structure" / "kin.json").read_text()) == made
 
 
 def test_one_answer_to_all_is_chosen_on_training_questions_and_has_partial_credit(monkeypatch):
     red, blue = "change_color(0, red)", "change_color(0, blue)"
     sets = {
-        "transformation-train": [("", "", red), ("", "", red), ("", "", blue)],
-        "transformation-id": [("", "", blue), ("", "", f"{red} change_size(1, large)")],
+        "transformation-train": [red, red, blue],
+        "transformation-id": [blue, f"{red} change_size(1, large)"],
     }
-    monkeypatch.setattr(results_page, "asked", lambda name, size: sets[name])
+    monkeypatch.setattr(results_page, "answers", lambda name, size: sets[name])
     results_page.best_answer.cache_clear()
     try:
         made = float(results_page.render("{{one_answer transformation-id}}").split("\n")[1])
@@ -189,7 +206,7 @@ def each(loop: re.Match, name: str, *values: str) -> str:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_tables_are_made_of_scores_and_budgets(task, tmp_path):
-    for name in ("scores.json", "budgets.json"):
+    for name in ("scores.json", "budgets.json", "kin.json"):
         if (RESULTS / task / name).exists():
             (tmp_path / name).write_text((RESULTS / task / name).read_text())
     paired.run(["--out", str(tmp_path)])
