@@ -190,9 +190,9 @@ def guessed(cell: str, size: int) -> np.ndarray:
     """Whether the guess is right, of each question of a cell in the order of scores.json."""
     name, _, part = cell.partition("/")
     task, right = name.partition("-")[0], []
-    for state in sorted(BlocksSet(name, size), key=lambda state: state.id):
-        if state.part == part:
-            right.append(blind.guess(task, state.question) == state.answer)
+    for _, its, question, answer in sorted(asked(name, size)):
+        if its == part:
+            right.append(blind.guess(task, question) == answer)
     return np.array(right)
 
 
@@ -220,10 +220,15 @@ def credit(given: str, true: list[str]) -> float:
     return statistics.fmean(rewards.function_score(text, answer) for answer in true)
 
 
-@cache
 def answers(name: str, size: int) -> list[str]:
     """Of each question of a set."""
-    return [state.answer for state in BlocksSet(name, size)]
+    return [answer for *_, answer in asked(name, size)]
+
+
+@cache
+def asked(name: str, size: int) -> list[tuple[str, str, str, str]]:
+    """(id, part, question, answer) of each question of a set."""
+    return [(s.id, s.part, s.question, s.answer) for s in BlocksSet(name, size)]
 
 
 @figure
