@@ -4,8 +4,8 @@
     python -m experiments.paired --out results    # again, from scores.json and budgets.json
 
 OUT/scores.json        {cell: {run: scores}}; a cell is a test set, or a part of one where it has
-                       parts; scores are those of its questions in a fixed order: "0110..." of
-                       right and wrong, or a list where there is partial credit
+                       parts; scores are those of its questions, sorted by id as text: "0110..."
+                       of right and wrong, or a list where there is partial credit
     kin.json           {cell: [group of each question]} where some questions are nearly the same
     budgets.json       {run: what it has used}, see budgets.py
     table.md           what each method has used; its mean over questions and seeds, with half the
@@ -189,6 +189,7 @@ def run(argv: list[str]) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         file.write_text(tables.json_by_set(found))
         spent.write_text(tables.json_of(used) + "\n")
+        (args.out / "kin.json").unlink(missing_ok=True)
         if groups:
             lists = {cell: numbers.tolist() for cell, numbers in groups.items()}
             (args.out / "kin.json").write_text(tables.json_of(lists) + "\n")

@@ -107,6 +107,28 @@ def test_runs_become_scores_by_part_and_method_and_tables(tmp_path, capsys):
     assert capsys.readouterr().out == said
 
 
+def test_tables_count_questions_that_are_nearly_the_same_once(tmp_path, capsys):
+    ids = sorted(f"structure-id-0-{i}" for i in range(60))
+    kin = paired.kin(ids)
+    right = drawn(1, 60, 0.5, 0)[0][kin]  # what is right is right of all that are nearly the same
+    records = []
+    for id, good in zip(ids, right, strict=True):
+        text = f"<answer> {3 if good else 4} </answer>"
+        records.append(dataclasses.asdict(Prediction(id, "3", "math", text, 5, False)))
+    (tmp_path / "A").mkdir()
+    storage.append(tmp_path / "A" / "structure-id.jsonl", records)
+    out = tmp_path / "out"
+    paired.run([str(tmp_path / "A"), "--out", str(out)])
+    said = capsys.readouterr().out
+    assert paired.told(*paired.interval(right[None], None, kin), "") in said
+    assert paired.told(*paired.interval(right[None]), "") not in said
+    paired.run(["--out", str(out)])  # from the scores alone
+    assert capsys.readouterr().out == said
+    predictions(tmp_path / "B", {"one-step": [True, False]})
+    paired.run([str(tmp_path / "B"), "--out", str(out)])
+    assert not (out / "kin.json").exists()
+
+
 def test_runs_that_answered_other_questions_are_refused(tmp_path):
     predictions(tmp_path / "A", {"one-step": [True, True]})
     predictions(tmp_path / "B", {"one-step": [True]})
