@@ -79,6 +79,13 @@ def difference(method: str, other: str, cell: str, directory: str = "counting") 
 
 
 @figure
+def worth(cell: str, directory: str) -> str:
+    """How many different questions those of a cell are worth where some are nearly the same."""
+    sizes = np.bincount(paired.saved_kin(RESULTS / directory)[cell])
+    return f"{sizes.sum() ** 2 / (sizes**2).sum():.0f}"
+
+
+@figure
 def rate(method: str, directory: str = "counting") -> str:
     """The learning rate that was best for a method on the validation questions."""
     found = json.loads((RESULTS / directory / "rates.json").read_text())[method]

@@ -112,6 +112,13 @@ def test_guesses_are_in_the_order_of_the_scores(cell):
     assert results_page.guessed(cell, 2000)[:count].tolist() == guesses
 
 
+def test_questions_are_worth_the_effective_number_of_their_groups(monkeypatch, tmp_path):
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A" / "kin.json").write_text('{"set": [0, 0, 0, 0, 1, 2, 3, 4]}')
+    monkeypatch.setattr(results_page, "RESULTS", tmp_path)
+    assert results_page.render("{{worth set A}}").endswith("\n3")  # 8^2 / (4^2 + 4)
+
+
 def test_questions_that_are_nearly_the_same_are_those_of_the_world():
     cells: dict[str, list[str]] = {}
     for name in ("structure-id", "structure-ood"):
