@@ -169,8 +169,9 @@ def update(
 ) -> dict[str, float]:
     """One step of AdamW on this process's shard of a batch, whose kept actions are the targets.
 
-    policy: as World.data_parallel returns it. Returns the batch's loss in nats per token and its
-    number of target tokens, over all processes, and the norm of the gradient before clipping.
+    policy: as World.data_parallel returns it. Returns the batch's loss in nats per token, averaged
+    as --loss-mean says, its number of target tokens, both over all processes, and the norm of the
+    gradient before clipping.
     Without any target there is no step, and all three are 0.
     """
     ordered = sorted(batch, key=target_tokens)  # less padding

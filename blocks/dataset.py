@@ -85,7 +85,8 @@ def kin_of(id: str) -> str:
     """
     name, *numbers = id.rsplit("-", 2)
     task = TASKS.get(name.partition("-")[0])
-    if name not in SET_NAMES or not hasattr(task, "kin"):
+    ours = name in SET_NAMES and all(number.isdecimal() for number in numbers)
+    if not ours or not hasattr(task, "kin"):
         return id
     seed, index = map(int, numbers)
     return BlocksSet(name, index + 1, seed)[index].problem.kin

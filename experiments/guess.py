@@ -84,6 +84,8 @@ def run(argv: list[str]) -> str:
     parser.add_argument("--states", type=int, default=300, help="questions of each set")
     parser.add_argument("--out", type=Path, required=True, help="directory of the predictions")
     args = parser.parse_args(argv)
+    if args.states < 1:
+        raise UserError("--states must be at least 1")
     for name in args.sets:
         try:
             states = BlocksSet(name, args.states)

@@ -374,7 +374,8 @@ def test_kin_differ_in_colour_place_or_mirroring_alone():
     assert replace(problem, asks="sides").kin != replace(problem, asks="area").kin
     assert dataset.kin_of("structure-id-0-0") == problem.kin
     assert dataset.kin_of("counting-id-0-0") == "counting-id-0-0"  # nothing is near another
-    assert dataset.kin_of("super-clevr-17") == "super-clevr-17"  # of other data
+    for other in ("super-clevr-17", "structure-id-17", "structure-id-a-b"):
+        assert dataset.kin_of(other) == other  # of other data
 
 
 def test_the_readme_says_how_many_test_questions_have_a_twin_in_training():

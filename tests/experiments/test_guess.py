@@ -67,6 +67,8 @@ def test_drawn_answers_are_as_often_right_as_they_are_in_training(tmp_path):
     assert score_predictions(predictions)["accuracy"] == pytest.approx(statistics.fmean(greedy))
 
 
-def test_an_unknown_set_is_told(tmp_path):
+def test_an_unknown_set_and_no_states_are_told(tmp_path):
     with pytest.raises(UserError, match="no set 'colors'"):
         guess.run(["--sets", "colors", "--out", str(tmp_path)])
+    with pytest.raises(UserError, match="--states must be at least 1"):
+        guess.run(["--states", "0", "--out", str(tmp_path)])

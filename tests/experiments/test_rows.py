@@ -53,6 +53,8 @@ def test_each_row_does_what_its_name_says():
     assert (parsed["RFT"].method, parsed["RFT"].experts) == ("rft", "careful,quick")
     assert (parsed["RFT-careful"].method, parsed["RFT-careful"].experts) == ("rft", "careful")
     assert parsed["distillation"].method == "distil"
+    assert parsed["RFT-action"] == dataclasses.replace(parsed["RFT"], loss_mean="action")
+    assert parsed["RFT"].loss_mean == "token" and not made["RFT-action"].rate  # each at its own
     assert parsed["Vision-EKIPL"] == config()
     assert parsed["Vision-EKIPL-reversed"].experts == "quick,careful"
     assert parsed["Vision-EKIPL-any"].tie_rule == "any_expert"
