@@ -31,7 +31,9 @@ def forget():
 def test_a_guess_is_the_commonest_training_answer_to_the_form_of_a_question(monkeypatch):
     plus, times = "count every cube . add 2 .", "remove every cube . times 2 . add 2 ."
     left = "remove every cube . how many are left ? add 2 ."
-    asked(monkeypatch, (plus, "5"), (plus, "5"), (plus, "6"), (times, "8"), *[(left, "1")] * 3)
+    one = ("count every cube . add 1 .", "4")
+    asked(monkeypatch, one, *[(plus, "5")] * 2, (plus, "6"), (times, "8"), *[(left, "1")] * 3)
+    assert guess.guess("counting", one[0]) == "4"  # its own number before any number
     assert guess.guess("counting", "count every red cone . add 2 .") == "5"  # in other words
     assert guess.guess("counting", "remove every small cone . times 2 . add 2 .") == "8"
     assert guess.guess("counting", "count every cube . add 3 .") == "5"  # as with any number
