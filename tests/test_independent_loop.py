@@ -31,7 +31,7 @@ BETAS, ADAM_EPS, DECAY = (
     1e-3,
     0.1,
 )  # a large eps: noise in a gradient near 0 stays noise
-RATES = (1e-3, 4e-4)  # of two batches, one after the other; neither is the optimizer's own
+RATES = (5e-4, 4e-4)
 
 
 # ------------------------------------------------------------------------------------- fixed groups
@@ -292,6 +292,13 @@ CASES = [
 ]
 
 
+def in_double(monkeypatch):
+    """transformers' norms, angles and softmax are float32 whatever a model's dtype. Their noise of
+    1e-6, another one on every processor, is a thousandth after six updates: float64 instead."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
 def moved(directory, path):
     """A reference that is not the policy, so that the KL term has a gradient from the start."""
     policy = Policy.load(directory)
@@ -307,11 +314,11 @@ def other_dir(random_model_dir, tmp_path_factory):
     return moved(random_model_dir, tmp_path_factory.mktemp("reference"))
 
 
-def test_updates_of_qwen3_vl_are_those_of_plain_passes(random_qwen3_dir, tmp_path):
+def test_updates_of_qwen3_vl_are_those_of_plain_passes(random_qwen3_dir, tmp_path, monkeypatch):
     """Deepstack, its positions, its norms of queries and keys."""
     changes = dict(estimator="snis", updates_per_batch=3, micro_batch=3)
     test_updates_are_those_of_plain_passes_one_action_at_a_time(
-        random_qwen3_dir, moved(random_qwen3_dir, tmp_path), changes
+        random_qwen3_dir, moved(random_qwen3_dir, tmp_path), changes, monkeypatch
     )
 
 
@@ -319,7 +326,7 @@ def test_updates_of_qwen3_vl_are_those_of_plain_passes(random_qwen3_dir, tmp_pat
     "changes", CASES, ids=lambda changes: " ".join(str(v) for v in changes.values())
 )
 def test_updates_are_those_of_plain_passes_one_action_at_a_time(
-    random_model_dir, other_dir, changes
+    random_model_dir, other_dir, changes, monkeypatch
 ):
     limits = dict(max_grad_norm=0.5, clip_eps=CLIP, group_size=G, batch_size=4)
     config = Config(**{**limits, "beta": 0.04, "micro_batch": 8, **changes})
@@ -338,6 +345,7 @@ def test_updates_are_those_of_plain_passes_one_action_at_a_time(
     assert plain.model.config.text_config.num_key_value_heads >= 2
     theirs = AdamW(plain.model.parameters())
     experts = [Densities("careful", 1, frozen), Densities("quick", 2, frozen)]
+    in_double(monkeypatch)
     for batch, lr in enumerate(RATES):
         groups = made_groups(policy, batch)
         rng = random.Random(batch)
@@ -347,18 +355,18 @@ def test_updates_are_those_of_plain_passes_one_action_at_a_time(
             assert [g.kept for g in groups] == [top(g.rewards, G) for g in groups]
         found = ekipl.update(config, policy, reference, optimizer, groups, CPU, lr)
         expected = loop(config, plain, frozen, theirs, groups, experts, lr)
-        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-5)
         assert expected["grad_norm"] > 2 * config.max_grad_norm
-        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-4)
+        assert found["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         for group, row in zip(groups, expected["rows"], strict=True):
             row = row if config.beta else {**row, "kl": [0.0] * len(row["kl"])}
             assert group.measured.keys() == row.keys()
             for name, values in group.measured.items():
-                assert values == pytest.approx(row[name], rel=1e-4, abs=1e-5)
+                assert values == pytest.approx(row[name], rel=1e-5, abs=1e-6)
         if config.updates_per_batch > 1:
             assert any(sum(row["clip_fraction"]) for row in expected["rows"])
         names = dict(plain.model.named_parameters())
         for name, parameter in policy.model.named_parameters():
-            # A step is lr at most: an error in the gradient of a thousandth shows.
+            # A step is lr at most: an error in the gradient of a ten-thousandth shows.
             difference = (parameter - names[name]).abs().max().item()
-            assert difference < 2e-3 * lr, (batch, name, difference)
+            assert difference < 2e-4 * lr, (batch, name, difference)
