@@ -148,10 +148,11 @@ def write(file: Path, **values) -> None:
 
 
 def make(path: Path, tokenizer: Tokenizer, family: str, tied: bool, heads: int) -> Path:
-    """A directory with a random model: 256 hidden values, 2 layers, 2 key heads, all words.
+    """A directory with a random model: 2 layers, 2 key heads, all words, and few hidden values, by
+    which all of its 151,936 words are multiplied.
 
     family: qwen2_vl, qwen2_5_vl or qwen3_vl. heads: of the queries; 2 have 128 values each, as the
-    real ones; Qwen3-VL's always have.
+    real ones, 4 have 32; Qwen3-VL's always have 128.
     """
     path.mkdir()
     write_tokenizer(tokenizer, path, family)
@@ -208,21 +209,22 @@ def write_config(file: Path, family: str, tied: bool, heads: int) -> None:
         depth=2, num_heads=2, in_chans=3, patch_size=14, spatial_merge_size=2,
         spatial_patch_size=14, temporal_patch_size=2,
     )  # fmt: skip
+    hidden = 256 if heads == 2 else 128
     if family == "qwen2_vl":
-        vision = dict(embed_dim=160, mlp_ratio=4, hidden_size=256)
+        vision = dict(embed_dim=160, mlp_ratio=4, hidden_size=hidden)
         architecture, positions = "Qwen2VLForConditionalGeneration", 32768
     else:
         vision = dict(
-            hidden_act="silu", hidden_size=160, intermediate_size=424, out_hidden_size=256,
+            hidden_act="silu", hidden_size=160, intermediate_size=424, out_hidden_size=hidden,
             window_size=112, fullatt_block_indexes=[1], tokens_per_second=2,
         )  # fmt: skip
         architecture, positions = "Qwen2_5_VLForConditionalGeneration", 128000
-    section = [16, 24, 24] if heads == 2 else [8, 12, 12]  # half of a head's values
+    section = [16, 24, 24] if heads == 2 else [4, 6, 6]  # half of a head's values
     write(
         file, architectures=[architecture], attention_dropout=0.0, bos_token_id=151643,
         eos_token_id=151645, vision_start_token_id=151652, vision_end_token_id=151653,
         vision_token_id=151654, image_token_id=151655, video_token_id=151656, hidden_act="silu",
-        hidden_size=256, initializer_range=0.02, intermediate_size=640,
+        hidden_size=hidden, initializer_range=0.02, intermediate_size=640,
         max_position_embeddings=positions, max_window_layers=28, model_type=family,
         num_attention_heads=heads, num_hidden_layers=2, num_key_value_heads=2, rms_norm_eps=1e-6,
         rope_theta=1000000.0, sliding_window=32768, tie_word_embeddings=tied,
@@ -236,7 +238,7 @@ def write_config_3(file: Path, tied: bool, heads: int) -> None:
     """Three layers and blocks, of which deepstack takes two: one is left to tell them apart."""
     text = dict(
         attention_bias=False, attention_dropout=0.0, bos_token_id=151643, dtype="bfloat16",
-        eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=256,
+        eos_token_id=151645, head_dim=128, hidden_act="silu", hidden_size=128,
         initializer_range=0.02, intermediate_size=640, max_position_embeddings=262144,
         model_type="qwen3_vl_text", num_attention_heads=heads, num_hidden_layers=3,
         num_key_value_heads=2, rms_norm_eps=1e-6, rope_theta=5000000, tie_word_embeddings=tied,
@@ -246,7 +248,7 @@ def write_config_3(file: Path, tied: bool, heads: int) -> None:
     vision = dict(
         deepstack_visual_indexes=[0, 1], depth=3, hidden_act="gelu_pytorch_tanh", hidden_size=128,
         in_channels=3, initializer_range=0.02, intermediate_size=320, model_type="qwen3_vl",
-        num_heads=2, num_position_embeddings=2304, out_hidden_size=256, patch_size=16,
+        num_heads=2, num_position_embeddings=2304, out_hidden_size=128, patch_size=16,
         spatial_merge_size=2, temporal_patch_size=2,
     )  # fmt: skip
     write(
