@@ -12,12 +12,14 @@ bounded, without `eval`, huge integers, or an exception that leaves this file.
 import math
 import re
 import unicodedata
+from functools import lru_cache
 from typing import NamedTuple
 
 MAX_ANSWER = 1000  # characters of an answer that is read; a longer one is wrong
 MAX_ATOMS = 50  # numbers, roots, fractions and brackets of an expression that is evaluated
 
 
+@lru_cache(maxsize=4096)  # the answers of a batch, and those of the blocks world, are often equal
 def compared(predicted: str, answer: str, kind: str) -> tuple[float, float] | None:
     """The values of an answer and of the truth; (1, 1) for equal choices or texts; None if wrong.
 
