@@ -1,6 +1,7 @@
 """Questions are reproducible, train and test apart; answers, thoughts and pictures are right."""
 
 import hashlib
+import inspect
 import itertools
 import random
 import re
@@ -9,7 +10,6 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,11 +70,14 @@ def test_name_seed_and_index_alone_decide_a_state(name):
 
 def test_another_process_makes_the_same_states():
     # Python's own hashes differ between processes: nothing may depend on them.
-    code = "import test_blocks as t; print(*(t.fingerprint(t.BlocksSet(n, 2)[1]) for n in t.ALL))"
+    code = (
+        "import hashlib; from blocks.dataset import BlocksSet\n"
+        f"{inspect.getsource(fingerprint)}\n"
+        f"print(*(fingerprint(BlocksSet(n, 2)[1]) for n in {ALL!r}))"
+    )
     run = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
-        cwd=Path(__file__).parent,
-        env={"PYTHONPATH": f"{ROOT}:{ROOT}/tests", "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT,
+        env={"PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.stdout.split() == [fingerprint(BlocksSet(name, 2)[1]) for name in ALL]
 

@@ -6,7 +6,6 @@ import dataclasses
 import io
 import json
 import math
-import signal
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import collecting, in_two_processes
+from conftest import in_two_processes
 from fake_api import KEY, chat, content, error
 from PIL import Image
 
@@ -841,41 +840,3 @@ def test_collect_stops_in_one_line_if_the_api_will_not_answer(
         and "Traceback" not in err
     )
     assert len(server.bodies) < 40
-
-
-def test_kill_9_in_the_middle_of_collect_loses_no_paid_answer(serve, tell, tmp_path):
-    calls = iter(range(1000))
-
-    def slowly(
-        body,
-    ):  # ten are answered, the next wait: the process is killed while they are on their way
-        return "good" if next(calls) < 10 else "hang"
-
-    server = serve(slowly)
-    flags = [
-        "collect",
-        "--states",
-        64,
-        "--limit",
-        24,
-        "--cache",
-        tmp_path / "cache.sqlite",
-        "--experts",
-        server.openai,
-        "--num-samples",
-        4,
-    ]
-    process = collecting(*flags)
-    deadline = time.monotonic() + 240
-    while len(server.bodies) < 18 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.5)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    paid = server.answered
-    cache = Cache(tmp_path / "cache.sqlite", read_only=True)
-    assert paid == 10 and len(cache.entries()) == 4 * paid and cache.faults() == []
-    server.script = ["good"]
-    code, out, err = tell(*flags)
-    assert code == 0 and server.answered == 24, err  # each paid for once
-    assert len(cache.entries()) == 4 * 24 and cache.faults() == []

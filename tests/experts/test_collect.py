@@ -212,7 +212,7 @@ def test_all_answers_are_in_the_one_file_after_collect_and_after_an_error(serve,
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number):
+def test_no_paid_answer_is_lost_by_a_signal_and_none_is_paid_twice(serve, tell, tmp_path, number):
     calls = iter(range(1000))
     server = serve(lambda body: "good" if next(calls) < 5 else "hang")
     process = collecting(*flags(tmp_path, server.openai, 20))
@@ -226,6 +226,10 @@ def test_all_answers_are_in_the_one_file_after_a_signal(serve, tmp_path, number)
     if number != signal.SIGKILL:
         assert not list(tmp_path.glob("c.sqlite-*"))
         assert "stopped; what had arrived is in the cache" in err and "Traceback" not in err
+    assert Cache(tmp_path / "c.sqlite", read_only=True).faults() == []
+    server.script = ["good"]
+    code, _, err = tell(*flags(tmp_path, server.openai, 20))
+    assert code == 0 and server.answered == 20, err  # each paid for once
 
 
 def collect_as(arguments: list) -> None:
