@@ -92,7 +92,7 @@ def methods(config: ekipl.Config, stage1: int) -> list[Row]:
     for expert in experts:
         flags = ("--method", "rft", "--experts", expert)
         rows.append(Row(f"RFT-{short(expert)}", "sft.py", flags))
-    for row in [row for row in rows if "rft" in row.flags]:
+    for row in [row for row in rows if row.name == "CoT-SFT" or "rft" in row.flags]:
         thrice = (*row.flags, "--epochs", "3")
         rows.append(Row(f"{row.name}-3-epochs", "sft.py", thrice, rate=row.name))
     rows += [
@@ -157,15 +157,20 @@ def token_rows(experts: list[str], stage1: str) -> list[Row]:
     alone = ("--experts", "none", *token)
     backwards = ("--experts", ",".join(experts[::-1]), *token)
     several = ("--updates-per-batch", "4", *token)
-    return [
+    within = ("--method", "rft", "--loss-mean", "action")
+    rows = [
         Row(name, "ekipl.py", token),
         Row("Vision-EKIPL-any-token", "ekipl.py", (*token, *ANY_EXPERT), rate=name),
         Row("Vision-EKIPL-reversed-token", "ekipl.py", backwards, rate=name),
         Row(f"{name}-4-updates", "ekipl.py", several, rate=name),
         Row("GRPO-token", "ekipl.py", alone),
-        Row("RFT-action", "sft.py", ("--method", "rft", "--loss-mean", "action")),
         Row("SFT-then-GRPO-token", "ekipl.py", (*alone, "--skip", stage1), after="Stage-1"),
+        Row("RFT-action", "sft.py", within),
     ]
+    for expert in experts:
+        flags = (*within, "--experts", expert)
+        rows.append(Row(f"RFT-{short(expert)}-action", "sft.py", flags, rate="RFT-action"))
+    return rows
 
 
 RATES = ("0.00025", "0.0005", "0.001", "0.002", "0.004")
