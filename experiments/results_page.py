@@ -73,9 +73,31 @@ def value(method: str, cell: str, directory: str = "counting") -> str:
 @figure
 def difference(method: str, other: str, cell: str, directory: str = "counting") -> str:
     """Of two methods on the same questions, in points, with half its 95 % interval."""
-    cell = CELLS.get(cell, cell)
-    found, groups = scores(directory)[cell], paired.saved_kin(RESULTS / directory).get(cell)
-    return paired.told(*paired.interval(found[method], found[other], groups), "+")
+    found, groups = whole(directory, CELLS.get(cell, cell), method, other)
+    return paired.told(*paired.interval(*found, groups), "+")
+
+
+@figure
+def gained(method: str, first: str, cell: str, directory: str = "counting") -> str:
+    """The same of runs that each go on from a first stage's model of their seed, paired by seed."""
+    (after, before), groups = whole(directory, CELLS.get(cell, cell), method, first)
+    return paired.told(*paired.interval(after - before, None, groups), "+")
+
+
+def whole(directory: str, cell: str, *methods: str) -> tuple[list[np.ndarray], np.ndarray | None]:
+    """Scores (seeds, questions) of each method, and the questions' kin: of a cell, or of all the
+    parts of a set one after another."""
+    found, kin = scores(directory), paired.saved_kin(RESULTS / directory)
+    if cell in found:
+        return [found[cell][method] for method in methods], kin.get(cell)
+    parts = [part for part in found if part.startswith(f"{cell}/")]
+    groups, start = [], 0
+    for part in parts:
+        alone = np.arange(next(iter(found[part].values())).shape[1])
+        groups.append(start + kin.get(part, alone))
+        start = groups[-1].max() + 1
+    joined = [np.concatenate([found[part][m] for part in parts], axis=1) for m in methods]
+    return joined, np.concatenate(groups)
 
 
 @figure
@@ -186,20 +208,24 @@ def beyond(method: str, cell: str, directory: str = "counting") -> str:
 
 
 @figure
-def beyond_difference(method: str, other: str, cell: str, directory: str = "counting") -> str:
-    """Of two methods on the same of these questions, in points, with half its 95 % interval."""
-    found, there = scores(directory)[CELLS.get(cell, cell)], unguessed(CELLS.get(cell, cell))
-    return paired.told(*paired.interval(found[method][:, there], found[other][:, there]), "+")
+def second_guess(cell: str) -> str:
+    """What the next commonest answer to a question's form gets there, in %."""
+    there = unguessed(CELLS.get(cell, cell))
+    return f"{100 * guessed(CELLS.get(cell, cell), 2000, 1)[there].mean():.1f}"
 
 
 @cache
-def guessed(cell: str, size: int) -> np.ndarray:
-    """Whether the guess is right, of each question of a cell in the order of scores.json."""
+def guessed(cell: str, size: int, rank: int = 0) -> np.ndarray:
+    """Whether the guess is right, of each question of a cell in the order of scores.json.
+
+    rank: 1 for the second commonest answer.
+    """
     name, _, part = cell.partition("/")
     task, right = name.partition("-")[0], []
     for _, its, question, answer in sorted(asked(name, size)):
         if its == part:
-            right.append(blind.guess(task, question) == answer)
+            common = blind.answers_to(task, question).most_common(rank + 1)
+            right.append(len(common) > rank and common[rank][0] == answer)
     return np.array(right)
 
 

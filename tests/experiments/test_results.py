@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ SHOWN = {  # rows of the README at the root
     "base, RL's prompt": "base",
     'base, "check ."': "base-check",
     "CoT-SFT, on true thoughts": "CoT-SFT",
+    "CoT-SFT, three passes": "CoT-SFT-3-epochs",
     "RFT on both experts": "RFT",
-    "RFT on both, averaged within answers": "RFT-action",
     "RFT on both, three passes": "RFT-3-epochs",
     "RFT on `careful`, three passes": "RFT-careful-3-epochs",
     "GRPO": "GRPO",
@@ -38,6 +39,7 @@ SHOWN = {  # rows of the README at the root
     "**Vision-EKIPL**": "Vision-EKIPL",
     "Vision-EKIPL, four updates a batch": "Vision-EKIPL-4-updates",
     "Vision-EKIPL, `--loss-mean token`": "Vision-EKIPL-token",
+    "the same, `quick` named first": "Vision-EKIPL-reversed-token",
 }
 
 FIRST = {"Stage-1": 1280, "RFT-first": 1920}  # questions of a first stage
@@ -91,10 +93,40 @@ def test_places_are_means_and_differences_in_their_order(monkeypatch):
 def test_what_is_beyond_the_guess_are_the_questions_where_it_is_wrong(monkeypatch):
     right = {"A": np.array([[1.0, 1, 0, 1]]), "B": np.array([[1.0, 0, 0, 0]])}
     monkeypatch.setattr(results_page, "scores", lambda _: {"counting-id/one-step": right})
-    guessed = np.array([True, False, False, True])
-    monkeypatch.setattr(results_page, "guessed", lambda cell, size: guessed)
+    found = [np.array([True, False, False, True]), np.array([False, False, True, True])]
+    monkeypatch.setattr(results_page, "guessed", lambda cell, size, rank=0: found[rank])
     assert results_page.render("{{beyond A id1}} {{beyond B id1}}").endswith("50.0 0.0")
-    assert "+50.0 ±" in results_page.render("{{beyond_difference A B id1}}")
+    assert results_page.render("{{second_guess id1}}").endswith("\n50.0")
+
+
+def test_the_second_guess_is_the_next_commonest_answer(monkeypatch):
+    asked = [(f"counting-id-0-{i}", "one-step", "how many ?", a) for i, a in enumerate("3245")]
+    monkeypatch.setattr(results_page, "asked", lambda name, size: asked)
+    given = Counter({"2": 3, "4": 2, "5": 1})
+    monkeypatch.setattr(results_page.blind, "answers_to", lambda task, question: given)
+    guessed = results_page.guessed.__wrapped__
+    assert guessed("counting-id/one-step", 4).tolist() == [False, True, False, False]
+    assert guessed("counting-id/one-step", 4, 1).tolist() == [False, False, True, False]
+    assert not guessed("counting-id/one-step", 4, 3).any()  # there is no fourth
+
+
+def test_what_a_second_stage_adds_is_paired_by_seed(monkeypatch):
+    first = np.array([[0.1] * 4, [0.5] * 4])
+    scores = {"counting-id/one-step": {"first": first, "second": first + 0.2}}
+    monkeypatch.setattr(results_page, "scores", lambda _: scores)
+    assert results_page.render("{{gained second first id1}}").endswith("+20.0 ± 0.0")
+    assert not results_page.render("{{difference second first id1}}").endswith("± 0.0")
+
+
+def test_a_whole_set_is_its_parts_and_twins_stay_in_theirs(monkeypatch):
+    one, other = np.array([[1.0, 1.0]]), np.array([[0.0, 0.0, 1.0]])
+    scores = {"set/a": {"A": one, "B": 0 * one}, "set/b": {"A": other, "B": 0 * other}}
+    monkeypatch.setattr(results_page, "scores", lambda _: scores)
+    monkeypatch.setattr(paired, "saved_kin", lambda _: {"set/a": np.array([0, 0])})
+    (left, right), groups = results_page.whole("", "set", "A", "B")
+    assert left.tolist() == [[1, 1, 0, 0, 1]] and not right.any()
+    assert groups.tolist() == [0, 0, 1, 2, 3]
+    assert "+60.0 ±" in results_page.render("{{difference A B set}}")
 
 
 @pytest.mark.parametrize("cell", results_page.CELLS.values())
