@@ -55,6 +55,10 @@ def test_each_row_does_what_its_name_says():
     assert parsed["distillation"].method == "distil"
     assert parsed["RFT-action"] == dataclasses.replace(parsed["RFT"], loss_mean="action")
     assert parsed["RFT"].loss_mean == "token" and not made["RFT-action"].rate  # each at its own
+    alone = dataclasses.replace(parsed["RFT-careful"], loss_mean="action")
+    assert parsed["RFT-careful-action"] == alone
+    assert made["RFT-careful-action"].rate == "RFT-action"
+    assert parsed["CoT-SFT-3-epochs"] == dataclasses.replace(parsed["CoT-SFT"], epochs=3)
     assert parsed["Vision-EKIPL"] == config()
     assert parsed["Vision-EKIPL-reversed"].experts == "quick,careful"
     assert parsed["Vision-EKIPL-any"].tie_rule == "any_expert"
