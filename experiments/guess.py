@@ -58,13 +58,10 @@ def answers_to(task: str, question: str) -> Counter[str]:
     return found.get(known) or found.get(bare(known)) or Counter([""])
 
 
-def guess(task: str, question: str) -> str:
-    """The commonest answer to the question's form."""
-    return commonest(answers_to(task, question))
-
-
-def commonest(found: Counter[str]) -> str:
-    return found.most_common(1)[0][0]
+def guess(task: str, question: str, rank: int = 0) -> str | None:
+    """The commonest answer to the question's form. rank: 1 for the next; None if there is none."""
+    common = answers_to(task, question).most_common(rank + 1)
+    return common[rank][0] if len(common) > rank else None
 
 
 def prediction(task: str, state: State) -> Prediction:
@@ -72,7 +69,8 @@ def prediction(task: str, state: State) -> Prediction:
     found = answers_to(task, state.question)
     rng = random.Random(f"guess {state.id}")
     drawn = rng.choices(list(found), list(found.values()), k=SAMPLES)
-    text, *texts = [f"<answer> {answer} </answer>" for answer in (commonest(found), *drawn)]
+    given = [guess(task, state.question), *drawn]
+    text, *texts = [f"<answer> {answer} </answer>" for answer in given]
     return Prediction.of(state, text, 3, False, texts)
 
 

@@ -65,9 +65,8 @@ def mean(method: str, cell: str, directory: str = "counting") -> str:
 @figure
 def value(method: str, cell: str, directory: str = "counting") -> str:
     """Accuracy in %, with half its 95 % interval."""
-    cell = CELLS.get(cell, cell)
-    groups = paired.saved_kin(RESULTS / directory).get(cell)
-    return paired.told(*paired.interval(scores(directory)[cell][method], None, groups), "")
+    (found,), groups = whole(directory, CELLS.get(cell, cell), method)
+    return paired.told(*paired.interval(found, None, groups), "")
 
 
 @figure
@@ -93,7 +92,7 @@ def whole(directory: str, cell: str, *methods: str) -> tuple[list[np.ndarray], n
     parts = [part for part in found if part.startswith(f"{cell}/")]
     groups, start = [], 0
     for part in parts:
-        alone = np.arange(next(iter(found[part].values())).shape[1])
+        alone = np.arange(found[part][methods[0]].shape[1])
         groups.append(start + kin.get(part, alone))
         start = groups[-1].max() + 1
     joined = [np.concatenate([found[part][m] for part in parts], axis=1) for m in methods]
@@ -224,8 +223,7 @@ def guessed(cell: str, size: int, rank: int = 0) -> np.ndarray:
     task, right = name.partition("-")[0], []
     for _, its, question, answer in sorted(asked(name, size)):
         if its == part:
-            common = blind.answers_to(task, question).most_common(rank + 1)
-            right.append(len(common) > rank and common[rank][0] == answer)
+            right.append(blind.guess(task, question, rank) == answer)
     return np.array(right)
 
 

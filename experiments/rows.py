@@ -149,7 +149,7 @@ def neighbour_rows() -> list[Row]:
 
 def token_rows(experts: list[str], stage1: str) -> list[Row]:
     """DAPO's mean over all tokens of the batch, as SFT has it, with Vision-EKIPL and with RL alone;
-    and RFT with RL's mean within actions.
+    and RFT, on all experts and on each, with RL's mean within actions.
 
     "any" and "reversed": does the order of the experts matter there too?
     """

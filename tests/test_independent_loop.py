@@ -31,7 +31,7 @@ BETAS, ADAM_EPS, DECAY = (
     1e-3,
     0.1,
 )  # a large eps: noise in a gradient near 0 stays noise
-RATES = (5e-4, 4e-4)
+RATES = (5e-4, 4e-4)  # of two batches, one after the other; neither is the optimizer's own
 
 
 # ------------------------------------------------------------------------------------- fixed groups

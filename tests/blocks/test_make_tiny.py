@@ -2,12 +2,12 @@
 
 import csv
 import random
+import runpy
 import sys
 
 import pytest
 
 from blocks.dataset import BlocksSet
-from blocks.make_tiny import __main__ as make_tiny
 from blocks.make_tiny.lessons import NAMES, cell_labels, lesson, sum_or_product
 from blocks.scenes import GRID, column_row
 from policy import Policy
@@ -16,7 +16,7 @@ from policy import Policy
 def test_a_short_run_writes_a_model_that_loads(tmp_path, monkeypatch):
     flags = f"--out {tmp_path / 'tiny'} --steps 1 1 1 --lessons 64 --batch 4"
     monkeypatch.setattr(sys, "argv", ["blocks.make_tiny", *flags.split()])
-    make_tiny.main()
+    runpy.run_module("blocks.make_tiny", run_name="__main__")
     with open(tmp_path / "tiny" / "losses.csv", newline="") as file:
         assert [row["phase"] for row in csv.DictReader(file)] == ["name", "see", "glance"]
     Policy.load(tmp_path / "tiny").encode([BlocksSet("transformation-train", 1)[0]])

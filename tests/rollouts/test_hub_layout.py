@@ -23,7 +23,7 @@ import pytest
 import torch
 from conftest import ROOT, eager_logits, in_two_processes
 from PIL import Image, ImageDraw
-from test_ekipl import stopped_in_the_step_after
+from test_ekipl import stopped_in_the_step_after, timeless, weights
 
 import ekipl
 import sft
@@ -213,10 +213,13 @@ def test_it_is_fine_tuned_trained_resumed_and_evaluated(
     assert records[1]["target_tokens"] > 0
 
     start = dict(model=str(tuned / "model"), task="structure", save_every=1)
+    whole = ekipl.train(settings(ekipl.Config, "tied", tmp_path / "whole", **start), None, one)
     with stopped_in_the_step_after(1):
-        ekipl.train(settings(ekipl.Config, "tied", tmp_path / "rl", **start), None, one)
-    trained = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "rl" / "run")]), one)
-    assert [record["step"] for record in storage.read(trained / "metrics.jsonl")] == [0, 1, 2]
+        ekipl.train(settings(ekipl.Config, "tied", tmp_path / "stopped", **start), None, one)
+    trained = ekipl.train(*ekipl.parse(["--resume", str(tmp_path / "stopped" / "run")]), one)
+    assert timeless(trained) == timeless(whole)
+    left, right = weights(trained), weights(whole)
+    assert all(torch.equal(left[name], right[name]) for name in right)
     said = json.loads((trained / "model" / "generation_config.json").read_text())
     assert said["top_k"] == 1 and said["do_sample"] is True  # as it came
 

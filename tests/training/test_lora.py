@@ -323,9 +323,9 @@ def test_a_run_in_shards_resumes_to_the_bit_and_leaves_a_whole_merged_model(tmp_
 
 
 def test_the_default_run_learns(tmp_path):
-    """A tenth of it: the adapter alone takes the policy from its own short answers to thoughts."""
-    config = ekipl.Config(states=10 * 32, batch_size=32, eval_every=0, lora_rank=16, lr=2e-3)
-    config.rollout, config.runs = "transformers", str(tmp_path)
+    """A fifth of it: the adapter alone takes the policy from its own short answers to thoughts."""
+    config = ekipl.Config(states=10 * 64, eval_every=0, lora_rank=16, lr=2e-3, runs=str(tmp_path))
+    config.rollout = "transformers"
     records = storage.read(ekipl.train(config, None, CPU) / "metrics.jsonl")
     early, late = records[:5], records[5:]
 
@@ -333,7 +333,7 @@ def test_the_default_run_learns(tmp_path):
         return mean(record[key] for record in late) - mean(record[key] for record in early)
 
     print({key: round(rise(key), 2) for key in ("reward", "expert_share", "tokens")})
-    assert records[0]["tokens"] < 10 and rise("tokens") > 2
+    assert records[0]["tokens"] < 10 and rise("tokens") > 4
     assert rise("reward") > 0.02 and rise("expert_share") < -0.04
 
 
